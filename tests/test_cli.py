@@ -1,0 +1,120 @@
+"""Arguments, exit statuses and logging of the tools."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from maskrcnn.cli import add_config_arguments, run, setup_logging
+from maskrcnn.errors import InputError
+
+
+@pytest.fixture
+def _logging_restored() -> Iterator[None]:
+    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
+    before = root.handlers[:], root.level, package.level
+    root.handlers = []
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers = before[0]
+    root.setLevel(before[1])
+    package.setLevel(before[2])
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_configuration_and_its_overrides() -> None:
+    args = parse("x.yaml", "--set", "a.b=1", "--set", "c=[1, 2]")
+    assert args.config == Path("x.yaml")
+    assert args.overrides == ["a.b=1", "c=[1, 2]"]
+    assert parse("x.yaml").overrides == []  # the default is not shared between calls
+
+
+def test_wrong_arguments_leave_with_two() -> None:
+    with pytest.raises(SystemExit) as left:
+        parse()
+    assert left.value.code == 2
+
+
+def done() -> None:
+    pass
+
+
+def wrong_input() -> None:
+    raise InputError("x.yaml: 1 problem\n  roi: missing")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "message"),
+    [
+        (done, 0, ""),
+        (wrong_input, 2, "error: x.yaml: 1 problem\n  roi: missing\n"),
+        (interrupted, 130, "interrupted\n"),
+    ],
+)
+def test_exit_status(main: Callable[[], None], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == status
+    assert capsys.readouterr() == ("", message)
+
+
+def test_what_is_not_the_users_fault_keeps_its_traceback() -> None:
+    def broken() -> None:
+        raise ValueError("a defect of ours")
+
+    with pytest.raises(ValueError, match="a defect of ours"):
+        run(broken)
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_file = tmp_path / "train.log"
+    log_file.write_text("the first run\n")
+    setup_logging(log_file)
+    logging.getLogger("maskrcnn.training").info("step %d", 20)
+    logging.getLogger("maskrcnn.training").debug("not shown")
+    logging.getLogger("other").info("not shown")
+    logging.getLogger("other").warning("disk is full")
+    assert capsys.readouterr() == ("", "step 20\ndisk is full\n")
+    first, *lines = log_file.read_text().splitlines()
+    assert first == "the first run"
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.fullmatch(rf"{time} INFO step 20\n{time} WARNING disk is full", "\n".join(lines))
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_a_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    setup_logging()
+    logging.getLogger("maskrcnn").info("once")
+    assert capsys.readouterr().err == "once\n"
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_a_line_does_not_run_into_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    setup_logging()
+    with tqdm(total=2, file=screen, ncols=40, leave=False) as bar:
+        bar.update()
+        logging.getLogger("maskrcnn").info("step 1")
+    shown = screen.getvalue()
+    assert re.search(r"\r +\rstep 1\n", shown)  # the bar was wiped before the line was written

@@ -1,0 +1,437 @@
+"""Composition, overrides, error messages and dumps, on small schemas."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from maskrcnn.config import Section, differences, json_schema, load_config, to_dict, to_yaml
+from maskrcnn.errors import InputError
+
+
+class Pool(Section):
+    kind: Literal["roi_pool"] = "roi_pool"
+    size: int = 7
+
+
+class Align(Section):
+    kind: Literal["roi_align"] = "roi_align"
+    size: int = 7
+    sampling_ratio: int = 0
+    aligned: bool = True
+
+
+RoI = Annotated[Pool | Align, Field(discriminator="kind")]
+
+
+class Optimizer(Section):
+    lr: float = 0.02
+    steps: tuple[int, ...] = (60, 80)
+    warmup: int = 10
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_first_step(self) -> Optimizer:
+        if self.steps and self.warmup > self.steps[0]:
+            raise ValueError(f"warmup ({self.warmup}) must end before the first step ({self.steps[0]})")
+        return self
+
+
+class Experiment(Section):
+    roi: RoI
+    classes: int
+    optimizer: Optimizer = Optimizer()
+    name: str = "run"
+    root: Path = Path("data")
+    image_size: tuple[int, int] = (800, 1333)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    limit: int | None = None
+    max_norm: float = float("inf")
+    workers: int | Literal["auto"] = "auto"
+    scale: float | tuple[float, float] = 1.0
+    extra: RoI | None = None
+    per_level: tuple[RoI, ...] = ()
+    by_name: dict[str, RoI] = Field(default={})
+    either: RoI | str = ""
+
+
+MINIMAL = "roi: {kind: roi_align}\nclasses: 3\n"
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write files into one folder and return the path of the last."""
+
+    def write_files(**files: str) -> Path:
+        path = tmp_path
+        for name, text in files.items():
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_files
+
+
+def load(path: Path, *overrides: str) -> Experiment:
+    return load_config(path, Experiment, overrides)
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """Return the lines of the message, without its first and with the folder cut out."""
+    with pytest.raises(InputError) as caught:
+        load(path, *overrides)
+    first, *rest = str(caught.value).replace(f"{path.parent}/", "").split("\n")
+    assert first == f"{path.name}: {len(rest)} problem{'s' if len(rest) > 1 else ''}"
+    return [line.strip() for line in rest]
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load(path, *overrides)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+# Composition
+
+
+def test_parents_merge_in_order_and_the_file_comes_last(write: Write) -> None:
+    path = write(
+        one="roi: {kind: roi_align, size: 1}\nclasses: 1\nname: one",
+        two="classes: 2\nname: two",
+        top="base: [one.yaml, two.yaml]\nname: top",
+    )
+    config = load(path)
+    assert (config.roi, config.classes, config.name) == (Align(size=1), 2, "top")
+
+
+def test_base_is_relative_to_the_file_that_names_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "all.yaml").write_text("base: inner.yaml\nclasses: 5")
+    (tmp_path / "parts" / "inner.yaml").write_text("roi: {kind: roi_pool}")
+    assert load(write(top="base: parts/all.yaml")).classes == 5
+
+
+def test_one_part_may_be_reached_by_two_ways(write: Write) -> None:
+    path = write(root=MINIMAL, left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
+    assert load(path).classes == 3
+
+
+def test_mappings_merge_deeply_and_lists_are_replaced(write: Write) -> None:
+    path = write(
+        part=MINIMAL + "optimizer: {lr: 0.1, steps: [100, 200]}",
+        top="base: part.yaml\noptimizer: {steps: [300]}",
+    )
+    assert load(path).optimizer == Optimizer(lr=0.1, steps=(300,))
+
+
+@pytest.mark.parametrize(
+    ("child", "expected"),
+    [
+        ("{kind: roi_pool}", Pool()),  # sampling_ratio of the other kind goes, and so does size
+        ("{kind: roi_pool, size: 3}", Pool(size=3)),
+        ("{kind: roi_align, size: 3}", Align(size=3, sampling_ratio=2)),
+        ("{size: 3}", Align(size=3, sampling_ratio=2)),
+    ],
+)
+def test_another_kind_replaces_the_section(write: Write, child: str, expected: Section) -> None:
+    path = write(
+        part="roi: {kind: roi_align, size: 14, sampling_ratio: 2}\nclasses: 3", top=f"base: part.yaml\nroi: {child}"
+    )
+    assert load(path).roi == expected
+
+
+def test_a_part_may_give_keys_and_a_later_one_the_kind(write: Write) -> None:
+    path = write(size="roi: {size: 14}\nclasses: 3", top="base: size.yaml\nroi: {kind: roi_pool}")
+    assert load(path).roi == Pool(size=14)
+
+
+def test_a_yaml_merge_key_is_no_duplicate(write: Write) -> None:
+    path = write(top="roi: &roi {kind: roi_pool, size: 3}\nclasses: 3\nextra:\n  <<: *roi\n  size: 5")
+    assert load(path).extra == Pool(size=5)
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["roi.size=3"], Align(size=3, sampling_ratio=2)),
+        (["roi.kind=roi_pool"], Pool()),
+        (["roi.kind=roi_pool", "roi.size=3"], Pool(size=3)),
+        (["roi.size=3", "roi.kind=roi_pool"], Pool(size=3)),
+        (["roi={kind: roi_pool, size: 3}", "roi.size=4"], Pool(size=4)),
+        (["roi.kind=roi_pool", "roi.kind=roi_align"], Align(size=14, sampling_ratio=2)),
+    ],
+)
+def test_overrides_merge_like_files(write: Write, overrides: list[str], expected: Section) -> None:
+    path = write(top="roi: {kind: roi_align, size: 14, sampling_ratio: 2}\nclasses: 3")
+    assert load(path, *overrides).roi == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("optimizer.lr=1e-3", "optimizer.lr", 0.001),
+        ("optimizer.steps=[1000, 2000]", "optimizer.steps", [1000, 2000]),
+        ("limit=null", "limit", None),
+        ("name=a=b", "name", "a=b"),
+        ("name='1e-3'", "name", "1e-3"),
+        ("by_name.box.kind=roi_pool", "by_name.box", {"kind": "roi_pool", "size": 7}),
+    ],
+)
+def test_override_values_are_yaml(write: Write, override: str, key: str, expected: Any) -> None:
+    value: Any = to_dict(load(write(top=MINIMAL + "limit: 4"), override))
+    for part in key.split("."):
+        value = value[part]
+    assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("name", "--set name: expected KEY=VALUE, such as model.roi.kind=roi_pool"),
+        ("=3", "--set =3: expected KEY=VALUE, such as model.roi.kind=roi_pool"),
+        ("roi..size=3", "--set roi..size=3: expected KEY=VALUE, such as model.roi.kind=roi_pool"),
+        ("roi={a: 1, a: 2}", "--set: the key 'a' is given twice, first on line 1"),
+        ("roi.sise=3", "roi.sise: unknown key for kind roi_align; did you mean 'size'? [--set]"),
+        ("roi=roi_pool", "roi: expected a mapping, got text 'roi_pool'; did you mean 'kind: roi_pool'? [--set]"),
+        ("optimizer.steps.0=3", "optimizer.steps: expected a list, got a mapping [--set]"),
+    ],
+)
+def test_wrong_overrides(write: Write, override: str, line: str) -> None:
+    assert problems(write(top=MINIMAL), override)[0] == line
+
+
+def test_an_override_that_is_not_yaml(write: Write) -> None:
+    (line,) = problems(write(top=MINIMAL), "name=[")
+    assert line.startswith("--set name=[: the value is not valid YAML: line 1, column 2")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e-3", 0.001), ("1.5E3", 1500.0), (".5e+1", 5.0), ("-2.e2", -200.0), ("3", 3.0), (".inf", float("inf"))],
+)
+def test_numbers_that_yaml_reads_as_text_are_understood(write: Write, text: str, expected: float) -> None:
+    value = load(write(top=f"{MINIMAL}max_norm: {text}")).max_norm
+    assert value == expected
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("classes: 'yes'", "classes: expected an int, got text 'yes'"),
+        ("classes: yes", "classes: expected an int, got true"),
+        ("classes: 1.5", "classes: expected an int, got 1.5"),
+        ("classes: 9e4", "classes: expected an int, got 90000.0; write 90000"),
+        ("classes: '3'", "classes: expected an int, got text '3'; remove the quotes"),
+        ("classes: null", "classes: expected an int, got null"),
+        ("max_norm: true", "max_norm: expected a float, got true"),
+        ("max_norm: abc", "max_norm: expected a float, got text 'abc'"),
+        ("max_norm: '1e-3'", "max_norm: expected a float, got text '1e-3'; remove the quotes"),
+        ("name: 12", "name: expected text, got 12; put it in quotes"),
+        ("roi: {kind: roi_align, aligned: 1}", "roi.aligned: expected true or false, got 1"),
+        ("image_size: [1, 2, 3]", "image_size: expected at most 2 items, got the list [1, 2, 3]"),
+        ("image_size: [1]", "image_size[1]: missing"),
+        ("image_size: [1, x]", "image_size[1]: expected an int, got text 'x'"),
+        ("momentum: 1", "momentum: expected a value less than 1, got 1"),
+        ("limit: x", "limit: expected an int, got text 'x'"),
+        ("optimizer: 3", "optimizer: expected a mapping, got 3"),
+        ("workers: atuo", "workers: expected an int or 'auto', got text 'atuo'"),
+        ("scale: x", "scale: expected a float or a list, got text 'x'"),
+        ("scale: [1, x]", "scale[1]: expected a float, got text 'x'"),
+        ("extra: {kind: roi_pool, size: x}", "extra.size: expected an int, got text 'x'"),
+        ("per_level: [{kind: roi_pool}, {}]", "per_level[1].kind: missing; one of roi_pool, roi_align"),
+        ("by_name: {roi_pool: {kind: roi_pool, size: x}}", "by_name.roi_pool.size: expected an int, got text 'x'"),
+        ("either: {kind: roi_pool, size: x}", "either.size: expected an int, got text 'x'"),
+        ("either: 3", "either: expected a mapping or text, got 3"),
+    ],
+)
+def test_values_of_the_wrong_type(write: Write, line: str, message: str) -> None:
+    path = write(part=MINIMAL, top=f"base: part.yaml\n{line}")
+    assert problems(path) == [f"{message} [top.yaml:2]"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "roi: {kind: roi_aling}",
+            "roi.kind: 'roi_aling' is not one of roi_pool, roi_align; did you mean 'roi_align'?",
+        ),
+        ("roi: {kind: xyz}", "roi.kind: 'xyz' is not one of roi_pool, roi_align"),
+        ("roi: {kind: 3}", "roi.kind: 3 is not one of roi_pool, roi_align"),
+        ("roi: {size: 7}", "roi.kind: missing; one of roi_pool, roi_align"),
+        (
+            "roi: {kind: roi_pool, sampling_ratio: 2}",
+            "roi.sampling_ratio: unknown key for kind roi_pool; known are kind, size",
+        ),
+        (
+            "roi: {kind: roi_align, samplig_ratio: 2}",
+            "roi.samplig_ratio: unknown key for kind roi_align; did you mean 'sampling_ratio'?",
+        ),
+    ],
+)
+def test_wrong_choices(write: Write, line: str, message: str) -> None:
+    assert problems(write(top=f"classes: 3\n{line}")) == [f"{message} [top.yaml:2]"]
+
+
+def test_a_literal_outside_a_union_has_suggestions(write: Write) -> None:
+    class Only(Section):
+        mode: Literal["train", "test"]
+
+    with pytest.raises(InputError, match="mode: 'tain' is not one of train, test; did you mean 'train'"):
+        load_config(write(top="mode: tain"), Only)
+
+
+def test_a_validator_speaks_with_the_path_of_its_section(write: Write) -> None:
+    (line,) = problems(write(top=f"{MINIMAL}optimizer: {{steps: [5]}}"))
+    assert line == "optimizer: warmup (10) must end before the first step (5) [top.yaml:3]"
+
+
+def test_a_validator_of_the_whole_speaks_without_a_path(write: Write) -> None:
+    path = write(top="warmup: 99")
+    with pytest.raises(InputError) as caught:
+        load_config(path, Optimizer)
+    assert str(caught.value) == f"{path}: 1 problem\n  warmup (99) must end before the first step (60)"
+
+
+def test_every_problem_in_one_message_with_its_place(write: Write) -> None:
+    path = write(
+        part="roi:\n  kind: roi_align\n  siez: 3\noptimizer: {lr: abc}",
+        top="base: part.yaml\nname: a\nname: b\nimage_siz: 3\non: 3\nlimit: 1.5",
+    )
+    assert problems(path, "momentum=2", "nonsense") == [
+        "top.yaml:3: the key 'name' is given twice, first on line 2",
+        "top.yaml:5: the key 'on' is not text; put it in quotes",
+        "--set nonsense: expected KEY=VALUE, such as model.roi.kind=roi_pool",
+        "roi.siez: unknown key for kind roi_align; did you mean 'size'? [part.yaml:3]",
+        "classes: missing",
+        "optimizer.lr: expected a float, got text 'abc' [part.yaml:4]",
+        "momentum: expected a value less than 1, got 2 [--set]",
+        "limit: expected an int, got 1.5 [top.yaml:6]",
+        "image_siz: unknown key; did you mean 'image_size'? [top.yaml:4]",
+    ]
+
+
+def test_a_duplicate_in_a_base_is_found(write: Write) -> None:
+    path = write(part=MINIMAL + "optimizer:\n  lr: 1\n  warmup: 1\n  lr: 2", top="base: part.yaml")
+    assert problems(path) == ["part.yaml:6: the key 'lr' is given twice, first on line 4"]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"top": "base: no.yaml"},
+            "no.yaml (a base of top.yaml): cannot read the file: No such file or directory",
+        ),
+        ({"top": "base: 3"}, "top.yaml: base: expected a path or a list of paths, got 3"),
+        ({"top": "base: [3]"}, "top.yaml: base: expected a path or a list of paths, got the list [3]"),
+        ({"top": "- 3"}, "top.yaml: expected a mapping (lines of `key: value`), got the list [3]"),
+        (
+            {"top": "a: b: c"},
+            "top.yaml: not valid YAML: line 1, column 5: mapping values are not allowed here",
+        ),
+        (
+            {"top": "a: &a {b: *a}"},
+            "top.yaml: not valid YAML: line 1, column 4: found unconstructable recursive node",
+        ),
+        (
+            {"top": "base: top.yaml"},
+            "top.yaml: base files must not lead back to themselves: top.yaml -> top.yaml",
+        ),
+        (
+            {"a": "base: b.yaml", "b": "base: top.yaml", "top": "base: a.yaml"},
+            "top.yaml: base files must not lead back to themselves: top.yaml -> a.yaml -> b.yaml -> top.yaml",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used(write: Write, files: dict[str, str], message: str) -> None:
+    assert refusal(write(**files)) == message
+
+
+def test_a_file_that_is_absent_a_folder_or_no_text(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert refusal(tmp_path / "no.yaml") == "no.yaml: cannot read the file: No such file or directory"
+    assert "Is a directory" in refusal(tmp_path)
+    assert refusal(tmp_path / "binary.yaml") == "binary.yaml: the file is not text in UTF-8"
+
+
+def test_an_empty_file_is_an_empty_mapping(write: Write) -> None:
+    assert load_config(write(top=""), Optimizer) == Optimizer()
+
+
+# The configuration itself and its dumps
+
+
+def test_a_section_is_immutable() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Pool().size = 3  # type: ignore[misc]
+
+
+FULL = """\
+roi: {kind: roi_align, sampling_ratio: 2}
+classes: 80
+name: '1e-3'
+root: some/where
+optimizer: {lr: 1e-5, steps: []}
+per_level: [{kind: roi_pool}, {kind: roi_align}]
+by_name: {'on': {kind: roi_pool}, '1e3': {kind: roi_align}, 2020-01-01: {kind: roi_pool}}
+scale: [0.5, 2]
+"""
+
+
+def test_a_dump_reads_back_as_an_equal_object(write: Write) -> None:
+    config = load(write(top=FULL))
+    assert load(write(resolved=to_yaml(config))) == config
+
+
+def test_a_dump_keeps_the_order_of_fields_and_short_lists_on_a_line(write: Write) -> None:
+    text = to_yaml(load(write(top=FULL)))
+    assert list(yaml.safe_load(text)) == list(Experiment.model_fields)
+    assert "  steps: []\n" in text
+    assert "image_size: [800, 1333]\n" in text
+    assert "per_level:\n- kind: roi_pool\n" in text
+
+
+def test_differences_name_keys_and_both_values() -> None:
+    old = {"roi": {"kind": "roi_align", "aligned": True}, "lr": 0.1, "same": [1], "limit": None}
+    new = {"roi": {"kind": "roi_pool"}, "lr": 0.2, "same": [1], "limit": None, "steps": [1, 2]}
+    assert differences(old, new) == [
+        "roi.kind: roi_align -> roi_pool",
+        "roi.aligned: true -> (absent)",
+        "lr: 0.1 -> 0.2",
+        "steps: (absent) -> [1, 2]",
+    ]
+    assert differences(old, old) == []
+
+
+def test_the_schema_fits_parts_as_well_as_experiments() -> None:
+    schema = json_schema(Experiment)
+    assert "required" not in schema
+    assert all("required" not in section for section in schema["$defs"].values())
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["base"]["anyOf"][1] == {"type": "array", "items": {"type": "string"}}
+    # `oneOf` would refuse `roi: {size: 7}`, which fits both choices.
+    assert schema["properties"]["roi"]["anyOf"] == [{"$ref": "#/$defs/Pool"}, {"$ref": "#/$defs/Align"}]
+    assert "base" not in schema["$defs"]["Pool"]["properties"]
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    code = "import sys, maskrcnn.config, maskrcnn.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
