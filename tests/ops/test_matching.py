@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from maskrcnn.ops import matching
+from maskrcnn.ops.boxes import pairwise_iou
+from maskrcnn.ops.masks import tabulate
+from maskrcnn.ops.matching import match_boxes, random_keys, sample_balanced
+from maskrcnn.structures import MaskCrop, Targets
+
+RULE = {"foreground": 0.7, "background": 0.3}
+
+
+def targets(boxes: torch.Tensor, labels: torch.Tensor) -> Targets:
+    crop = MaskCrop(0, 0, np.ones((1, 1), np.uint8))
+    batch, count = labels.shape
+    return Targets(boxes, labels, tabulate([[crop] * count] * batch, [(1.0, 1.0)] * batch, count))
+
+
+def random_boxes(*shape: int) -> torch.Tensor:
+    corners = torch.rand(*shape, 2, 2) * 60
+    return torch.cat((corners.amin(dim=-2), corners.amax(dim=-2) + 1), dim=-1)
+
+
+def test_by_hand() -> None:
+    objects = targets(torch.tensor([[[0.0, 0, 10, 10], [50, 50, 60, 60]]]), torch.tensor([[7, 3]]))
+    boxes = torch.tensor(
+        [[0.0, 0, 10, 10], [0, 0, 10, 20], [0, 0, 10, 50], [52, 50, 62, 60], [80, 80, 90, 90]]
+    )  # IoU 1, 0.5, 0.2 with the first object; 0.67 with the second; 0 with both
+    with_ties = match_boxes(boxes, objects, **RULE, low_quality=True)
+    assert with_ties.labels.tolist() == [[7, -1, 0, 3, 0]]
+    assert with_ties.matched[0, :4].tolist() == [0, 0, 0, 1]
+    without = match_boxes(boxes, objects, **RULE, low_quality=False)
+    assert without.labels.tolist() == [[7, -1, 0, -1, 0]]
+
+
+def test_all_boxes_that_tie_for_an_object_are_positive() -> None:
+    objects = targets(torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[1]]))
+    boxes = torch.tensor([[5.0, 0, 15, 10], [0, 5, 10, 15], [6, 0, 16, 10]])
+    assert match_boxes(boxes, objects, **RULE, low_quality=True).labels.tolist() == [[1, 1, 0]]
+
+
+def test_boxes_in_an_ignored_region_are_not_background() -> None:
+    objects = targets(torch.tensor([[[0.0, 0, 10, 10], [40, 40, 90, 90]]]), torch.tensor([[1, -1]]))
+    boxes = torch.tensor([[50.0, 50, 60, 60], [35, 40, 42, 50], [0, 0, 10, 10]])
+    assert match_boxes(boxes, objects, **RULE, low_quality=True).labels.tolist() == [[-1, 0, 1]]
+
+
+def test_images_without_objects_are_background_throughout() -> None:
+    objects = targets(torch.zeros(1, 2, 4), torch.full((1, 2), -1))
+    found = match_boxes(random_boxes(9), objects, **RULE, low_quality=True)
+    assert (found.labels == 0).all()
+
+
+def test_against_a_loop_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes, objects = random_boxes(2, 40), targets(random_boxes(2, 5), torch.randint(1, 9, (2, 5)))
+    found = match_boxes(boxes, objects, **RULE, low_quality=True)
+    for b in range(2):
+        iou = pairwise_iou(boxes[b], objects.boxes[b])
+        for i in range(40):
+            best = int(iou[i].argmax())
+            positive = iou[i, best] >= 0.7 or any(iou[i, g] == iou[:, g].max() > 0 for g in range(5))
+            expected = objects.labels[b, best] if positive else (0 if iou[i, best] < 0.3 else -1)
+            assert found.labels[b, i] == expected
+            assert found.matched[b, i] == best
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 70)  # seven boxes at a time
+    in_chunks = match_boxes(boxes, objects, **RULE, low_quality=True)
+    assert torch.equal(in_chunks.labels, found.labels)
+    assert torch.equal(in_chunks.matched, found.matched)
+
+
+def test_sampling_takes_positives_first_and_fills_with_background() -> None:
+    labels = torch.tensor([[1, 0, 2, 0, 0, -1, 3, 0], [0, 0, 0, 0, 0, 0, 0, 5], [-1, -1, 4, -1, 0, -1, -1, -1]])
+    indices, drawn = sample_balanced(labels, count=4, positive_share=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)
+    chosen = labels.gather(1, indices)
+    assert (chosen[0] > 0).tolist() == [True, True, False, False]
+    assert chosen[1].tolist() == [5, 0, 0, 0]
+    assert drawn.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert (chosen[drawn] >= 0).all()
+    for image in range(3):
+        own = indices[image][drawn[image]].tolist()
+        assert len(set(own)) == len(own)
+
+
+def test_sampling_more_than_there_is_pads() -> None:
+    indices, drawn = sample_balanced(
+        torch.tensor([[0, 1]]), count=5, positive_share=0.5, seeds=torch.tensor([0]), stream=0
+    )
+    assert indices.shape == (1, 5)
+    assert drawn.tolist() == [[True, True, False, False, False]]
+
+
+def test_an_images_draw_depends_on_its_seed_alone() -> None:
+    labels = torch.randint(0, 2, (3, 200))
+    together, _ = sample_balanced(labels, count=20, positive_share=0.5, seeds=torch.tensor([5, 6, 7]), stream=1)
+    alone, _ = sample_balanced(labels[1:2], count=20, positive_share=0.5, seeds=torch.tensor([6]), stream=1)
+    other, _ = sample_balanced(labels[1:2], count=20, positive_share=0.5, seeds=torch.tensor([9]), stream=1)
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(alone, other)
+
+
+def test_random_keys_are_uniform_and_independent() -> None:
+    keys = random_keys(torch.tensor([0, 1, 2**40]), 20000, stream=0).double() / 2**32
+    assert keys.min() >= 0
+    assert keys.max() < 1
+    # Of 20,000 uniform numbers the mean has a deviation of 0.002, and a correlation one of 0.007.
+    assert (keys.mean(dim=1) - 0.5).abs().max() < 0.01
+    correlations = torch.corrcoef(torch.cat((keys, keys[:1].roll(1, dims=1))))
+    assert (correlations - torch.eye(4, dtype=torch.double)).abs().max() < 0.03
+    assert not torch.equal(random_keys(torch.tensor([0]), 9, stream=0), random_keys(torch.tensor([0]), 9, stream=1))
+    assert random_keys(torch.tensor([3]), 4, stream=0).tolist() == random_keys(torch.tensor([3]), 4, stream=0).tolist()
