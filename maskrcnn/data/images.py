@@ -1,0 +1,38 @@
+"""Reading image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from maskrcnn.errors import InputError
+
+
+def read_image(path: Path) -> Tensor:
+    """Return the image in `path` as (3, H, W) uint8 RGB, upright (its EXIF orientation is applied).
+
+    The memory is row by row with the colours of a pixel side by side, in which resizing is fastest. Pillow reads it:
+    its pixels equal those of torchvision's decoder, which is 0.5 ms faster per COCO image but deprecated.
+
+    Raises:
+        InputError: the file is missing, unreadable or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return torch.from_numpy(_as_rgb(image)).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise InputError(f"{path.absolute()}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path.absolute()}: cannot be read as an image ({error})") from error
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would cut values off at 255
+        grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as cocoapi
+from pycocotools.coco import COCO
+
+from maskrcnn.data.coco import CocoConfig, CocoDataset, complete_for_evaluation, read_coco_json
+from maskrcnn.errors import InputError
+from maskrcnn.structures import MaskCrop
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools, under numpy 2
+
+HEIGHT, WIDTH = 20, 30
+SQUARE = [4.0, 5.0, 8.0, 5.0, 8.0, 9.0, 4.0, 9.0]
+
+
+def annotation(key: int, **changes: Any) -> dict[str, Any]:
+    entry = {"id": key, "image_id": 1, "category_id": 1, "bbox": [4, 5, 4, 4], "segmentation": [SQUARE]}
+    return {**entry, **changes}
+
+
+def coco(annotations: list[dict[str, Any]], images: int = 1) -> dict[str, Any]:
+    return {
+        "images": [
+            {"id": key, "file_name": f"{key}.png", "height": HEIGHT, "width": WIDTH} for key in range(1, images + 1)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "leaf"}],
+    }
+
+
+Write = Callable[[Any], Path]
+Open = Callable[..., CocoDataset]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(data: Any) -> Path:
+        path = tmp_path / "objects.json"
+        path.write_text(data if isinstance(data, str) else json.dumps(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def open_dataset(write: Write, tmp_path: Path) -> Open:
+    def open_dataset(data: dict[str, Any], **options: Any) -> CocoDataset:
+        for image in data["images"]:
+            Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / Path(image["file_name"]).name)
+        return CocoDataset(write(data), tmp_path, **options)
+
+    return open_dataset
+
+
+def paste(crop: MaskCrop, height: int, width: int) -> np.ndarray:
+    full = np.zeros((height, width), np.uint8)
+    rows, columns = crop.pixels.shape
+    full[crop.y : crop.y + rows, crop.x : crop.x + columns] = crop.pixels
+    return full
+
+
+# What is read.
+
+
+def test_one_square(open_dataset: Open) -> None:
+    example = open_dataset(coco([annotation(7)]))[0]
+    assert example.image_id == 1
+    assert example.pixels.shape == (3, HEIGHT, WIDTH)
+    assert example.boxes.tolist() == [[4, 5, 8, 9]]
+    assert example.labels.tolist() == [1]
+    (mask,) = example.masks
+    assert (mask.x, mask.y) == (4, 5)
+    assert mask.pixels.tolist() == np.ones((4, 4)).tolist()
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (1, 2, 3), (7, 90, 1000), (9, 2, 5)], ids=str)
+def test_category_ids_may_be_any(open_dataset: Open, ids: tuple[int, int, int]) -> None:
+    data = coco([annotation(key, category_id=key) for key in ids])
+    data["categories"] = [{"id": key, "name": f"class {key}"} for key in ids]
+    dataset = open_dataset(data)
+    assert dataset.classes.category_ids == tuple(sorted(ids))
+    for label, key in zip(dataset[0].labels.tolist(), ids, strict=True):
+        assert dataset.classes.category_ids[label - 1] == key
+        assert dataset.classes.names[label - 1] == f"class {key}"
+
+
+def test_all_kinds_of_masks_in_one_file(open_dataset: Open) -> None:
+    drawn = np.zeros((HEIGHT, WIDTH), np.uint8)
+    drawn[3:9, 10:12] = drawn[15:, 29:] = 1
+    packed = cocoapi.encode(np.asfortranarray(drawn))
+    flat = drawn.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat, prepend=0))
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    second = [20, 1, 28, 1, 24, 8]
+    segmentations: list[Any] = [
+        [SQUARE],
+        [SQUARE, second],
+        {"size": [HEIGHT, WIDTH], "counts": counts},
+        {"size": [HEIGHT, WIDTH], "counts": packed["counts"].decode()},
+    ]
+    data = coco([annotation(key, segmentation=mask) for key, mask in enumerate(segmentations)])
+    masks = [paste(mask, HEIGHT, WIDTH) for mask in open_dataset(data)[0].masks]
+    assert masks[0].sum() == 16
+    assert masks[1].sum() > 16
+    assert np.array_equal(masks[2], drawn)
+    assert np.array_equal(masks[3], drawn)
+
+
+def test_crowds_are_dropped_or_kept_as_regions_to_ignore(open_dataset: Open) -> None:
+    crowd = annotation(2, iscrowd=1, segmentation={"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]})
+    data = coco([annotation(1), crowd])
+    assert open_dataset(data)[0].labels.tolist() == [1]
+    kept = open_dataset(data, crowd="ignore")[0]
+    assert kept.labels.tolist() == [1, -1]
+    assert [mask.pixels.size for mask in kept.masks] == [16, 0]
+
+
+@pytest.mark.parametrize("crowd", ["drop", "ignore"])
+def test_images_without_objects(open_dataset: Open, crowd: str) -> None:
+    data = coco([annotation(1, image_id=2), annotation(2, image_id=3, iscrowd=1)], images=3)
+    empty = open_dataset(data, crowd=crowd)[0]
+    assert empty.boxes.shape == (0, 4)
+    assert empty.labels.shape == (0,)
+    assert empty.masks == ()
+    filtered = open_dataset(data, crowd=crowd, filter_empty=True)
+    assert [filtered.image_id(i) for i in range(len(filtered))] == [2]
+
+
+def test_boxes_are_cut_to_the_image(open_dataset: Open) -> None:
+    assert open_dataset(coco([annotation(1, bbox=[-3, 18, 100, 5])]))[0].boxes.tolist() == [[0, 18, 30, 20]]
+
+
+def test_images_can_be_chosen(open_dataset: Open) -> None:
+    data = coco([annotation(1)], images=3)
+    dataset = open_dataset(data, image_ids=(3, 1))
+    assert [dataset.image_id(i) for i in range(len(dataset))] == [1, 3]
+    with pytest.raises(InputError, match="names image 4"):
+        open_dataset(data, image_ids=(1, 4))
+
+
+def test_sizes_and_config(open_dataset: Open, tmp_path: Path) -> None:
+    data = coco([annotation(1)], images=2)
+    data["images"].reverse()
+    data["images"][0]["height"] = 99
+    open_dataset(data)
+    dataset = CocoConfig(root=tmp_path, annotations=Path("objects.json"), images=Path()).build()
+    assert dataset.image_sizes().tolist() == [[HEIGHT, WIDTH], [99, WIDTH]]
+
+
+def test_a_pickled_dataset_is_the_same(open_dataset: Open) -> None:
+    dataset = open_dataset(coco([annotation(1)]))
+    assert pickle.loads(pickle.dumps(dataset))[0].boxes.tolist() == dataset[0].boxes.tolist()
+
+
+def test_ground_truth_is_the_file_less_the_images_not_in_use(open_dataset: Open) -> None:
+    data = coco([annotation(1, note="kept"), annotation(2, image_id=2)], images=2)
+    truth = open_dataset(data, image_ids=(1,)).ground_truth()
+    assert truth["images"] == data["images"][:1]
+    assert truth["annotations"] == [{**data["annotations"][0], "iscrowd": 0, "area": 16.0}]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "area"),
+    [(None, 16.0), ([SQUARE], 16.0), ({"size": [HEIGHT, WIDTH], "counts": [3, 7, 590]}, 7.0), ([], 16.0)],
+    ids=["no mask", "polygon", "rle", "no polygon"],
+)
+def test_area_is_filled_in_where_it_is_missing(segmentation: Any, area: float) -> None:
+    entry = annotation(1, segmentation=segmentation)
+    assert complete_for_evaluation(coco([entry]))["annotations"][0]["area"] == area
+    assert complete_for_evaluation(coco([{**entry, "area": 3}]))["annotations"][0]["area"] == 3
+
+
+# What is refused.
+
+
+def test_a_missing_file_is_named_and_the_way_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"instances_train2017\.json: cannot read .* datasets/README\.md"):
+        read_coco_json(tmp_path / "instances_train2017.json")
+    with pytest.raises(InputError, match="cannot read"):
+        read_coco_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{", r"objects\.json: is not JSON"),
+        ("", r"objects\.json: is not JSON"),
+        ([], r"not a COCO annotation file; 1 problem:\n  the file: .*object"),
+        ({"images": [], "categories": []}, r"annotations: field required"),
+        ({**coco([]), "images": {}}, r"images: .*valid array"),
+        (coco([{"id": 5}]), r"annotations\[0\] \(id 5\)\.image_id: field required"),
+        (coco([annotation(5, bbox=[1, 2, 3])]), r"annotations\[0\] \(id 5\)\.bbox: .*at least 4 items"),
+        (coco([annotation(5, bbox=[1, 2, 3, float("nan")])]), r"bbox\[3\]: .*(greater|finite|less)"),
+        (coco([annotation(5, segmentation=[["a"]])]), r"\(id 5\)\.segmentation\[0\]\[0\]: .*valid number"),
+        (coco([annotation(5, segmentation=[[1e9] * 6])]), r"segmentation\[0\]\[0\]: .*less than"),
+        (coco([annotation(5, segmentation={"counts": "1"})]), r"segmentation\.size: field required"),
+        (coco([annotation(5, segmentation={"size": [1, 1], "counts": [-1, 2]})]), r"counts\[0\]: .*greater"),
+        (coco([annotation(5, iscrowd=2)]), r"iscrowd: input should be 0 or 1"),
+        (coco([annotation(5), annotation(5)]), r"annotation id 5 is used 2 times"),
+        (coco([annotation(5, image_id=3)]), r"annotation 5: no image has the id 3"),
+        (coco([annotation(5, category_id=3)]), r"annotation 5: no category has the id 3"),
+    ],
+)
+def test_what_is_not_coco_is_refused(write: Write, data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_coco_json(write(data))
+
+
+def test_all_problems_are_counted_and_ten_are_shown(write: Write) -> None:
+    with pytest.raises(InputError) as caught:
+        read_coco_json(write(coco([annotation(key, image_id=-1) for key in range(25)])))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("objects.json: 25 problems:")
+    assert len(lines) == 12
+    assert lines[-1] == "  and 15 more"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "odd count"),
+        ({"segmentation": {"size": [5, 5], "counts": [25]}}, r"is for \[5, 5\], its image is \[20, 30\]"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}}, "do not add up"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "12"}}, "do not add up"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "o"}}, "cut off"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "\u20ac"}}, r"annotation 3 \(image 1\)"),
+    ],
+)
+def test_malformed_masks_are_refused(open_dataset: Open, changes: dict[str, Any], message: str) -> None:
+    data = coco([annotation(3, **changes)])
+    with pytest.raises(InputError, match=message):
+        open_dataset(data, degenerate="drop")
+    with pytest.raises(InputError, match=r"annotation 3 \(image 1\)"):
+        open_dataset(data)
+
+
+def test_an_annotation_without_a_mask_is_refused(open_dataset: Open) -> None:
+    entry = annotation(3)
+    del entry["segmentation"]
+    with pytest.raises(InputError, match=r"annotation 3 .* no 'segmentation'"):
+        open_dataset(coco([entry]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"bbox": [4, 5, 0, 4]}, 1),
+        ({"bbox": [4, 5, 4, -4]}, 1),
+        ({"bbox": [40, 5, 4, 4]}, 1),
+        ({"bbox": [4, 5, 1e-9, 4]}, 1),
+        ({"segmentation": []}, 1),
+        ({"segmentation": [[1, 2, 3, 4]]}, 1),
+        ({"segmentation": [SQUARE, [1, 2, 3, 4]]}, 2),
+    ],
+    ids=["no width", "negative", "outside", "no width in float32", "no polygon", "two points", "one part of two"],
+)
+def test_degenerate_objects_are_refused_or_dropped_with_a_warning(
+    open_dataset: Open, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], left: int
+) -> None:
+    data = coco([annotation(1), annotation(66, **changes)])
+    with pytest.raises(InputError, match=r"annotation 66 \(image 1\)[\s\S]*`degenerate: drop`"):
+        open_dataset(data)
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(data, degenerate="drop")
+    assert len(dataset[0].labels) == len(dataset[0].masks) == left
+    assert "annotation 66" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../1.png", "/etc/1.png", "a/../../1.png", "..\\1.png", "C:\\1.png"])
+def test_file_names_must_stay_in_the_folder(open_dataset: Open, name: str) -> None:
+    data = coco([])
+    data["images"][0]["file_name"] = name
+    with pytest.raises(InputError, match=r"image 1: its file_name .* leads out"):
+        open_dataset(data)
+
+
+def test_missing_images_are_noticed_at_once(write: Write, tmp_path: Path) -> None:
+    path = write(coco([annotation(1)]))
+    with pytest.raises(InputError, match=r"train2017: no such folder.*README"):
+        CocoDataset(path, tmp_path / "train2017")
+    with pytest.raises(InputError, match=r"no image 1\.png"):
+        CocoDataset(path, tmp_path)
+
+
+def test_no_image_left_is_an_error(open_dataset: Open) -> None:
+    with pytest.raises(InputError, match="no image with objects is left"):
+        open_dataset(coco([]), filter_empty=True)
+
+
+def test_an_image_of_another_size_is_refused_when_it_is_read(open_dataset: Open, tmp_path: Path) -> None:
+    dataset = open_dataset(coco([annotation(1)]))
+    Image.new("RGB", (31, 20)).save(tmp_path / "1.png")
+    with pytest.raises(InputError, match=r"1\.png: the image is 31 x 20 .* says 30 x 20 \(image 1\)\.$"):
+        dataset[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "1.png", exif=exif)
+    with pytest.raises(InputError, match="EXIF"):
+        dataset[0]
+
+
+# Real COCO.
+
+
+@pytest.mark.parametrize(("split", "images", "objects"), [("train2017", 343, 2974), ("val2017", 206, 1786)])
+def test_the_real_subset(shared_data: Path, split: str, images: int, objects: int) -> None:
+    file = shared_data / "coco_subset" / "annotations" / f"instances_{split}.json"
+    dataset = CocoDataset(file, shared_data / "coco_subset" / split, crowd="ignore")
+    assert len(dataset) == images
+    assert len(dataset.classes) == 80
+    reference = COCO(file)
+    found = 0
+    for i in range(len(dataset)):
+        example = dataset[i]
+        assert tuple(example.pixels.shape[1:]) == tuple(dataset.image_sizes()[i])
+        entries = reference.imgToAnns[example.image_id]
+        for entry, mask, label in zip(entries, example.masks, example.labels.tolist(), strict=True):
+            found += 1
+            assert (label == -1) == bool(entry["iscrowd"])
+            if label > 0 and i % 3 == 0:  # pycocotools' full-size masks take long
+                assert dataset.classes.category_ids[label - 1] == entry["category_id"]
+                expected = reference.annToMask(entry)
+                assert np.array_equal(paste(mask, *expected.shape), expected)
+    assert found == objects
+
+
+def test_ground_truth_of_the_real_subset_is_the_file_itself(shared_data: Path) -> None:
+    file = shared_data / "coco_subset" / "annotations" / "instances_val2017.json"
+    truth = CocoDataset(file, shared_data / "coco_subset" / "val2017").ground_truth()
+    assert truth == json.loads(file.read_text())

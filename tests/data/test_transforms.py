@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from maskrcnn.data.transforms import (
+    Compose,
+    HorizontalFlip,
+    Resize,
+    TransformsConfig,
+    flip_horizontally,
+    resize,
+    resized_size,
+)
+from maskrcnn.structures import Example, MaskCrop
+
+
+def example_with(*boxes: tuple[int, int, int, int], height: int = 12, width: int = 17) -> Example:
+    """Return an image of noise with objects that fill their boxes (x1, y1, x2, y2) in part, but touch all sides."""
+    rng = np.random.default_rng(0)
+    masks = []
+    for x1, y1, x2, y2 in boxes:
+        pixels = (rng.random((y2 - y1, x2 - x1)) < 0.5).astype(np.uint8)
+        pixels[0, 0] = pixels[-1, -1] = 1
+        masks.append(MaskCrop(x1, y1, pixels))
+    return Example(
+        image_id=4,
+        pixels=torch.from_numpy(rng.integers(0, 256, (height, width, 3), np.uint8)).permute(2, 0, 1),
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(1, len(boxes) + 1),
+        masks=tuple(masks),
+    )
+
+
+BOXES = ((0, 0, 17, 12), (3, 2, 8, 9), (16, 11, 17, 12))
+
+
+def assert_same(one: Example, other: Example) -> None:
+    assert torch.equal(one.pixels, other.pixels)
+    assert torch.equal(one.boxes, other.boxes)
+    assert one.scale == other.scale
+    for a, b in zip(one.masks, other.masks, strict=True):
+        assert a[:2] == b[:2]
+        assert np.array_equal(a.pixels, b.pixels)
+
+
+def test_flip_by_hand() -> None:
+    flipped = flip_horizontally(example_with((3, 2, 8, 9)))
+    assert flipped.boxes.tolist() == [[9, 2, 14, 9]]
+    assert flipped.masks[0][:2] == (9, 2)
+
+
+def test_two_flips_change_nothing() -> None:
+    example = example_with(*BOXES)
+    assert_same(flip_horizontally(flip_horizontally(example)), example)
+
+
+def test_boxes_stay_tight_and_masks_stay_on_their_pixels_when_flipped() -> None:
+    example = example_with(*BOXES)
+    flipped = flip_horizontally(example)
+    for before, after, box in zip(example.masks, flipped.masks, flipped.boxes.tolist(), strict=True):
+        height, width = after.pixels.shape
+        assert box == [after.x, after.y, after.x + width, after.y + height]
+        assert np.array_equal(after.pixels, before.pixels[:, ::-1])
+        before_colours = example.pixels[:, before.y : before.y + height, before.x : before.x + width]
+        after_colours = flipped.pixels[:, after.y : after.y + height, after.x : after.x + width]
+        assert torch.equal(after_colours, before_colours.flip(-1))
+
+
+def test_flip_commutes_with_resize() -> None:
+    example = example_with(*BOXES)
+    one, other = flip_horizontally(resize(example, (25, 31))), resize(flip_horizontally(example), (25, 31))
+    assert one.masks[1][:2] == other.masks[1][:2]
+    torch.testing.assert_close(one.boxes, other.boxes)
+    assert (one.pixels.int() - other.pixels.int()).abs().max() <= 1
+
+
+def test_resize_moves_boxes_and_scale_but_no_mask() -> None:
+    example = example_with(*BOXES)
+    resized = resize(resize(example, (24, 17)), (24, 51))
+    assert resized.pixels.shape == (3, 24, 51)
+    assert resized.pixels.dtype == torch.uint8
+    assert resized.scale == (3.0, 2.0)
+    assert resized.boxes[1].tolist() == [9, 4, 24, 18]
+    assert resized.masks is example.masks
+
+
+def test_the_size_by_hand() -> None:
+    assert resized_size(480, 640, 800, 1333, "nearest") == (800, 1067)
+    assert resized_size(480, 640, 800, 1333, "floor") == (800, 1066)
+    assert resized_size(640, 480, 800, 1333, "nearest") == (1067, 800)
+    assert resized_size(100, 1000, 800, 1333, "nearest") == (133, 1333)
+    assert resized_size(1, 5000, 800, 1333, "floor") == (1, 1333)
+
+
+def test_floor_and_no_antialias_is_what_torchvision_does() -> None:
+    theirs = GeneralizedRCNNTransform(60, 100, [0.0] * 3, [1.0] * 3)
+    ours = Resize((60,), 100, rounding="floor", antialias=False)
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(20, 200, (40, 2)).tolist():
+        example = example_with((1, 2, 9, 8), height=height, width=width)
+        image, targets = theirs.resize(example.pixels.float(), {"boxes": example.boxes})
+        resized = ours(example, rng)
+        assert resized.pixels.shape == image.shape
+        torch.testing.assert_close(resized.boxes, targets["boxes"])
+        assert (resized.pixels - image).abs().max() < 1.01  # uint8 rounds
+
+
+def test_images_without_objects_pass() -> None:
+    out = TransformsConfig(short_side=(20,), flip=1.0).build()(example_with(), np.random.default_rng(0))
+    assert out.boxes.shape == (0, 4)
+    assert out.masks == ()
+
+
+def test_flips_and_sizes_are_drawn_as_told() -> None:
+    transform = TransformsConfig(short_side=(24, 36), long_side=100, flip=0.5).build()
+    example = example_with((0, 0, 2, 12))
+    heights, flips = [], 0
+    for seed in range(400):
+        out = transform(example, np.random.default_rng(seed))
+        heights.append(out.pixels.shape[1])
+        flips += int(out.masks[0].x > 0)
+    assert set(heights) == {24, 36}
+    assert 160 < heights.count(24) < 240
+    assert 160 < flips < 240
+
+
+def test_the_generator_alone_decides() -> None:
+    transform = Compose((HorizontalFlip(0.5), Resize((20, 24, 28, 32), 99)))
+    example = example_with(*BOXES)
+    one, other = (transform(example, np.random.default_rng(5)) for _ in range(2))
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("wrong", [{"short_side": ()}, {"short_side": (0,)}, {"flip": 1.5}, {"rounding": "up"}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TransformsConfig(**wrong)  # type: ignore[arg-type]
