@@ -1,0 +1,1 @@
+"""From detections to COCO results, and from results to average precision."""

@@ -1,0 +1,349 @@
+"""Average precision and recall as COCO defines them, for boxes and masks, from ground truth and results alone.
+
+Shapes of COCO's tables: T IoU thresholds (0.50, 0.55, ..., 0.95), R recall levels (0, 0.01, ..., 1), K categories in
+ascending order of id, A areas (all, small, medium, large), N limits on detections per image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import faster_coco_eval
+import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
+from pycocotools import mask as cocoapi
+
+from maskrcnn.data.coco import complete_for_evaluation, read_coco_json
+from maskrcnn.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["faster", "pycocotools"]
+IouType = Literal["bbox", "segm"]
+
+SHOWN = 10  # ids or categories that a message lists before it only counts them
+
+
+@dataclass(frozen=True)
+class Figures:
+    """COCO's figures for boxes or for masks, each from 0 to 1.
+
+    A figure is nan where the ground truth holds nothing to measure (COCO writes -1): no object of this size, or of
+    this class. Small is below 32 x 32 pixels, large above 96 x 96, by the area of the mask.
+    """
+
+    ap: float  # mean over IoU 0.50, 0.55, ..., 0.95 and over the classes
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    ar: Mapping[int, float]  # largest recall with at most so many detections per image
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    class_ap: Mapping[str, float]  # `ap` of each class, by its name
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures under their usual names, without those of the classes."""
+        precision = [self.ap, self.ap50, self.ap75, self.ap_small, self.ap_medium, self.ap_large]
+        recall = [self.ar_small, self.ar_medium, self.ar_large]
+        return {
+            **dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), precision, strict=True)),
+            **{f"AR{limit}": value for limit, value in self.ar.items()},
+            **dict(zip(("ARs", "ARm", "ARl"), recall, strict=True)),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured; None for what it was not asked or had nothing to measure with."""
+
+    box: Figures | None
+    mask: Figures | None
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures as `box/AP`, `mask/AP50` and so on; nan where there is nothing to measure."""
+        return {
+            f"{name}/{figure}": value
+            for name, figures in self._parts().items()
+            for figure, value in figures.summary().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: the summary, and `classes` with the AP of each class; None in place of nan."""
+        classes: dict[str, dict[str, float | None]] = {}
+        for name, figures in self._parts().items():
+            for label, value in figures.class_ap.items():
+                classes.setdefault(label, {})[f"{name}/AP"] = _none_for_nan(value)
+        return {**{key: _none_for_nan(value) for key, value in self.summary().items()}, "classes": classes}
+
+    def format_table(self) -> str:
+        """Return the figures as a table for people to read, a line for boxes and one for masks."""
+        parts = {name: figures.summary() for name, figures in self._parts().items()}
+        header = next(iter(parts.values()), {})
+        return _format_rows("", header, [(name, list(values.values())) for name, values in parts.items()])
+
+    def format_class_table(self) -> str:
+        """Return the AP of each class as a table for people to read, a line for each class."""
+        parts = self._parts()
+        classes = next((list(figures.class_ap) for figures in parts.values()), [])
+        rows = [(label, [figures.class_ap[label] for figures in parts.values()]) for label in classes]
+        return _format_rows("class", [f"{name} AP" for name in parts], rows)
+
+    def _parts(self) -> dict[str, Figures]:
+        parts = {"box": self.box, "mask": self.mask}
+        return {name: figures for name, figures in parts.items() if figures is not None}
+
+
+def _none_for_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _format_rows(title: str, header: Iterable[str], rows: Sequence[tuple[str, list[float]]]) -> str:
+    left = max(len(title), *(len(name) for name, _ in rows)) if rows else len(title)
+    columns = [column.rjust(7) for column in header]
+    lines = [" ".join([title.ljust(left), *columns])]
+    for name, values in rows:
+        cells = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
+        aligned = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
+        lines.append(" ".join([name.ljust(left), *aligned]))
+    return "\n".join(lines)
+
+
+def evaluate(
+    ground_truth: dict[str, Any] | Path,
+    results: Sequence[dict[str, Any]],
+    iou_types: Sequence[IouType] = ("bbox", "segm"),
+    max_detections: Sequence[int] = (1, 10, 100),
+    backend: Backend = "faster",
+) -> Evaluation:
+    """Measure results against ground truth, over all images and categories of the ground truth.
+
+    Masks are left out if no result has one; boxes are taken from the masks if results have none. Results of unknown
+    categories do not count, as in COCO. Mask figures go by the area of masks, also where results have boxes.
+
+    Args:
+        ground_truth: the annotation file in COCO's format, or what it holds; it is not changed.
+        results: as `coco_results` and `read_results` return them; they are not changed.
+        iou_types: `bbox` measures boxes, `segm` masks.
+        max_detections: detections per image that count, ascending; the last limit is that of every figure but the
+            recalls of the others.
+        backend: `faster` is faster-coco-eval, which gives pycocotools' figures in a fifth of its time.
+
+    Raises:
+        InputError: the file is not COCO, or the results do not fit it.
+    """
+    assert list(max_detections) == sorted(max_detections), max_detections
+    data = _read(ground_truth)
+    _check_references(data, results)
+    figures = {
+        kind: _figures(*_tables(kind, data, results, list(max_detections), backend), data["categories"], max_detections)
+        for kind in _measurable(iou_types, results)
+    }
+    return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"))
+
+
+def _read(ground_truth: dict[str, Any] | Path) -> dict[str, Any]:
+    if isinstance(ground_truth, dict):
+        return complete_for_evaluation(ground_truth)
+    return complete_for_evaluation(read_coco_json(ground_truth))
+
+
+def _check_references(data: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Refuse results of unknown images and masks of another size than their image; warn of unknown categories."""
+    sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
+    if unknown := sorted({result["image_id"] for result in results} - sizes.keys()):
+        raise InputError(
+            f"the results name {len(unknown)} images that the ground truth lacks (image_id {_listed(unknown)}); "
+            "are they of another split?"
+        )
+    for result in results:
+        size = sizes[result["image_id"]]
+        if "segmentation" in result and list(result["segmentation"]["size"]) != size:
+            raise InputError(
+                f"the results have a mask of size {list(result['segmentation']['size'])} for image "
+                f"{result['image_id']}, whose height and width are {size}"
+            )
+    categories = {category["id"] for category in data["categories"]}
+    if unknown := sorted({result["category_id"] for result in results} - categories):
+        logger.warning("results of categories that the ground truth lacks do not count: %s", _listed(unknown))
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
+
+
+def _measurable(iou_types: Sequence[IouType], results: Sequence[dict[str, Any]]) -> list[IouType]:
+    """Leave out masks where results are boxes alone."""
+    masks = sum("segmentation" in result for result in results)
+    if "segm" not in iou_types or masks == len(results):
+        return list(iou_types)
+    if masks > 0:
+        raise InputError(f"{len(results) - masks} of {len(results)} results have no 'segmentation'")
+    if "bbox" not in iou_types:
+        raise InputError("the results have no 'segmentation', so there are no masks to measure")
+    logger.info("the results have no masks: boxes are measured alone")
+    return ["bbox"]
+
+
+def _tables(
+    kind: IouType,
+    data: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    max_detections: list[int],
+    backend: Backend,
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's tables: precision (T, R, K, A, N) and recall (T, K, A, N), -1 where there is nothing to measure."""
+    if backend == "faster":
+        coco, coco_eval = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    else:
+        coco, coco_eval = pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        sides = []
+        for annotations in (_objects(kind, data["annotations"]), _detections(kind, results)):
+            side = coco()
+            side.dataset = {**data, "annotations": annotations}
+            side.createIndex()
+            sides.append(side)
+        evaluator = coco_eval(*sides, kind)
+        evaluator.print_function = logger.debug
+        evaluator.params.maxDets = max_detections
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+def _objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the annotations, because COCO's code writes into them, and with ids from 1 on.
+
+    COCO takes a match with id 0 for none.
+    """
+    if kind == "segm":
+        annotations = _with_masks(annotations)
+    return [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
+
+
+def _with_masks(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what has no mask, and polygons of fewer than three points, some of which COCO's code reads as boxes."""
+    usable, maskless = [], []
+    for annotation in annotations:
+        mask = annotation.get("segmentation")
+        if isinstance(mask, list):
+            mask = [polygon for polygon in mask if len(polygon) >= 6]
+        if mask:
+            usable.append({**annotation, "segmentation": mask})
+        else:
+            maskless.append(annotation["id"])
+    if maskless:
+        logger.warning("annotations without a mask are left out of the mask figures: %s", _listed(maskless))
+    return usable
+
+
+def _detections(kind: IouType, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results in the form of annotations: ids from 1 on, and the area that COCO counts them by."""
+    if kind == "segm":
+        masks = [_compressed(result["segmentation"]) for result in results]
+        shapes = [{"segmentation": mask, "area": float(cocoapi.area(mask))} for mask in masks]
+    else:
+        boxes = [_box(result) for result in results]
+        shapes = [{"bbox": box, "area": box[2] * box[3]} for box in boxes]
+    return [
+        {
+            "id": number,
+            "image_id": result["image_id"],
+            "category_id": result["category_id"],
+            "score": result["score"],
+            "iscrowd": 0,
+            **shape,
+        }
+        for number, (result, shape) in enumerate(zip(results, shapes, strict=True), 1)
+    ]
+
+
+def _compressed(mask: dict[str, Any]) -> dict[str, Any]:
+    return mask if isinstance(mask["counts"], (str, bytes)) else cocoapi.frPyObjects(mask, *mask["size"])
+
+
+def _box(result: dict[str, Any]) -> list[float]:
+    if "bbox" in result:
+        return list(result["bbox"])
+    if "segmentation" not in result:
+        raise InputError(f"a result of image {result['image_id']} has neither 'bbox' nor 'segmentation'")
+    return cocoapi.toBbox(_compressed(result["segmentation"])).tolist()
+
+
+def _figures(
+    precision: np.ndarray,
+    recall: np.ndarray,
+    categories: Sequence[dict[str, Any]],
+    max_detections: Sequence[int],
+) -> Figures:
+    """Average COCO's tables."""
+    best = precision[..., -1]  # (T, R, K, A)
+    return Figures(
+        ap=_mean(best[..., 0]),
+        ap50=_mean(best[0, ..., 0]),
+        ap75=_mean(best[5, ..., 0]),
+        ap_small=_mean(best[..., 1]),
+        ap_medium=_mean(best[..., 2]),
+        ap_large=_mean(best[..., 3]),
+        ar={limit: _mean(recall[..., 0, n]) for n, limit in enumerate(max_detections)},
+        ar_small=_mean(recall[..., 1, -1]),
+        ar_medium=_mean(recall[..., 2, -1]),
+        ar_large=_mean(recall[..., 3, -1]),
+        class_ap={name: _mean(best[:, :, k, 0]) for k, name in enumerate(_class_names(categories))},
+    )
+
+
+def _class_names(categories: Sequence[dict[str, Any]]) -> list[str]:
+    """Names in ascending order of category ids; a name that several categories have gets their ids."""
+    times = Counter(category["name"] for category in categories)
+    ordered = sorted(categories, key=lambda category: category["id"])
+    return [
+        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for category in ordered
+    ]
+
+
+def _mean(values: np.ndarray) -> float:
+    measured = values[values > -1]
+    return float(measured.mean()) if measured.size else math.nan
+
+
+def diagnose(ground_truth: dict[str, Any] | Path, results: Sequence[dict[str, Any]]) -> str | None:
+    """Explain what to look at where AP50 is 0 although there are results; None where there are none.
+
+    The usual cause is that categories or images of the two sides are not the same.
+    """
+    if not results:
+        return None
+    data = _read(ground_truth)
+    objects = Counter(annotation["category_id"] for annotation in data["annotations"])
+    found = Counter(result["category_id"] for result in results)
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    images = {image["id"] for image in data["images"]}
+    images_found = {result["image_id"] for result in results}
+    counted = sorted(objects.keys() | found.keys(), key=lambda key: -objects[key] - found[key])
+    lines = [
+        f"results name {len(images_found)} images, {len(images_found & images)} of the {len(images)} in the "
+        "ground truth",
+        *(
+            f"category {key} ({names.get(key, 'unknown')}): {objects[key]} objects, {found[key]} results"
+            for key in counted[:SHOWN]
+        ),
+    ]
+    if len(counted) > SHOWN:
+        lines.append(f"and {len(counted) - SHOWN} more categories")
+    if not objects.keys() & found.keys():
+        lines.append("no category has both objects and results: the category ids of the two do not match")
+    return "\n".join(lines)
