@@ -1,0 +1,1 @@
+"""What turns a model and a stream of batches into trained weights."""

@@ -1,0 +1,333 @@
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from maskrcnn.errors import InputError
+from maskrcnn.structures import ClassTable
+from maskrcnn.training.checkpoint import (
+    CheckpointFolder,
+    RowLayout,
+    capture,
+    load_checkpoint,
+    load_weights,
+    random_states,
+    restore,
+    save_checkpoint,
+    set_random_states,
+)
+from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
+
+CLASSES = ClassTable(names=("cat", "dog", "owl"), category_ids=(1, 7, 90))
+CONFIG = {"training": {"batch_size": 2, "clip_norm": None, "steps": [1, 2]}}
+
+
+class Heads(nn.Module):
+    """The parameters of the heads whose rows belong to classes, and one that all classes share."""
+
+    def __init__(self, classes: int, width: int = 2) -> None:
+        super().__init__()
+        self.shared = nn.Linear(3, width)
+        self.scores = nn.Linear(width, classes + 1)
+        self.deltas = nn.Linear(width, classes * 4)
+        self.masks = nn.Conv2d(width, classes, 1)
+
+    def class_rows(self) -> Mapping[str, RowLayout]:
+        layouts: tuple[RowLayout, ...] = ("scores", "deltas", "masks")
+        return {f"{layout}.{kind}": layout for layout in layouts for kind in ("weight", "bias")}
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+@pytest.fixture
+def optimizer(model):
+    optimizer = AdamWConfig().build(model, batch_size=16)
+    model(torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+    return optimizer
+
+
+def checkpoint_of(model, optimizer, iteration=7, metrics=None):
+    metrics = metrics or {}
+    return capture(model, optimizer, iteration=iteration, classes=CLASSES, config=CONFIG, metrics=metrics)
+
+
+# ---- Files
+
+
+def test_what_is_saved_comes_back(tmp_path, model, optimizer):
+    path = tmp_path / "new" / "last.pt"
+    saved = checkpoint_of(model, optimizer, metrics={"segm/AP": 0.25})
+    save_checkpoint(path, saved)
+    loaded = load_checkpoint(path)
+    assert (loaded.iteration, loaded.classes, loaded.config) == (7, CLASSES, CONFIG)
+    assert (loaded.metrics, loaded.versions) == ({"segm/AP": 0.25}, saved.versions)
+    assert loaded.model.keys() == saved.model.keys()
+    for name, tensor in saved.model.items():
+        assert torch.equal(loaded.model[name], tensor)
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_restoring_puts_weights_optimizer_and_draws_back(tmp_path, model, optimizer):
+    save_checkpoint(tmp_path / "last.pt", checkpoint_of(model, optimizer))
+    drawn = torch.rand(3), np.random.rand(), random.random()
+    other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    fresh = AdamWConfig().build(other, batch_size=16)
+    restore(load_checkpoint(tmp_path / "last.pt"), other, fresh, source="last.pt")
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert (np.random.rand(), random.random()) == drawn[1:]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    assert torch.equal(fresh.state[other[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+    assert fresh.state[other[0].weight]["step"] == 1
+
+
+def test_random_states_hold_numpys_kept_normal():
+    np.random.seed(3)
+    np.random.standard_normal()  # it draws two and keeps one
+    states = random_states()
+    drawn = np.random.standard_normal(3)
+    set_random_states(states)
+    assert np.array_equal(np.random.standard_normal(3), drawn)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, optimizer):
+    other = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+    with pytest.raises(InputError, match=r"last\.pt: .*(\n.*)*0\.weight: \[3, 2\] in the file, \[4, 2\] in the model"):
+        restore(checkpoint_of(model, optimizer), other, SGDConfig().build(other, batch_size=16), source="last.pt")
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, model, optimizer, monkeypatch, failing):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of(model, optimizer, iteration=1))
+
+    def fail(*arguments):
+        if failing == "torch.save":
+            arguments[1].write(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, checkpoint_of(model, optimizer, iteration=2))
+    monkeypatch.undo()
+    assert load_checkpoint(path).iteration == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+from maskrcnn.structures import ClassTable
+from maskrcnn.training.checkpoint import CheckpointFolder
+from maskrcnn.training.optimizer import SGDConfig
+
+model = nn.Linear(1, 1)
+folder = CheckpointFolder(
+    Path(sys.argv[1]),
+    model=model,
+    optimizer=SGDConfig().build(model, batch_size=16),
+    classes=ClassTable((), ()),
+    config={},
+    metric="segm/AP",
+)
+folder.save(1)
+
+def die_half_way(content, file):
+    file.write(b"the first half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = die_half_way
+folder.save(2)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(tmp_path, model, optimizer):
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "last.pt.tmp").exists()
+    assert load_checkpoint(tmp_path / "last.pt").iteration == 1
+    save_checkpoint(tmp_path / "last.pt", checkpoint_of(model, optimizer, iteration=3))  # what is left is no obstacle
+    assert load_checkpoint(tmp_path / "last.pt").iteration == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.pt: cannot read it: No such file"):
+        load_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(InputError, match="cannot read it: Is a directory"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path, model, optimizer):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of(model, optimizer))
+    whole = path.read_bytes()
+    for damaged in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"last\.pt: "):
+            load_checkpoint(path)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"format": print}, path)
+    with pytest.raises(InputError, match=r"evil\.pt: this is not a file of tensors that can be read safely"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2]])
+def test_a_file_without_names_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "list.pt")
+    with pytest.raises(InputError, match=r"list\.pt: it holds a \w+, not tensors by name"):
+        load_checkpoint(tmp_path / "list.pt")
+
+
+def test_a_foreign_state_dict_is_refused(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "resnet.pt")
+    with pytest.raises(InputError, match=r"resnet\.pt: this is not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "resnet.pt")
+
+
+def test_a_checkpoint_without_a_part_says_which(tmp_path, model, optimizer):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of(model, optimizer))
+    content = torch.load(path, weights_only=True)
+    del content["optimizer"], content["classes"]
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"last\.pt: .*lacks optimizer, classes"):
+        load_checkpoint(path)
+
+
+def test_best_stays_the_best_across_a_resume(tmp_path, model, optimizer):
+    def folder():
+        return CheckpointFolder(
+            tmp_path, model=model, optimizer=optimizer, classes=CLASSES, config=CONFIG, metric="segm/AP"
+        )
+
+    first = folder()
+    assert first.keep_best(10, {"segm/AP": 0.2})
+    assert first.keep_best(20, {"segm/AP": 0.4})
+    assert not first.keep_best(30, {"segm/AP": float("nan")})
+    resumed = folder()
+    assert not resumed.keep_best(40, {"segm/AP": 0.3})
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert (best.iteration, best.metrics) == (20, {"segm/AP": 0.4})
+    resumed.save(40)
+    assert load_checkpoint(tmp_path / "last.pt").iteration == 40
+
+
+# ---- Weights alone
+
+
+def test_weights_that_fit_are_taken_and_the_rest_is_reported():
+    model = nn.ModuleDict({"body": nn.Linear(2, 3), "head": nn.Linear(3, 4, bias=False), "new": nn.Linear(1, 1)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {
+        "body.weight": torch.ones(3, 2),
+        "body.bias": torch.ones(3),
+        "head.weight": torch.ones(5, 3),
+        "old.weight": torch.ones(1),
+    }
+    report = load_weights(model, weights, source="init.pt")
+    assert report.loaded == ("body.weight", "body.bias")
+    assert report.misfits == (("head.weight", (5, 3), (4, 3)),)
+    assert report.missing == ("new.weight", "new.bias")
+    assert report.unused == ("old.weight",)
+    assert torch.equal(model["body"].weight, torch.ones(3, 2))
+    assert torch.equal(model["head"].weight, before["head.weight"])
+    assert report.describe().splitlines() == [
+        "2 tensors loaded from init.pt",
+        "  does not fit  head.weight: [5, 3] in the file, [4, 3] in the model",
+        "  missing       new.weight: not in the file",
+        "  missing       new.bias: not in the file",
+        "  unused        old.weight: not in the model",
+    ]
+    with pytest.raises(InputError, match=r"init\.pt: these weights are not of this model(\n.*)*head\.weight"):
+        report.require_complete()
+
+
+def test_weights_that_fit_all_are_complete(model):
+    report = load_weights(model, model.state_dict(), source="last.pt")
+    report.require_complete()
+    assert report.describe() == "7 tensors loaded from last.pt"
+
+
+def numbered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return weights for `model` in which each row holds its own index."""
+    rows = {name: torch.arange(len(tensor), dtype=torch.float32) for name, tensor in model.state_dict().items()}
+    return {
+        name: rows[name].view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def test_class_rows_follow_their_names():
+    target = ClassTable(names=("owl", "fox", "cat"), category_ids=(1, 2, 3))
+    model = Heads(classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(-1.0)
+    weights = numbered(Heads(classes=3))
+    report = load_weights(model, weights, source="init.pt", source_classes=CLASSES, classes=target)
+    # cat, dog, owl are 1, 2, 3 in the file; the model's owl, fox, cat keep -1 where the file has none.
+    assert model.scores.bias.tolist() == [0, 3, -1, 1]
+    assert model.scores.weight[:, 1].tolist() == [0, 3, -1, 1]
+    assert model.deltas.bias.tolist() == [8, 9, 10, 11, -1, -1, -1, -1, 0, 1, 2, 3]
+    assert model.deltas.weight[:, 0].tolist() == [8, 9, 10, 11, -1, -1, -1, -1, 0, 1, 2, 3]
+    assert model.masks.bias.tolist() == [2, -1, 0]
+    assert model.masks.weight[:, 1, 0, 0].tolist() == [2, -1, 0]
+    assert model.shared.bias.tolist() == [0, 1]
+    assert (report.known_classes, report.new_classes) == (("owl", "cat"), ("fox",))
+    assert "classes new, keep the model's values: fox" in report.describe()
+    assert weights["scores.bias"].tolist() == [0, 1, 2, 3]  # the caller's tensors are untouched
+    with pytest.raises(InputError, match="fox"):
+        report.require_complete()
+
+
+@pytest.mark.parametrize("names", [("dog",), ("cat", "dog", "owl", "fox", "elk")])
+def test_class_rows_follow_their_names_into_another_number_of_classes(names):
+    model = Heads(classes=len(names))
+    target = ClassTable(names=names, category_ids=tuple(range(len(names))))
+    report = load_weights(model, numbered(Heads(classes=3)), source="x", source_classes=CLASSES, classes=target)
+    assert report.misfits == ()
+    dog = names.index("dog")
+    assert model.scores.bias[[0, dog + 1]].tolist() == [0, 2]
+    assert model.deltas.bias[4 * dog : 4 * dog + 4].tolist() == [4, 5, 6, 7]
+    assert model.masks.bias[dog].item() == 1
+
+
+def test_no_common_class_keeps_background_alone():
+    model = Heads(classes=1)
+    before = model.masks.weight.clone()
+    target = ClassTable(names=("fox",), category_ids=(1,))
+    report = load_weights(model, numbered(Heads(classes=3)), source="x", source_classes=CLASSES, classes=target)
+    assert report.known_classes == ()
+    assert model.scores.bias[0].item() == 0
+    assert torch.equal(model.masks.weight, before)
+
+
+def test_class_rows_of_another_width_do_not_fit():
+    model = Heads(classes=3, width=5)
+    report = load_weights(model, numbered(Heads(classes=3)), source="x", source_classes=CLASSES, classes=CLASSES)
+    assert ("scores.weight", (4, 2), (4, 5)) in report.misfits
+    assert model.scores.bias.tolist() == [0, 1, 2, 3]
+
+
+def test_rows_that_contradict_the_class_table_are_refused():
+    with pytest.raises(InputError, match=r"init\.pt: scores\.weight has 3 rows, but 3 classes need 4"):
+        load_weights(
+            Heads(classes=3), numbered(Heads(classes=2)), source="init.pt", source_classes=CLASSES, classes=CLASSES
+        )

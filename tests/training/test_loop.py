@@ -1,0 +1,316 @@
+import itertools
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
+from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint, restore
+from maskrcnn.training.loop import Interrupted, Speedometer, StopRequest, TrainingConfig, train, training_step
+from maskrcnn.training.metrics import TIMING_KEYS, MetricsWriter, read_records
+from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
+from maskrcnn.training.schedule import MultiStepConfig
+
+CPU = torch.device("cpu")
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost a tiny model more than they give, where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Toy(nn.Module):
+    """Five losses from a few linear layers; batch norm has state, and dropout draws from the global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25))
+        self.head = nn.Linear(8, 5)
+        self.steps = 0
+        self.on_step = {}  # what else happens in a training step, by its number
+
+    def forward(self, images: ImageBatch, targets: Targets) -> Losses:
+        if self.training:
+            self.steps += 1
+            self.on_step.get(self.steps, lambda: None)()
+        outputs = self.head(self.body(images.pixels.float().flatten(1) / 255))
+        return Losses(*(outputs - targets.boxes[:, 0, :1]).float().square().mean(0))
+
+
+def make_batch(iteration):
+    """Return the batch of the step after `iteration`: its content depends on that number alone."""
+    generator = torch.Generator().manual_seed(iteration)
+    none = torch.zeros(4, 1, 2)
+    masks = MaskTables(torch.zeros(0), none[..., 0].long(), none.long(), none, torch.ones(4, 2))
+    return Batch(
+        image_ids=tuple(range(4 * iteration, 4 * iteration + 4)),
+        images=ImageBatch(
+            torch.randint(0, 256, (4, 3, 2, 2), generator=generator, dtype=torch.uint8),
+            torch.full((4, 2), 2),
+            torch.zeros(4, dtype=torch.int64),
+        ),
+        targets=Targets(torch.rand(4, 1, 4, generator=generator), torch.ones(4, 1, dtype=torch.int64), masks),
+        scales=((1.0, 1.0),) * 4,
+        original_sizes=((2, 2),) * 4,
+    )
+
+
+def make_loader(start):
+    iteration = start
+    while True:
+        yield make_batch(iteration)
+        iteration += 1
+
+
+class Run:
+    """One process's part of a run: built anew, or from the checkpoint that is there."""
+
+    def __init__(self, folder, optimizer_config=None, iterations=STEPS, **options):
+        torch.manual_seed(0)
+        config = optimizer_config or SGDConfig(lr=0.05)
+        self.folder, self.iterations, self.options = folder, iterations, options
+        self.model = Toy()
+        self.optimizer = config.build(self.model, batch_size=16)
+        self.evaluated_at = []
+        self.start = 0
+        last = folder / "checkpoints" / "last.pt"
+        if last.exists():
+            checkpoint = load_checkpoint(last)
+            restore(checkpoint, self.model, self.optimizer, source=str(last))
+            self.start = checkpoint.iteration
+        self.checkpoints = CheckpointFolder(
+            last.parent,
+            model=self.model,
+            optimizer=self.optimizer,
+            classes=ClassTable(("toy",), (1,)),
+            config={},
+            metric="segm/AP",
+        )
+
+    def evaluate(self, iteration):
+        self.evaluated_at.append(iteration)
+        self.model.eval()
+        with torch.no_grad():
+            batch = make_batch(1000)
+            metrics = {"segm/AP": -self.model(batch.images, batch.targets).total.item()}
+        self.checkpoints.keep_best(iteration, metrics)
+        return metrics
+
+    def train(self):
+        options = {"evaluate": self.evaluate, "evaluate_every": 4, "checkpoint_every": 3, "log_every": 2}
+        schedule = MultiStepConfig(iterations=STEPS, steps=(9,), warmup_iterations=4).build()
+        with MetricsWriter(self.folder, start=self.start) as writer:
+            train(
+                self.model,
+                make_loader(self.start),
+                self.optimizer,
+                schedule,
+                start=self.start,
+                iterations=self.iterations,
+                device=CPU,
+                writer=writer,
+                save=self.checkpoints.save,
+                **{**options, **self.options},
+            )
+        return self
+
+    def records(self):
+        records = read_records(self.folder / "metrics.jsonl")
+        return [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in records]
+
+
+def rates_aside(groups):
+    """Leave out the current rate: each step sets it anew, from `initial_lr` and the iteration."""
+    return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+
+
+def assert_same_state(left, right):
+    """Equality bit for bit, of everything that a checkpoint holds."""
+    for name in ("last.pt", "best.pt"):
+        a, b = (load_checkpoint(run.folder / "checkpoints" / name) for run in (left, right))
+        assert (a.iteration, a.metrics) == (b.iteration, b.metrics)
+        assert all(torch.equal(tensor, b.model[key]) for key, tensor in a.model.items())
+        assert rates_aside(a.optimizer["param_groups"]) == rates_aside(b.optimizer["param_groups"])
+        for index, state in a.optimizer["state"].items():
+            assert all(torch.equal(value, b.optimizer["state"][index][key]) for key, value in state.items())
+        assert torch.equal(a.random_states["torch"], b.random_states["torch"])
+
+
+@pytest.mark.parametrize("config", [SGDConfig(lr=0.05), AdamWConfig(lr=0.02)], ids=lambda config: config.kind)
+@pytest.mark.parametrize("stop", [5, 6, 8], ids=lambda stop: f"after {stop}")
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, config, stop):
+    whole = Run(tmp_path / "whole", config).train()
+    first = Run(tmp_path / "halves", config)
+    first.model.on_step[stop] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        first.train()
+    second = Run(tmp_path / "halves", config)
+    assert second.start == stop
+    second.train()
+    assert_same_state(whole, second)
+    assert second.records() == whole.records()
+    assert first.evaluated_at + second.evaluated_at == whole.evaluated_at == [4, 8, 12]
+
+
+def test_a_run_killed_between_checkpoints_repeats_its_steps(tmp_path):
+    whole = Run(tmp_path / "whole").train()
+    first = Run(tmp_path / "halves")
+    first.model.on_step[8] = lambda: 1 / 0  # the last checkpoint is of step 6, and step 7 would be logged twice
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    second = Run(tmp_path / "halves")
+    assert second.start == 6
+    second.train()
+    assert_same_state(whole, second)
+    assert second.records() == whole.records()
+
+
+def test_a_run_killed_during_an_evaluation_repeats_it(tmp_path):
+    whole = Run(tmp_path / "whole").train()
+
+    def die(iteration):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path / "halves", evaluate=die).train()
+    second = Run(tmp_path / "halves")
+    assert second.start == 4
+    second.train()
+    assert second.evaluated_at == [4, 8, 12]
+    assert_same_state(whole, second)
+    assert second.records() == whole.records()
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    Run(tmp_path).train()
+    again = Run(tmp_path).train()
+    assert (again.start, again.model.steps, again.evaluated_at) == (STEPS, 0, [])
+
+
+def test_training_lowers_the_loss_and_records_what_it_says(tmp_path):
+    run = Run(tmp_path).train()
+    trained = [record for record in run.records() if record["kind"] == "train"]
+    assert [record["iteration"] for record in trained] == [2, 4, 6, 8, 10, 12]
+    assert trained[-1]["loss"] < 0.8 * trained[0]["loss"]
+    # Before step 2 one step is done, of a warm-up of 4; before step 10 nine are, where the schedule steps down.
+    assert trained[0]["lr"] == pytest.approx(0.05 * (0.001 + 0.999 / 4))
+    assert [trained[i]["lr"] for i in (2, 3, 4)] == pytest.approx([0.05, 0.05, 0.005])
+    assert trained[0]["losses"].keys() == set(Losses._fields)
+
+
+def test_each_record_measures_the_speed_since_the_one_before(tmp_path, monkeypatch):
+    squares = (float(n * n) for n in itertools.count())  # so the blocks last 1, 5, 9, ... seconds
+    monkeypatch.setattr("maskrcnn.training.loop.Speedometer", lambda: Speedometer(clock=lambda: next(squares)))
+    Run(tmp_path, iterations=4).train()
+    trained = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+    speeds = [record["images_per_second"] for record in trained]
+    assert speeds == [8 / (1 + 5 + 9 + 13), 8 / (17 + 21 + 25 + 29)]
+
+
+def test_the_last_step_is_saved_evaluated_and_logged_whatever_the_intervals(tmp_path):
+    run = Run(tmp_path, iterations=3, evaluate_every=100, checkpoint_every=100, log_every=100).train()
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").iteration == 3
+    assert [(record["kind"], record["iteration"]) for record in run.records()] == [("train", 3), ("evaluation", 3)]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, number, status):
+    before = signal.getsignal(number)
+    run = Run(tmp_path)
+    run.model.on_step[5] = lambda: os.kill(os.getpid(), number)
+    with pytest.raises(Interrupted, match=f"{number.name}: stopped after iteration 5") as stopped:
+        run.train()
+    assert stopped.value.status == status
+    assert run.model.steps == 5
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert checkpoint.iteration == 5
+    assert torch.equal(checkpoint.model["head.weight"], run.model.head.weight)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_acts_at_once(capfd):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "SIGINT: finishing this step" in capfd.readouterr().err
+
+
+def poisoned(place):
+    """Return a run whose fourth step has a NaN in its loss, or in its gradient alone."""
+
+    def poison(run):
+        if place == "loss":
+            run.model.head.bias.data[2] = torch.nan
+        else:
+            run.model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+        run.before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+    return poison
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("loss", r"iteration 4: .* proposal_box \d\S*, label nan, box .*; image ids 12, 13, 14, 15"),
+        ("gradient", r"iteration 4: .* label \d\S*, .*gradient norm (nan|inf); image ids 12, 13, 14, 15"),
+    ],
+)
+def test_training_stops_before_a_step_that_is_not_finite(tmp_path, place, message, clip_norm):
+    run = Run(tmp_path, clip_norm=clip_norm)
+    run.model.on_step[4] = lambda: poisoned(place)(run)
+    with pytest.raises(FloatingPointError, match=message):
+        run.train()
+    for name, parameter in run.model.named_parameters():
+        torch.testing.assert_close(parameter.data, run.before[name], rtol=0, atol=0, equal_nan=True)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").iteration == 3
+
+
+def test_bf16_runs_the_matrix_products_in_bf16_and_keeps_the_weights_in_fp32():
+    model = Toy()
+    seen = []
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    optimizer = SGDConfig().build(model, batch_size=16)
+    for precision in ("bf16", "fp32"):
+        training_step(model, make_batch(0), optimizer, 1, CPU, None, precision)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path):
+    model = Toy()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = SGDConfig(lr=1.0, momentum=0.0, weight_decay=0.0).build(model, batch_size=16)
+    _, norm = training_step(model, make_batch(0), optimizer, 1, CPU, 0.01, "fp32")
+    moved = torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), before, strict=True)])
+    assert norm > 0.02
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_speed_counts_waiting_and_working_alone():
+    ticks = iter([0.0, 1.0, 10.0, 13.0])
+    speed = Speedometer(clock=lambda: next(ticks))
+    assert (speed.images_per_second, speed.data_share) == (0.0, 0.0)
+    with speed.waiting():
+        pass  # one second
+    with speed.working(images=8):
+        pass  # three seconds, nine after the wait ended
+    assert (speed.images_per_second, speed.data_share) == (2.0, 0.25)
+    speed.reset()
+    assert speed.images_per_second == 0.0
+
+
+def test_default_configuration_is_the_reference_recipe():
+    config = TrainingConfig()
+    assert (config.batch_size, config.optimizer, config.schedule) == (16, SGDConfig(), MultiStepConfig())
+    assert TrainingConfig.model_validate(config.model_dump(mode="json")) == config
