@@ -1,0 +1,1 @@
+"""The network, one file a stage, in the order in which data flows."""

@@ -1,0 +1,10 @@
+"""Backbones: an image goes in, strided feature maps come out."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from maskrcnn.models.backbones.resnet import ResNetConfig
+from maskrcnn.models.backbones.vgg import VGGConfig
+
+BackboneConfig = Annotated[ResNetConfig | VGGConfig, Field(discriminator="kind")]

@@ -1,0 +1,175 @@
+"""Box head: the class of a region, and for each class where its box should be.
+
+Shapes: N regions, C channels, S cells along a region's side, D features, K classes, B images.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from maskrcnn.config import Section
+from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
+from maskrcnn.ops.boxes import BoxWeights, encode_deltas
+
+
+class FCTrunkConfig(Section):
+    """Hidden fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
+
+    kind: Literal["fc"] = "fc"
+    pool_size: int = 7
+    width: int = 1024
+    depth: int = Field(2, ge=1)
+
+    def build(self, *, channels: int, side: int) -> FullyConnected:
+        """The trunk for regions `(N, channels, side, side)`."""
+        return FullyConnected(channels * side * side, width=self.width, depth=self.depth)
+
+
+class VGGTrunkConfig(Section):
+    """VGG's own fc6 and fc7, with its ImageNet weights where the backbone has them (Fast R-CNN, section 2)."""
+
+    kind: Literal["vgg_fc"] = "vgg_fc"
+    pool_size: Literal[7] = 7
+
+    def build(self, *, channels: int, side: int) -> VGGFullyConnected:
+        """The trunk for regions `(N, channels, side, side)`."""
+        return VGGFullyConnected(channels * side * side)
+
+
+class MeanTrunkConfig(Section):
+    """The mean over a region's cells: what follows stage 5 in a ResNet, for C4 backbones."""
+
+    kind: Literal["mean"] = "mean"
+    pool_size: int = 14
+
+    def build(self, *, channels: int, side: int) -> Mean:
+        """The trunk for regions `(N, channels, side, side)`."""
+        return Mean(channels)
+
+
+BoxTrunkConfig = Annotated[FCTrunkConfig | VGGTrunkConfig | MeanTrunkConfig, Field(discriminator="kind")]
+
+
+class FullyConnected(nn.Sequential):
+    """`depth` linear layers with ReLUs: `(N, C, S, S) -> (N, width)`."""
+
+    def __init__(self, inputs: int, *, width: int, depth: int) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for index in range(depth):
+            linear = nn.Linear(inputs if index == 0 else width, width)
+            nn.init.kaiming_uniform_(linear.weight, a=1)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+        self.features = width
+
+
+class VGGFullyConnected(nn.Module):
+    """fc6 and fc7, named as in torchvision's VGG: `(N, C, S, S) -> (N, 4096)`.
+
+    Without VGG's dropout: a draw inside the head would make an image's loss depend on the rest of its batch.
+    """
+
+    def __init__(self, inputs: int, *, width: int = 4096) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        # Index 2 was the dropout; fc7 keeps its number 3.
+        self.classifier = nn.Sequential(nn.Linear(inputs, width), relu, nn.Identity(), nn.Linear(width, width), relu)
+        self.features = width
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """`(N, C, S, S) -> (N, 4096)`."""
+        return self.classifier(regions.flatten(1))
+
+
+class Mean(nn.Module):
+    """`(N, C, S, S) -> (N, C)`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.features = channels
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """`(N, C, S, S) -> (N, C)`."""
+        return regions.mean(dim=(2, 3))
+
+
+class BoxOutputs(NamedTuple):
+    """What the box head says of N regions."""
+
+    scores: Tensor  # (N, K + 1) logits; column 0 is background
+    deltas: Tensor  # (N, K, 4): the box of each class, relative to the region
+
+
+class BoxLosses(NamedTuple):
+    """The box head's two loss terms, scalars."""
+
+    label: Tensor
+    box: Tensor
+
+
+class BoxHead(nn.Module):
+    """A trunk, and one linear layer each for scores and deltas."""
+
+    def __init__(
+        self,
+        *,
+        trunk: nn.Module,
+        features: int,
+        num_classes: int,
+        weights: BoxWeights,
+        beta: float,
+        normalizer: Normalizer,
+    ) -> None:
+        """Build the predictors on `trunk`, which gives `features` numbers a region.
+
+        `weights` multiply the deltas' coordinates, smooth L1 turns linear at `beta` (0: L1), and `normalizer` is
+        explained at `sample_mean`.
+        """
+        super().__init__()
+        self.trunk = trunk
+        self.weights = weights
+        self.beta = beta
+        self.normalizer: Normalizer = normalizer
+        self.scores = nn.Linear(features, num_classes + 1)
+        self.deltas = nn.Linear(features, num_classes * 4)
+        nn.init.normal_(self.scores.weight, std=0.01)
+        nn.init.normal_(self.deltas.weight, std=0.001)
+        nn.init.zeros_(self.scores.bias)
+        nn.init.zeros_(self.deltas.bias)
+
+    def forward(self, regions: Tensor) -> BoxOutputs:
+        """Regions `(N, C, S, S)` to scores and deltas."""
+        features = self.trunk(regions)
+        return BoxOutputs(self.scores(features), self.deltas(features).unflatten(1, (-1, 4)))
+
+    def losses(
+        self, outputs: BoxOutputs, *, labels: Tensor, boxes: Tensor, objects: Tensor, images: Tensor, batch: int
+    ) -> BoxLosses:
+        """Cross entropy of the classes, and smooth L1 of a positive's own deltas (Fast R-CNN, section 2.3).
+
+        Both are divided by the number of samples, negatives included, so that the box term does not outgrow the
+        other in images with few positives.
+
+        Args:
+            outputs: for N regions.
+            labels: `(N,)` class of each region, 0 for background.
+            boxes: `(N, 4)` of the regions.
+            objects: `(N, 4)` boxes of the matched objects; anything for background.
+            images: `(N,)` image of each region.
+            batch: number of images, B.
+        """
+        counts = boxes.new_zeros(batch).index_add(0, images, torch.ones_like(labels, dtype=boxes.dtype))
+        label = F.cross_entropy(outputs.scores.float(), labels, reduction="none")
+        own = outputs.deltas[torch.arange(len(labels), device=labels.device), (labels - 1).clamp(min=0)]  # (N, 4)
+        wanted = encode_deltas(objects, boxes, weights=self.weights)
+        box = box_regression_loss(own, wanted, beta=self.beta) * (labels > 0)
+        return BoxLosses(
+            sample_mean(label, images, counts, per=self.normalizer),
+            sample_mean(box, images, counts, per=self.normalizer),
+        )

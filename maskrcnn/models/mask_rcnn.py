@@ -1,0 +1,237 @@
+"""Mask R-CNN (arXiv 1703.06870): the whole figure, in the order in which data flows.
+
+Shapes: B images, H x W pixels, N regions of all images, C channels, S cells along a region's side, M mask side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from maskrcnn.config import Section
+from maskrcnn.models.backbones import BackboneConfig
+from maskrcnn.models.backbones.resnet import ResNetConfig
+from maskrcnn.models.box_head import BoxHead, BoxTrunkConfig, FCTrunkConfig
+from maskrcnn.models.losses import Normalizer
+from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig, MaskTarget
+from maskrcnn.models.pretrained import load_pretrained
+from maskrcnn.models.rpn import RPN, RPNConfig
+from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig
+from maskrcnn.ops.boxes import BoxWeights
+from maskrcnn.ops.masks import mask_targets, mask_targets_torchvision
+from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
+from maskrcnn.structures import Detections, ImageBatch, Losses, RoISamples, Targets
+
+
+class PixelConfig(Section):
+    """How the backbone wants its pixels: the order of the channels, and their mean and deviation in 0..255.
+
+    It belongs to the backbone's weights. Defaults: torchvision's.
+    """
+
+    order: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # in the order of the channels
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+class MaskRCNNConfig(Section):
+    """The whole model. `roi` is the layer of both heads."""
+
+    pixels: PixelConfig = PixelConfig()
+    backbone: BackboneConfig = ResNetConfig()
+    rpn: RPNConfig = RPNConfig()
+    roi: RoIConfig = RoIAlignConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    box_head: BoxTrunkConfig = FCTrunkConfig()
+    box_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # of the box head's deltas
+    box_beta: float = 0.0  # of the box head's smooth L1
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+    detection: DetectionConfig = DetectionConfig()
+    loss_normalizer: Normalizer = "image"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MaskRCNNConfig:
+        levels, output = self.backbone.levels, self.backbone.output
+        if len(self.rpn.anchor_sizes) != levels:
+            raise ValueError(
+                f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but backbone.output '{output}' has {levels}"
+            )
+        if output == "c4" and self.box_head.pool_size != self.mask_head.pool_size:
+            raise ValueError("with backbone.output 'c4' stage 5 serves both heads: give them the same pool_size")
+        return self
+
+    def build(self, num_classes: int, *, pretrained: bool = True) -> MaskRCNN:
+        """The model for classes 1..`num_classes`; `pretrained` loads the weights that `backbone.weights` names."""
+        backbone, body, res5 = self.backbone.build()
+        strides = backbone.strides[:-1] if self.backbone.output == "fpn" else backbone.strides
+        channels = backbone.channels[0] if res5 is None else res5.channels
+        shrink = 1 if res5 is None else res5.stride
+        trunk = self.box_head.build(channels=channels, side=self.box_head.pool_size // shrink)
+        if pretrained and self.backbone.weights != "none":
+            classifier = trunk if self.box_head.kind == "vgg_fc" else None  # fc6 and fc7
+            load_pretrained([body, res5, classifier], self.backbone.weights, architecture=self.backbone.architecture)
+        layer = self.roi.build()
+        normalizer = self.loss_normalizer
+        model = MaskRCNN(
+            pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
+            backbone=backbone,
+            rpn=self.rpn.build(channels=backbone.channels[0], strides=backbone.strides, normalizer=normalizer),
+            sampler=self.sampling.build(),
+            res5=res5,
+            box_pooler=RoIPooler(layer, strides=strides, size=self.box_head.pool_size),
+            box_head=BoxHead(
+                trunk=trunk,
+                features=trunk.features,
+                num_classes=num_classes,
+                weights=self.box_weights,
+                beta=self.box_beta,
+                normalizer=normalizer,
+            ),
+            selector=self.detection.build(box_weights=self.box_weights),
+            mask_pooler=RoIPooler(layer, strides=strides, size=self.mask_head.pool_size),
+            mask_head=self.mask_head.build(channels=channels, num_classes=num_classes, normalizer=normalizer),
+            mask_target=self.mask_head.target,
+        )
+        # Convolutions run faster on a CPU when a cell's channels lie together, and RoI layers then read whole rows.
+        return model.to(memory_format=torch.channels_last)
+
+
+class PixelNormalizer(nn.Module):
+    """Pixels as they are stored to what the backbone wants, on the device."""
+
+    def __init__(self, *, order: Literal["rgb", "bgr"], mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.order = order
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: ImageBatch) -> Tensor:
+        """`(B, 3, H, W)` RGB in 0..255 to normalised float32; the padding becomes 0, the mean colour."""
+        pixels = images.pixels.flip(1) if self.order == "bgr" else images.pixels
+        pixels = pixels.to(torch.float32, memory_format=torch.channels_last)
+        height, width = pixels.shape[-2:]
+        inside_y = torch.arange(height, device=pixels.device) < images.sizes[:, :1]  # (B, H)
+        inside_x = torch.arange(width, device=pixels.device) < images.sizes[:, 1:]  # (B, W)
+        inside = (inside_y[:, :, None] & inside_x[:, None])[:, None]
+        return pixels.sub(self.mean).div_(self.std).mul_(inside)
+
+
+class MaskRCNN(nn.Module):
+    """The parts, joined. What comes back never depends on train() or eval(): losses from a call, else `detect`."""
+
+    def __init__(
+        self,
+        *,
+        pixels: nn.Module,
+        backbone: nn.Module,
+        rpn: RPN,
+        sampler: RegionSampler,
+        res5: nn.Module | None,
+        box_pooler: RoIPooler,
+        box_head: BoxHead,
+        selector: DetectionSelector,
+        mask_pooler: RoIPooler,
+        mask_head: MaskHead,
+        mask_target: MaskTarget,
+    ) -> None:
+        """Join the parts; `res5`, if any, runs on each region before either head."""
+        super().__init__()
+        self.pixels = pixels
+        self.backbone = backbone
+        self.rpn = rpn
+        self.sampler = sampler
+        self.box_pooler = box_pooler
+        self.res5 = res5
+        self.box_head = box_head
+        self.selector = selector
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+        self.mask_target = mask_target
+
+    @property
+    def size_divisor(self) -> int:
+        """The sides of `ImageBatch.pixels` must be multiples of this."""
+        return max(self.rpn.strides)
+
+    def forward(self, images: ImageBatch, targets: Targets) -> Losses:
+        """The losses of a batch, each an average over its images."""
+        features = self.backbone(self.pixels(images))
+        proposals = self.rpn.propose(features, images.sizes, self.rpn.training_counts)
+        objectness, proposal_box = self.rpn.losses(features, targets, images.seeds)
+        samples = self.sampler(proposals, targets, images.seeds)
+
+        image, slot = samples.valid.nonzero(as_tuple=True)  # the N regions: padding is dropped, to save its work
+        labels = samples.labels[image, slot]
+        regions = self._regions(self.box_pooler, features, samples.boxes[image, slot], image)
+        label, box = self.box_head.losses(
+            self.box_head(regions),
+            labels=labels,
+            boxes=samples.boxes[image, slot],
+            objects=targets.boxes[image, samples.matched[image, slot]],
+            images=image,
+            batch=len(images),
+        )
+
+        positive = (labels > 0).nonzero()[:, 0]
+        image, slot, labels = image[positive], slot[positive], labels[positive]
+        if self.res5 is None:
+            regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
+        else:  # stage 5 has already seen them
+            regions = regions[positive]
+        wanted = self._mask_targets(samples, targets, images)[image, slot]
+        mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
+        return Losses(objectness, proposal_box, label, box, mask)
+
+    @torch.no_grad()
+    def detect(self, images: ImageBatch) -> Detections:
+        """The objects in a batch of images, with a mask for each, in pixels of the resized images."""
+        features = self.backbone(self.pixels(images))
+        proposals = self.rpn.propose(features, images.sizes, self.rpn.inference_counts)
+
+        image, slot = proposals.valid.nonzero(as_tuple=True)
+        regions = self._regions(self.box_pooler, features, proposals.boxes[image, slot], image)
+        scores, deltas = (_dense(values.float(), proposals.valid) for values in self.box_head(regions))
+        detections = self.selector(proposals, scores, deltas, images.sizes)
+
+        image, slot = detections.valid.nonzero(as_tuple=True)
+        regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
+        masks = self.mask_head(regions, detections.labels[image, slot]).float().sigmoid()
+        return replace(detections, masks=_dense(masks, detections.valid))
+
+    def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+        """What the heads see of boxes `(N, 4)`: `(N, C, S, S)`."""
+        regions = pooler(features[: len(pooler.strides)], boxes, images)
+        return regions if self.res5 is None else self.res5(regions)
+
+    def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch) -> Tensor:
+        """What the masks of the samples that can be positive should say: `(B, max_positives, M, M)`."""
+        boxes = samples.boxes[:, : self.sampler.max_positives]
+        matched = samples.matched[:, : self.sampler.max_positives]
+        side = self.mask_pooler.size // (1 if self.res5 is None else 2) * 2
+        if self.mask_target == "torchvision":
+            height, width = images.pixels.shape[-2:]
+            return mask_targets_torchvision(targets.masks, boxes, matched, side, height, width)
+        return mask_targets(targets.masks, boxes, matched, side)
+
+    def class_rows(self) -> Mapping[str, Literal["scores", "deltas", "masks"]]:
+        """The parameters whose rows belong to classes, and how: see `training.checkpoint.load_weights`."""
+        rows: dict[str, Literal["scores", "deltas", "masks"]] = {}
+        for kind in ("weight", "bias"):
+            rows[f"box_head.scores.{kind}"] = "scores"
+            rows[f"box_head.deltas.{kind}"] = "deltas"
+            rows[f"mask_head.logits.{kind}"] = "masks"
+        return rows
+
+
+def _dense(values: Tensor, valid: Tensor) -> Tensor:
+    """Spread `(N, ...)` over the N true places of `valid` `(B, P)`: `(B, P, ...)`, zeros elsewhere."""
+    dense = values.new_zeros(*valid.shape, *values.shape[1:])
+    dense[valid] = values
+    return dense

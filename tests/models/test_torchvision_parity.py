@@ -1,0 +1,194 @@
+"""The whole model against torchvision's, weights copied over: one algorithm, two programs, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from maskrcnn.config import load_config
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.ops.masks import paste_probabilities, tabulate
+from maskrcnn.structures import ImageBatch, MaskCrop, Targets
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CLASSES, HEIGHT, WIDTH = 5, 128, 160
+EVERYTHING = 2**13  # more samples than there are boxes: nothing is drawn by chance
+
+RENAMED = {
+    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}",
+    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}",
+    "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
+    "rpn.head.conv.0.0": "rpn.conv",
+    "rpn.head.cls_logits": "rpn.objectness",
+    "rpn.head.bbox_pred": "rpn.deltas",
+    "roi_heads.box_head.fc6": "box_head.trunk.1",
+    "roi_heads.box_head.fc7": "box_head.trunk.3",
+    "roi_heads.box_predictor.cls_score": "box_head.scores",
+    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
+    "roi_heads.mask_predictor.conv5_mask": "mask_head.upsample",
+    "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.logits",
+}
+NAMES = {old.format(i): new.format(i) for old, new in RENAMED.items() for i in range(4)}
+BACKGROUND_ROWS = {"box_head.deltas": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
+
+
+def copy_weights(theirs: nn.Module, ours: nn.Module) -> None:
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        new = NAMES.get(module, module)
+        state[f"{new}.{kind}"] = tensor[BACKGROUND_ROWS.get(new, 0) :]
+    ours.load_state_dict(state)
+
+
+def torchvision_model() -> TorchvisionMaskRCNN:
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
+    )
+    model = TorchvisionMaskRCNN(
+        backbone,
+        CLASSES + 1,
+        min_size=HEIGHT,
+        max_size=WIDTH,
+        rpn_batch_size_per_image=EVERYTHING,
+        box_batch_size_per_image=EVERYTHING,
+        box_positive_fraction=0.5,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):  # statistics as if trained, small enough that nothing explodes
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.uniform_(0.3, 0.6, generator=generator)
+            module.bias.normal_(0, 0.1, generator=generator)
+    with torch.no_grad():  # scores and boxes that differ from each other, as a trained model's do
+        model.rpn.head.cls_logits.weight.mul_(10)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchvisionMaskRCNN, MaskRCNN]:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("parity") / "experiment.yaml"
+    parts = ["model/resnet_fpn", "data/shapes", "conventions/torchvision"]
+    file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{part}.yaml') for part in parts)}]")
+    config = load_config(
+        file,
+        ExperimentConfig,
+        [
+            f"model.rpn.samples={EVERYTHING}",
+            f"model.sampling.count={EVERYTHING}",
+            "model.sampling.positive_share=0.5",
+            "model.backbone.norm_eps=1.0e-5",  # FrozenBatchNorm2d's as built; the published files want 0
+        ],
+    )
+    theirs, ours = torchvision_model(), config.model.build(CLASSES, pretrained=False)
+    copy_weights(theirs, ours)
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
+    """Two images with three and one objects, in torchvision's form and in ours."""
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (2, 3, HEIGHT, WIDTH), dtype=np.uint8))
+    boxes = [
+        torch.tensor([[10.0, 12, 70, 90], [60, 30, 150, 120], [100, 5, 128, 40]]),
+        torch.tensor([[30.0, 20, 95, 64]]),
+    ]
+    labels = [torch.tensor([1, 3, 5]), torch.tensor([2])]
+    masks = [torch.stack([disc(box) for box in image]) for image in boxes]
+    theirs = [{"boxes": b, "labels": label, "masks": mask} for b, label, mask in zip(boxes, labels, masks, strict=True)]
+    crops = [[MaskCrop(0, 0, mask.numpy()) for mask in image] for image in masks]
+    images = ImageBatch(pixels, torch.tensor([[HEIGHT, WIDTH]] * 2), torch.arange(2))
+    dense_boxes, dense_labels = torch.zeros(2, 3, 4), torch.full((2, 3), -1)
+    for index in range(2):
+        dense_boxes[index, : len(boxes[index])] = boxes[index]
+        dense_labels[index, : len(boxes[index])] = labels[index]
+    return pixels, theirs, images, Targets(dense_boxes, dense_labels, tabulate(crops, [(1.0, 1.0)] * 2, 3))
+
+
+def disc(box: Tensor) -> Tensor:
+    """The ellipse inside a box, as a full-size mask."""
+    x1, y1, x2, y2 = box.tolist()
+    y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
+    inside = ((x - (x1 + x2) / 2) / (x2 - x1) * 2) ** 2 + ((y - (y1 + y2) / 2) / (y2 - y1) * 2) ** 2 <= 1
+    return inside.to(torch.uint8)
+
+
+def test_features_agree(models, scene) -> None:
+    (theirs, ours), (pixels, _, images, _) = models, scene
+    batch, _ = theirs.transform(list(pixels / 255))
+    torch.testing.assert_close(ours.pixels(images), batch.tensors, atol=1e-5, rtol=1e-5)
+    for own, other in zip(ours.backbone(ours.pixels(images)), theirs.backbone(batch.tensors).values(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_proposals_agree(models, scene) -> None:
+    (theirs, ours), (pixels, _, images, _) = models, scene
+    batch, _ = theirs.transform(list(pixels / 255))
+    with torch.no_grad():
+        expected, _ = theirs.eval().rpn(batch, theirs.backbone(batch.tensors))
+        found = ours.rpn.propose(ours.backbone(ours.pixels(images)), images.sizes, ours.rpn.inference_counts)
+    for index in range(2):
+        own = found.boxes[index][found.valid[index]]
+        assert len(own) == len(expected[index]) > 100
+        # Scores may tie to the last bit of a float, so the order is left open: each box has its twin.
+        distance = torch.cdist(own, expected[index], p=torch.inf)
+        assert distance.amin(dim=0).max() < 1e-3
+        assert distance.amin(dim=1).max() < 1e-3
+
+
+def test_all_five_losses_agree(models, scene) -> None:
+    (theirs, ours), (pixels, targets, images, dense) = models, scene
+    theirs.train()
+    expected = theirs(list(pixels / 255), [dict(target) for target in targets])
+    found = ours(images, dense)
+    order = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+    for own, name in zip(found, order, strict=True):
+        torch.testing.assert_close(
+            own, expected[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_gradients_agree(models, scene) -> None:
+    (theirs, ours), (pixels, targets, images, dense) = models, scene
+    theirs.train()
+    theirs.zero_grad()
+    ours.zero_grad()
+    sum(theirs(list(pixels / 255), [dict(target) for target in targets]).values()).backward()
+    ours(images, dense).total.backward()
+    for other, own in [
+        (theirs.rpn.head.conv[0][0], ours.rpn.conv),  # through the sampled anchors alone, here
+        (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0]),
+        (theirs.backbone.body.layer2[0].conv1, ours.backbone.body.layer2[0].conv1),
+        (theirs.roi_heads.mask_predictor.conv5_mask, ours.mask_head.upsample),
+    ]:
+        scale = other.weight.grad.abs().max()
+        torch.testing.assert_close(own.weight.grad / scale, other.weight.grad / scale, atol=1e-3, rtol=0)
+
+
+def test_detections_agree(models, scene) -> None:
+    (theirs, ours), (pixels, _, images, _) = models, scene
+    with torch.no_grad():
+        expected = theirs.eval()(list(pixels / 255))
+    found = ours.detect(images)
+    for index in range(2):
+        count = len(expected[index]["boxes"])
+        assert int(found.valid[index].sum()) == count > 10
+        torch.testing.assert_close(found.scores[index, :count], expected[index]["scores"], atol=1e-4, rtol=1e-4)
+        assert torch.equal(found.labels[index, :count], expected[index]["labels"])
+        torch.testing.assert_close(found.boxes[index, :count], expected[index]["boxes"], atol=1e-3, rtol=1e-4)
+        pasted = paste_probabilities(
+            found.masks[index, :count], found.boxes[index, :count], HEIGHT, WIDTH, convention="torchvision"
+        )
+        torch.testing.assert_close(pasted, expected[index]["masks"][:, 0], atol=1e-4, rtol=1e-4)
