@@ -1,0 +1,43 @@
+"""Train a model, evaluate it, and leave a run directory.
+
+    python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out runs/shapes
+
+Exit status: 0 done, 1 the run failed, 2 wrong input, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_logging
+
+
+def main() -> None:
+    """Parse, train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--out", type=Path, help="the run directory; default: runs/ and the name of CONFIG")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run directory")
+    start.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from the weights of this checkpoint")
+    add_device_argument(parser)
+    args = parser.parse_args()
+
+    from maskrcnn.config import load_config
+    from maskrcnn.experiment import ExperimentConfig, choose_device, train_experiment
+    from maskrcnn.training.loop import Interrupted
+
+    out = args.out or Path("runs") / args.config.stem
+    setup_logging()
+    config = load_config(args.config, ExperimentConfig, args.overrides)
+    try:
+        train_experiment(config, out, resume=args.resume, init=args.init, device=choose_device(args.device))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+
+
+if __name__ == "__main__":
+    run(main)
