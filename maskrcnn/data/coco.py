@@ -1,4 +1,4 @@
-"""Datasets in COCO's format: one JSON file with images, annotations and categories, beside a folder of images.
+"""Datasets in COCO's format: one JSON file (see `coco_file`) beside a folder of images.
 
 The file is checked as a whole before training starts. What is kept of it lies in flat arrays.
 
@@ -7,33 +7,38 @@ Shapes: N images, A annotations, K classes.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pycocotools import mask as cocoapi
-from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
 
 from maskrcnn.config import Section
+from maskrcnn.data.coco_file import (
+    Annotation,
+    Image,
+    Polygon,
+    Rle,
+    complete_for_evaluation,
+    listed,
+    read_coco_json,
+    refuse,
+    run_lengths,
+)
 from maskrcnn.data.images import read_image
-from maskrcnn.data.rle import counts_from_string, crop_from_counts, crop_from_polygons, empty_crop
+from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10  # problems that a message lists before it only counts them
-
 
 class CocoConfig(Section):
-    """A dataset in COCO's format. Its paths are relative to `root`, which in an experiment is `data.root` by default."""
+    """A dataset in COCO's format. Its paths are relative to `root`; in an experiment that is `data.root` by default."""
 
     kind: Literal["coco"] = "coco"
     root: Path | None = None
@@ -55,164 +60,6 @@ class CocoConfig(Section):
             filter_empty=self.filter_empty,
             image_ids=self.image_ids,
         )
-
-
-# The schema. Keys that it does not name are kept. COCO's coordinates may lie a little outside the image; far beyond
-# it, pycocotools would ask for memory in proportion to the polygon's length.
-
-Coordinate = Annotated[float, Field(ge=-1e5, le=1e5)]
-Polygon = list[Coordinate]
-
-
-class Rle(TypedDict):
-    """A run-length code of a whole image: lengths as numbers, or in COCO's compressed string."""
-
-    size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-    counts: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Annotated[int, Field(ge=0)]], Tag("numbers")],
-        Discriminator(lambda counts: "text" if isinstance(counts, str) else "numbers"),
-    ]
-
-
-class _Open(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-
-class Image(_Open):
-    """One entry of `images`; sizes in pixels."""
-
-    id: int
-    file_name: str
-    height: PositiveInt
-    width: PositiveInt
-
-
-class Annotation(_Open):
-    """One entry of `annotations`; the box is `(x, y, width, height)`."""
-
-    id: int
-    image_id: int
-    category_id: int
-    bbox: Annotated[list[Coordinate], Field(min_length=4, max_length=4)]
-    segmentation: NotRequired[
-        Annotated[
-            Annotated[list[Polygon], Tag("polygons")] | Annotated[Rle, Tag("rle")],
-            Discriminator(lambda mask: "rle" if isinstance(mask, dict) else "polygons"),
-        ]
-    ]
-    iscrowd: NotRequired[Literal[0, 1]]
-
-
-class Category(_Open):
-    """One entry of `categories`."""
-
-    id: int
-    name: str
-
-
-class CocoFile(_Open):
-    """The whole annotation file."""
-
-    images: list[Image]
-    annotations: list[Annotation]
-    categories: list[Category]
-
-
-_SCHEMA = TypeAdapter(CocoFile)
-
-
-def read_coco_json(path: Path) -> dict[str, Any]:
-    """Read a COCO annotation file and check that it is whole, that ids are unique and that each reference has a target.
-
-    Raises:
-        InputError: it lists the first of all problems, each with the entry's place and id.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path.absolute()}: cannot read the annotation file ({error.strerror}). Put it there, or name another "
-            "in the config; datasets/README.md says how to get COCO and how to use your own data."
-        ) from None
-    try:
-        data = _SCHEMA.validate_json(text)
-    except ValidationError as error:
-        raise InputError(_schema_message(path, text, error)) from None
-    _refuse(path, [*_repeated_ids(data), *_dangling_references(data)])
-    return dict(data)
-
-
-def _refuse(path: Path, problems: Sequence[str], advice: str = "") -> None:
-    if problems:
-        raise InputError(f"{path.absolute()}: {_listed(problems)}{advice}")
-
-
-def _listed(problems: Sequence[str]) -> str:
-    count = "1 problem:" if len(problems) == 1 else f"{len(problems)} problems:"
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "\n  ".join([count, *problems[:SHOWN], *more])
-
-
-def _schema_message(path: Path, text: bytes, error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    if found[0]["type"] == "json_invalid":
-        return f"{path.absolute()}: is not JSON ({found[0]['msg'].removeprefix('Invalid JSON: ')})"
-    raw = json.loads(text)
-    problems = [f"{_place(raw, problem['loc'])}: {problem['msg'].lower()}" for problem in found]
-    return f"{path.absolute()}: is not a COCO annotation file; {_listed(problems)}"
-
-
-def _place(raw: Any, location: tuple[int | str, ...]) -> str:
-    """Write where in the file a problem lies: `annotations[3] (id 17): bbox[2]`."""
-    keys = [key for key in location if key not in ("polygons", "rle", "text", "numbers")]  # the schema's own tags
-    names = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys]
-    if len(keys) >= 2 and isinstance(entry := raw[keys[0]][keys[1]], dict) and "id" in entry:
-        names.insert(2, f" (id {entry['id']})")
-    return "".join(names).removeprefix(".") or "the file"
-
-
-def _repeated_ids(data: CocoFile) -> Iterable[str]:
-    entries: dict[str, Sequence[Any]] = {
-        "image": data["images"],
-        "annotation": data["annotations"],
-        "category": data["categories"],
-    }
-    for name, rows in entries.items():
-        counts = Counter(row["id"] for row in rows)
-        yield from (f"{name} id {key} is used {count} times" for key, count in counts.items() if count > 1)
-
-
-def _dangling_references(data: CocoFile) -> Iterable[str]:
-    images = {image["id"] for image in data["images"]}
-    categories = {category["id"] for category in data["categories"]}
-    for annotation in data["annotations"]:
-        if annotation["image_id"] not in images:
-            yield f"annotation {annotation['id']}: no image has the id {annotation['image_id']}"
-        if annotation["category_id"] not in categories:
-            yield f"annotation {annotation['id']}: no category has the id {annotation['category_id']}"
-
-
-def complete_for_evaluation(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` with `iscrowd` and `area` in every annotation: pycocotools needs them, own data may lack them.
-
-    A missing area is the mask's, or the box's where there is no mask.
-    """
-    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
-    annotations = [{"iscrowd": 0, **annotation} for annotation in data["annotations"]]
-    for annotation in annotations:
-        if "area" not in annotation:
-            annotation["area"] = _area(annotation, *sizes[annotation["image_id"]])
-    return {**data, "annotations": annotations}
-
-
-def _area(annotation: dict[str, Any], height: int, width: int) -> float:
-    mask = annotation.get("segmentation") or []
-    if isinstance(mask, dict):
-        return float(_counts(mask["counts"])[1::2].sum())
-    polygons = [polygon for polygon in mask if len(polygon) >= 6]
-    if not polygons:
-        return float(annotation["bbox"][2] * annotation["bbox"][3])
-    return float(cocoapi.area(cocoapi.merge(cocoapi.frPyObjects(polygons, height, width))))
 
 
 # From the JSON to objects.
@@ -276,7 +123,7 @@ class _ObjectReader:
             self.malformed.append(f"{name}: its run-length code is for {mask['size']}, its image is {size}")
             return nothing
         try:
-            counts = _counts(mask["counts"])
+            counts = run_lengths(mask["counts"])
         except ValueError as error:
             self.malformed.append(f"{name}: {error}")
             return nothing
@@ -290,12 +137,6 @@ def _clipped_box(bbox: Sequence[float], image: Image) -> np.ndarray:
     x, y, width, height = bbox
     corners = np.array([[x, y], [x + width, y + height]])
     return corners.clip(0, [image["width"], image["height"]]).astype(np.float32).reshape(4)
-
-
-def _counts(counts: str | list[int]) -> np.ndarray:
-    if isinstance(counts, str):
-        return counts_from_string(counts.encode("ascii", "replace"))
-    return np.array(counts, np.int64)
 
 
 # From objects to arrays.
@@ -360,7 +201,7 @@ class CocoDataset:
         chosen = _choose_images(annotations, data["images"], image_ids)
         reader = _ObjectReader(self.classes, keep_crowds=crowd == "ignore")
         objects = _read_objects(reader, chosen, data["annotations"])
-        _refuse(annotations, reader.malformed)
+        refuse(annotations, reader.malformed)
         self._handle_degenerate(reader.degenerate, degenerate)
         if filter_empty:
             chosen = [image for image in chosen if any(found.label > 0 for found in objects[image["id"]])]
@@ -415,9 +256,9 @@ class CocoDataset:
     def _handle_degenerate(self, found: list[str], degenerate: Literal["refuse", "drop"]) -> None:
         if degenerate == "refuse":
             advice = "\nCorrect them, or set `degenerate: drop` beside `annotations` to go on without them."
-            _refuse(self._file, found, advice)
+            refuse(self._file, found, advice)
         elif found:
-            logger.warning("%s: left out what has no area; %s", self._file, _listed(found))
+            logger.warning("%s: left out what has no area; %s", self._file, listed(found))
 
     def _path(self, index: int) -> Path:
         return self._folder / self._names[index].tobytes().decode()
@@ -461,8 +302,8 @@ class CocoDataset:
 def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ...]) -> list[Image]:
     """Return the images to use, by ascending id; refuse unknown ids and file names that leave the folder."""
     absent = sorted(set(image_ids) - {image["id"] for image in images})
-    _refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in absent])
-    _refuse(
+    refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in absent])
+    refuse(
         file,
         [
             f"image {image['id']}: its file_name {image['file_name']!r} leads out of the image folder"

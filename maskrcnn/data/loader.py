@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskrcnn.data.transforms import Transform
 from maskrcnn.errors import InputError
-from maskrcnn.ops.masks import tabulate
+from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import Batch, ClassTable, Example, ImageBatch, Targets
 
 ENOUGH_OPEN_FILES = 4096  # a tensor from a worker holds one; the usual soft limit is 1024, on macOS 256

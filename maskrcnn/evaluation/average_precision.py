@@ -22,7 +22,7 @@ import pycocotools.coco
 import pycocotools.cocoeval
 from pycocotools import mask as cocoapi
 
-from maskrcnn.data.coco import complete_for_evaluation, read_coco_json
+from maskrcnn.data.coco_file import complete_for_evaluation, read_coco_json
 from maskrcnn.errors import InputError
 
 logger = logging.getLogger(__name__)

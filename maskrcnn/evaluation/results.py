@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from maskrcnn.data.coco import Rle
+from maskrcnn.data.coco_file import Rle
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError
 from maskrcnn.ops.masks import PasteConvention, encode_masks

@@ -17,7 +17,7 @@ import torch
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.evaluation.results import coco_results, read_results, write_results
-from maskrcnn.ops.masks import tabulate
+from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import Batch, ClassTable, Detections, ImageBatch, Targets
 
 CLASSES = ClassTable(names=("cat", "dog"), category_ids=(5, 90))

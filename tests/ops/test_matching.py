@@ -6,7 +6,7 @@ import torch
 
 from maskrcnn.ops import matching
 from maskrcnn.ops.boxes import pairwise_iou
-from maskrcnn.ops.masks import tabulate
+from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.matching import match_boxes, random_keys, sample_balanced
 from maskrcnn.structures import MaskCrop, Targets
 

@@ -1,0 +1,82 @@
+"""One configuration from several places: a file on top of its bases, and the overrides on top of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+
+import yaml
+
+from maskrcnn.config.yaml_text import OVERRIDE, TracedMapping, parse, show, syntax
+from maskrcnn.errors import InputError
+
+
+def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) -> TracedMapping:
+    """Return the file merged onto its parents; `children` are the files that lead here, first the outermost."""
+    if path.resolve() in [child.resolve() for child in children]:
+        circle = " -> ".join(str(file) for file in [*children, path])
+        raise InputError(f"{children[0]}: base files must not lead back to themselves: {circle}")
+    document = _read_file(path, children, problems)
+    bases = [compose(base, problems, (*children, path)) for base in _take_bases(document, path)]
+    return reduce(merge, [*bases, document])
+
+
+def _read_file(path: Path, children: tuple[Path, ...], problems: list[str]) -> TracedMapping:
+    where = f"{path} (a base of {children[-1]})" if children else str(path)
+    try:
+        document = parse(path.read_text(encoding="utf-8"), str(path), problems)
+    except OSError as error:
+        raise InputError(f"{where}: cannot read the file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: the file is not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML: {syntax(error)}") from error
+    if document is None:
+        return TracedMapping({}, {})
+    if not isinstance(document, TracedMapping):
+        raise InputError(f"{where}: expected a mapping (lines of `key: value`), got {show(document)}")
+    return document
+
+
+def _take_bases(document: TracedMapping, path: Path) -> list[Path]:
+    """Remove `base` from the document and return the files that it names."""
+    if "base" not in document:
+        return []
+    base = document.pop("base")
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: base: expected a path or a list of paths, got {show(base)}")
+    return [Path(os.path.normpath(path.parent / name)) for name in names]
+
+
+def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
+    """Return `below` with the keys of `above` on top."""
+    if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
+        return above
+    merged = TracedMapping(below | above, {**below.origins, **above.origins})
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], TracedMapping) and isinstance(above[key], TracedMapping):
+            merged[key] = merge(below[key], above[key])
+    return merged
+
+
+def read_overrides(overrides: Sequence[str], problems: list[str]) -> TracedMapping:
+    """Return what all overrides say together: first among themselves, so that `kind` may come after its keys."""
+    parsed = [_override(override, problems) for override in overrides]
+    return reduce(merge, parsed, TracedMapping({}, {}))
+
+
+def _override(override: str, problems: list[str]) -> TracedMapping:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        problems.append(f"{OVERRIDE} {override}: expected KEY=VALUE, such as model.roi.kind=roi_pool")
+        return TracedMapping({}, {})
+    try:
+        value = parse(text, OVERRIDE, problems)
+    except yaml.YAMLError as error:
+        problems.append(f"{OVERRIDE} {override}: the value is not valid YAML: {syntax(error)}")
+        return TracedMapping({}, {})
+    return reduce(lambda inner, key: TracedMapping({key: inner}, {key: OVERRIDE}), reversed(keys), value)

@@ -1,0 +1,205 @@
+"""What does not fit the schema, in the user's terms: the path first, then what is wrong, then a suggestion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from maskrcnn.config.yaml_text import TracedMapping, show
+
+_EXPECTED = {
+    "int_type": "an int",
+    "float_type": "a float",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+class _Place(NamedTuple):
+    """Where an error belongs in the user's terms."""
+
+    path: tuple[str | int, ...]  # keys and list indexes, without the names of union members
+    owner: Any  # the type that holds the last key of the path
+    choices: list[Any]  # the types allowed there
+    union: tuple[str | int, ...] | None  # path of the union without `kind` that the error lies in
+
+
+def explain(error: ValidationError, schema: type[BaseModel], data: TracedMapping) -> list[str]:
+    """Return one line per problem, `path: what is wrong [where it was written]`."""
+    groups: dict[Any, list[tuple[_Place, ErrorDetails]]] = {}
+    for number, details in enumerate(error.errors(include_url=False)):
+        place = _locate(details["loc"], schema, data)
+        if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            place = place._replace(path=(*place.path, "kind"))
+        # A union without `kind` gives the errors of all of its members: one problem for the user.
+        groups.setdefault(number if place.union is None else place.union, []).append((place, details))
+    return [line for group in groups.values() for line in _describe(group, data)]
+
+
+def _describe(group: list[tuple[_Place, ErrorDetails]], data: TracedMapping) -> list[str]:
+    inner = [
+        (place, details) for place, details in group if place.path != place.union or details["type"] == "value_error"
+    ]
+    if inner:  # not in such a union, or inside the member whose shape the value has
+        return [_line(place.path, _message(place, details), data) for place, details in inner]
+    place, details = group[0]
+    expected = " or ".join(_expected(each) for _, each in group)
+    return [_line(place.path, f"expected {expected}, got {show(details['input'])}", data)]
+
+
+def _line(path: tuple[str | int, ...], message: str, data: TracedMapping) -> str:
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    origin = _origin(path, data)
+    return (f"{dotted}: " if dotted else "") + message + (f" [{origin}]" if origin else "")
+
+
+def _origin(path: tuple[str | int, ...], value: Any) -> str:
+    """Return where the last key of the path that is in the data was written."""
+    found = ""
+    for part in path:
+        if isinstance(value, TracedMapping):
+            found = value.origins.get(str(part), found)
+        value = _child(value, part)
+    return found
+
+
+def _child(value: Any, part: str | int) -> Any:
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+
+
+def _locate(parts: Sequence[str | int], schema: type[BaseModel], value: Any) -> _Place:
+    """Follow the location that pydantic gives, which also names the union members that it tried."""
+    path: list[str | int] = []
+    owner: Any = schema
+    choices: list[Any] = [schema]
+    union = None
+    for part in parts:
+        if len(choices) > 1:  # a union: the part names one of its members
+            tagged = [choice for choice in choices if part in _kinds(choice)]
+            union = union if tagged else tuple(path)
+            choices = tagged or _fitting(choices, value)
+            continue
+        owner = choices[0] if choices else Any
+        choices = _alternatives(_annotation(owner, part))
+        path.append(part)
+        value = _child(value, part)
+    return _Place(tuple(path), owner, choices, union)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the types that an annotation allows, without None."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [choice for member in get_args(annotation) for choice in _alternatives(member)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def _annotation(owner: Any, part: str | int) -> Any:
+    """Return the type of a section's field, or of a container's item."""
+    if _is_section(owner):
+        field = owner.model_fields.get(part)
+        return field.annotation if field else Any
+    arguments = get_args(owner)
+    if isinstance(part, int) and get_origin(owner) is tuple and Ellipsis not in arguments:
+        return arguments[part] if part < len(arguments) else Any
+    if get_origin(owner) is dict:
+        return arguments[1]
+    return arguments[0] if arguments else Any
+
+
+def _is_section(choice: Any) -> bool:
+    return get_origin(choice) is None and isinstance(choice, type) and issubclass(choice, BaseModel)
+
+
+def _kinds(choice: Any) -> tuple[Any, ...]:
+    return get_args(_annotation(choice, "kind")) if _is_section(choice) else ()
+
+
+def _fitting(choices: list[Any], value: Any) -> list[Any]:
+    """Return the members of a union that have the shape of the value: sections by `kind`, else one container."""
+    if isinstance(value, dict):
+        containers = [choice for choice in choices if get_origin(choice) is dict]
+        return [choice for choice in choices if _is_section(choice)] or containers[:1]
+    return [choice for choice in choices if get_origin(choice) in (list, tuple)][:1]
+
+
+def _message(place: _Place, details: ErrorDetails) -> str:
+    value = details["input"]
+    kinds = [kind for choice in place.choices for kind in _kinds(choice)]
+    match details["type"]:
+        case "missing":
+            return "missing"
+        case "extra_forbidden":
+            return _unknown_key(str(place.path[-1]), place.owner)
+        case "union_tag_not_found":
+            return f"missing; one of {', '.join(kinds)}"
+        case "union_tag_invalid":
+            return _not_one_of(value["kind"], kinds)
+        case "literal_error":
+            return _not_one_of(value, get_args(place.choices[0]))
+        case "value_error":
+            return str(details["ctx"]["error"])
+    return f"expected {_expected(details)}, got {show(value)}{_hint(details['type'], value, kinds)}"
+
+
+def _unknown_key(key: str, owner: Any) -> str:
+    known = list(owner.model_fields)
+    kinds = _kinds(owner)
+    unknown = f"unknown key for kind {kinds[0]}" if kinds else "unknown key"
+    return unknown + (_suggest(key, known) or f"; known are {', '.join(known)}")
+
+
+def _not_one_of(value: Any, options: Sequence[Any]) -> str:
+    names = [str(option) for option in options]
+    given = repr(value) if isinstance(value, str) else show(value)
+    return f"{given} is not one of {', '.join(names)}{_suggest(value, names)}"
+
+
+def _suggest(word: Any, options: Sequence[str]) -> str:
+    close = get_close_matches(str(word), options, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _expected(details: ErrorDetails) -> str:
+    """Say what the schema allows; for the rarer errors with pydantic's words, `Input should be greater than 0`."""
+    if details["type"] in _EXPECTED:
+        return _EXPECTED[details["type"]]
+    verb, _, limit = details["msg"].partition(" should ")[2].partition(" ")
+    if verb == "have":
+        return limit.partition(" after validation")[0]
+    if verb == "be":
+        return f"a value {limit}" if limit.startswith(("greater", "less")) else limit
+    return f"to {verb} {limit}" if verb else details["msg"]
+
+
+def _hint(error: str, value: Any, kinds: Sequence[str]) -> str:
+    if error == "string_type" and isinstance(value, (int, float)):
+        return "; put it in quotes"
+    if error in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
+        return "; remove the quotes"
+    if error == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if value in kinds:
+        return f"; did you mean 'kind: {value}'?"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

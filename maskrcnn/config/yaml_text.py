@@ -1,0 +1,124 @@
+"""Our dialect of YAML: the types that JSON knows, numbers as people write them, and no key lost without a word."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"  # of YAML's own types
+_MERGE = f"{_TAG}merge"  # the key `<<`
+OVERRIDE = "--set"  # where a value came from, when it did not come from a file
+
+
+class TracedMapping(dict[str, Any]):
+    """A YAML mapping that knows where each of its keys was written."""
+
+    def __init__(self, items: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+        super().__init__(items)
+        self.origins = origins
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the types that JSON knows, and reports keys that YAML would drop or change without a word."""
+
+    def __init__(self, text: str, source: str, problems: list[str]) -> None:
+        super().__init__(text)
+        self.source = source
+        self.problems = problems
+
+    def place(self, node: yaml.Node) -> str:
+        return self.source if self.source == OVERRIDE else f"{self.source}:{node.start_mark.line + 1}"
+
+    def read_mapping(self, node: yaml.MappingNode) -> TracedMapping:
+        self.check_keys(node)
+        self.flatten_mapping(node)  # `<<`: the keys that it brings come first, so that the node's own win
+        items, origins = {}, {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            value = self.construct_object(value_node, deep=True)
+            if isinstance(key, str):
+                items[key], origins[key] = value, self.place(key_node)
+        return TracedMapping(items, origins)
+
+    def check_keys(self, node: yaml.MappingNode) -> None:
+        lines: dict[str, int] = {}
+        for key_node in (key for key, _ in node.value if key.tag != _MERGE):
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                written = key_node.value if isinstance(key_node, yaml.ScalarNode) else key
+                self.problems.append(f"{self.place(key_node)}: the key '{written}' is not text; put it in quotes")
+            elif key in lines:
+                self.problems.append(
+                    f"{self.place(key_node)}: the key '{key}' is given twice, first on line {lines[key]}"
+                )
+            else:
+                lines[key] = key_node.start_mark.line + 1
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists of plain values on one line, and spells everything out where it is used."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def write_list(self, data: list[Any]) -> yaml.Node:
+        plain = not any(isinstance(item, dict) for item in data)
+        return self.represent_sequence(f"{_TAG}seq", data, flow_style=plain)
+
+
+def _prepare_yaml() -> None:
+    """Fit PyYAML's tables of types to ours; the tables belong to the classes above alone."""
+    wanted = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "merge")}
+    _Loader.yaml_constructors = {
+        key: read for key, read in yaml.SafeLoader.yaml_constructors.items() if key in wanted or key is None
+    }
+    _Loader.yaml_implicit_resolvers = {
+        letter: [(key, pattern) for key, pattern in table if key in wanted]
+        for letter, table in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _Loader.add_constructor(f"{_TAG}map", _Loader.read_mapping)
+    _Dumper.add_representer(list, _Dumper.write_list)
+    # YAML 1.1 reads 1e-3 and 1.5e3 as text, for want of a point or a sign; YAML 1.2 and people read numbers.
+    number = re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+    for side in (_Loader, _Dumper):
+        side.add_implicit_resolver(f"{_TAG}float", number, list("-+.0123456789"))
+
+
+_prepare_yaml()
+
+
+def parse(text: str, source: str, problems: list[str]) -> Any:
+    """Return the value of a YAML text; duplicate keys go to `problems`, broken syntax raises `yaml.YAMLError`."""
+    loader = _Loader(text, source, problems)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def dump(data: Any) -> str:
+    """Return data as YAML; `parse` gives it back."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def syntax(error: yaml.YAMLError) -> str:
+    """Say where the syntax is broken, and why."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error)
+
+
+def show(value: Any) -> str:
+    """Return a value as messages name it: `text 'x'`, `a mapping`, `the list [1, 2]`, `3`."""
+    if isinstance(value, str):
+        return f"text {value!r}"
+    if isinstance(value, dict):
+        return "a mapping"
+    text = json.dumps(value)
+    short = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"the list {short}" if isinstance(value, list) else short

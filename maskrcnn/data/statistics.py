@@ -1,0 +1,35 @@
+"""What is in a dataset, in numbers for people to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+SMALL, LARGE = 32**2, 96**2  # COCO's bounds between small, medium and large areas, in square pixels
+
+
+def summarize(ground_truth: dict[str, Any]) -> str:
+    """Count the images, and the objects by size and by class, of a dataset in COCO's format."""
+    annotations = ground_truth["annotations"]
+    objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    images, occupied = len(ground_truth["images"]), len({annotation["image_id"] for annotation in annotations})
+    sides = np.sqrt([annotation["area"] for annotation in objects]) if objects else np.zeros(1)
+    areas = sides**2
+    by_size = (areas < SMALL).sum(), ((areas >= SMALL) & (areas <= LARGE)).sum(), (areas > LARGE).sum()
+    lines = [
+        f"{images} images, {images - occupied} of them without objects",
+        f"{len(objects)} objects and {len(annotations) - len(objects)} crowd regions",
+        "small, medium, large: " + ", ".join(map(str, by_size)),
+        "square root of the area, 5 / 50 / 95 %: "
+        + " / ".join(f"{side:.0f}" for side in np.percentile(sides, (5, 50, 95)))
+        + " px",
+        *_class_lines(ground_truth["categories"], Counter(annotation["category_id"] for annotation in objects)),
+    ]
+    return "\n".join(lines)
+
+
+def _class_lines(categories: list[dict[str, Any]], counts: Counter[int]) -> list[str]:
+    width = max(len(category["name"]) for category in categories)
+    return [f"  {category['name']:{width}} {counts[category['id']]:7}" for category in categories]
