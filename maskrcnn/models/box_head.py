@@ -9,10 +9,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
+from maskrcnn.models.initialization import init_normal, init_uniform
 from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
 
@@ -21,8 +22,8 @@ class FCTrunkConfig(Section):
     """Hidden fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
 
     kind: Literal["fc"] = "fc"
-    pool_size: int = 7
-    width: int = 1024
+    pool_size: PositiveInt = 7
+    width: PositiveInt = 1024
     depth: int = Field(2, ge=1)
 
     def build(self, *, channels: int, side: int) -> FullyConnected:
@@ -45,7 +46,7 @@ class MeanTrunkConfig(Section):
     """The mean over a region's cells: what follows stage 5 in a ResNet, for C4 backbones."""
 
     kind: Literal["mean"] = "mean"
-    pool_size: int = 14
+    pool_size: PositiveInt = 14
 
     def build(self, *, channels: int, side: int) -> Mean:
         """The trunk for regions `(N, channels, side, side)`."""
@@ -62,8 +63,7 @@ class FullyConnected(nn.Sequential):
         layers: list[nn.Module] = [nn.Flatten()]
         for index in range(depth):
             linear = nn.Linear(inputs if index == 0 else width, width)
-            nn.init.kaiming_uniform_(linear.weight, a=1)
-            nn.init.zeros_(linear.bias)
+            init_uniform(linear)
             layers += [linear, nn.ReLU(inplace=True)]
         super().__init__(*layers)
         self.features = width
@@ -138,10 +138,8 @@ class BoxHead(nn.Module):
         self.normalizer: Normalizer = normalizer
         self.scores = nn.Linear(features, num_classes + 1)
         self.deltas = nn.Linear(features, num_classes * 4)
-        nn.init.normal_(self.scores.weight, std=0.01)
-        nn.init.normal_(self.deltas.weight, std=0.001)
-        nn.init.zeros_(self.scores.bias)
-        nn.init.zeros_(self.deltas.bias)
+        init_normal(self.scores, std=0.01)
+        init_normal(self.deltas, std=0.001)
 
     def forward(self, regions: Tensor) -> BoxOutputs:
         """Regions `(N, C, S, S)` to scores and deltas."""

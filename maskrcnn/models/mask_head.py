@@ -12,9 +12,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
+from maskrcnn.models.initialization import init_he, init_normal
 from maskrcnn.models.losses import Normalizer, sample_mean
 
 MaskTarget = Literal["coverage", "torchvision"]
@@ -28,9 +30,9 @@ class MaskHeadConfig(Section):
     which rounds the box to whole pixels.
     """
 
-    pool_size: int = 14
-    depth: int = 4
-    width: int = 256
+    pool_size: PositiveInt = 14
+    depth: NonNegativeInt = 4
+    width: PositiveInt = 256
     target: MaskTarget = "coverage"
     paste: Literal["exact", "torchvision"] = "exact"
 
@@ -47,16 +49,13 @@ class MaskHead(nn.Module):
     def __init__(self, *, channels: int, depth: int, width: int, num_classes: int, normalizer: Normalizer) -> None:
         super().__init__()
         self.normalizer: Normalizer = normalizer
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels if index == 0 else width, width, 3, padding=1) for index in range(depth)
-        )
+        convs = [nn.Conv2d(channels if index == 0 else width, width, 3, padding=1) for index in range(depth)]
+        self.convs = nn.ModuleList(convs)
         self.upsample = nn.ConvTranspose2d(width if depth else channels, width, 2, 2)
         self.logits = nn.Conv2d(width, num_classes, 1)
-        for layer in (*self.convs, self.upsample):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.logits.weight, std=0.001)
-        nn.init.zeros_(self.logits.bias)
+        for layer in (*convs, self.upsample):
+            init_he(layer)
+        init_normal(self.logits, std=0.001)
 
     def features(self, regions: Tensor) -> Tensor:
         """Regions `(N, C, S, S)` to what the masks are read from, `(N, width, M, M)` with M = 2 S."""
@@ -77,12 +76,12 @@ class MaskHead(nn.Module):
             regions: `(N, C, S, S)`.
             labels: `(N,)` int64, 1..K.
         """
-        features = self.features(regions)
-        # A 1x1 convolution is a dot product over channels: (N, 1, width) x (N, width, M * M).
-        kernels = self.logits.weight.flatten(1)[labels - 1][:, None]
+        features = self.features(regions).permute(0, 2, 3, 1)  # (N, M, M, width): the layout that it has in memory
+        # A 1x1 convolution is a dot product over channels: (N, M * M, width) x (N, width, 1).
+        kernels = self.logits.weight.flatten(1)[labels - 1][..., None]
         assert self.logits.bias is not None
-        own = torch.bmm(kernels, features.flatten(2))[:, 0] + self.logits.bias[labels - 1][:, None]
-        return own.unflatten(1, features.shape[-2:])
+        own = torch.bmm(features.flatten(1, 2), kernels) + self.logits.bias[labels - 1][:, None, None]
+        return own.view(features.shape[:3])
 
     def loss(self, logits: Tensor, wanted: Tensor, *, images: Tensor, batch: int) -> Tensor:
         """Binary cross entropy, mean over the cells of a mask and over the positives; 0 without any.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
@@ -23,7 +23,7 @@ from maskrcnn.models.pretrained import load_pretrained
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig
 from maskrcnn.ops.boxes import BoxWeights
-from maskrcnn.ops.masks import mask_targets, mask_targets_torchvision
+from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
 from maskrcnn.structures import Detections, ImageBatch, Losses, RoISamples, Targets
 
@@ -36,7 +36,7 @@ class PixelConfig(Section):
 
     order: Literal["rgb", "bgr"] = "rgb"
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # in the order of the channels
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
 
 
 class MaskRCNNConfig(Section):
@@ -49,7 +49,7 @@ class MaskRCNNConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     box_head: BoxTrunkConfig = FCTrunkConfig()
     box_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # of the box head's deltas
-    box_beta: float = 0.0  # of the box head's smooth L1
+    box_beta: NonNegativeFloat = 0.0  # of the box head's smooth L1
     mask_head: MaskHeadConfig = MaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
@@ -63,6 +63,8 @@ class MaskRCNNConfig(Section):
             )
         if output == "c4" and self.box_head.pool_size != self.mask_head.pool_size:
             raise ValueError("with backbone.output 'c4' stage 5 serves both heads: give them the same pool_size")
+        if output == "c4" and self.mask_head.pool_size % 2:
+            raise ValueError("with backbone.output 'c4' stage 5 halves the regions: give the heads an even pool_size")
         return self
 
     def build(self, num_classes: int, *, pretrained: bool = True) -> MaskRCNN:
@@ -158,7 +160,7 @@ class MaskRCNN(nn.Module):
     @property
     def size_divisor(self) -> int:
         """The sides of `ImageBatch.pixels` must be multiples of this."""
-        return max(self.rpn.strides)
+        return max(self.box_pooler.strides)  # not P6's: it is every second cell of P5, rounded up
 
     def forward(self, images: ImageBatch, targets: Targets) -> Losses:
         """The losses of a batch, each an average over its images."""

@@ -78,3 +78,16 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
         shift = shift + conv.bias * scale
     kernel = conv.weight * scale[:, None, None, None]
     return F.conv2d(features, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its norm, as one operation."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(N, C, H, W)` to `(N, C', H', W')`."""
+        return conv_norm(self.conv, self.norm, features)

@@ -47,13 +47,13 @@ def load_pretrained(modules: Sequence[nn.Module | None], weights: str, *, archit
 
 def imagenet_file(architecture: str) -> Path:
     """torchvision's file of `architecture` trained on ImageNet-1k, from its cache or by download."""
-    url = get_model_weights(architecture).IMAGENET1K_V1.url
+    url = _url(architecture)
     path = Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.is_file():
         return path
     logger.info("downloading %s", url)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         download_url_to_file(url, str(path))
     except (URLError, OSError) as error:
         raise InputError(
@@ -62,6 +62,16 @@ def imagenet_file(architecture: str) -> Path:
             "--set model.backbone.weights=FILE, or start from random weights with --set model.backbone.weights=none"
         ) from error
     return path
+
+
+def _url(architecture: str) -> str:
+    try:
+        return get_model_weights(architecture).IMAGENET1K_V1.url
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"model.backbone.weights: torchvision has no ImageNet weights of {architecture}; name a file with --set "
+            "model.backbone.weights=FILE, or start from random weights with --set model.backbone.weights=none"
+        ) from error
 
 
 def _complaint(

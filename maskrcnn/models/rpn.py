@@ -7,14 +7,15 @@ The anchors of an image are numbered level by level, row by row, the A anchors o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
+from maskrcnn.models.initialization import init_normal
 from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, encode_deltas
@@ -25,29 +26,33 @@ from maskrcnn.structures import Proposals, Targets
 RPN_STREAM = 0  # of the random keys that draw anchors
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Lengths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+
 class ProposalCounts(Section):
     """How many boxes to keep before NMS, on each level, and after it, in all."""
 
-    before_nms: int
-    after_nms: int
+    before_nms: PositiveInt
+    after_nms: PositiveInt
 
 
 class RPNConfig(Section):
     """Defaults: Detectron2's for a pyramid (prior art for each in the reference given at its use)."""
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, one tuple a level
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    anchor_sizes: tuple[Lengths, ...] = ((32,), (64,), (128,), (256,), (512,))  # px, one tuple a level
+    anchor_ratios: Lengths = (0.5, 1.0, 2.0)  # height / width
     round_anchors: bool = False
-    foreground: float = 0.7
-    background: float = 0.3
-    samples: int = 256
-    positive_share: float = 0.5
+    foreground: Share = 0.7
+    background: Share = 0.3
+    samples: PositiveInt = 256
+    positive_share: Share = 0.5
     box_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
-    box_beta: float = 0.0
+    box_beta: NonNegativeFloat = 0.0
     training: ProposalCounts = ProposalCounts(before_nms=2000, after_nms=1000)
     inference: ProposalCounts = ProposalCounts(before_nms=1000, after_nms=1000)
-    nms_threshold: float = 0.7
-    min_size: float = 0.0
+    nms_threshold: Share = 0.7
+    min_size: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _same_anchors_a_cell(self) -> RPNConfig:
@@ -127,8 +132,7 @@ class RPN(nn.Module):
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, anchors * 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            init_normal(layer, std=0.01)
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The anchors of each level, `(H * W * A, 4)`."""
@@ -151,19 +155,21 @@ class RPN(nn.Module):
         boxes, scores, levels = [], [], []
         for index, (level, anchors) in enumerate(zip(features, self.anchors(features), strict=True)):
             logits, deltas = self.score_all(level)
-            best, chosen = logits.topk(min(counts.before_nms, logits.shape[1]), dim=1)
+            highest, chosen = logits.topk(min(counts.before_nms, logits.shape[1]), dim=1)
             deltas = deltas.gather(1, chosen[..., None].expand(-1, -1, 4))
             boxes.append(decode_deltas(deltas, anchors[chosen], weights=self.box_weights))
-            scores.append(best.float())
+            scores.append(highest.float())
             levels.append(torch.full_like(chosen, index))
-        boxes = clip_boxes(torch.cat(boxes, dim=1), sizes)
-        sides = boxes[..., 2:] - boxes[..., :2]
-        scores = torch.cat(scores, dim=1)
-        scores = scores.masked_fill(~(sides > self.min_size).all(dim=-1), -torch.inf)
-        indices, scores = batched_nms(
-            boxes, scores, torch.cat(levels, dim=1), iou_threshold=self.nms_threshold, count=counts.after_nms
+        clipped = clip_boxes(torch.cat(boxes, dim=1), sizes)
+        large = ((clipped[..., 2:] - clipped[..., :2]) > self.min_size).all(dim=-1)
+        indices, best = batched_nms(
+            clipped,
+            torch.cat(scores, dim=1).masked_fill(~large, -torch.inf),
+            torch.cat(levels, dim=1),
+            iou_threshold=self.nms_threshold,
+            count=counts.after_nms,
         )
-        return Proposals(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), scores)
+        return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), best)
 
     def score_all(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, H * W * A)` and deltas `(B, H * W * A, 4)` of every anchor of a level."""

@@ -6,7 +6,7 @@ Shapes: B images, P proposals, S samples, G objects, K classes, D detections.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from maskrcnn.config import Section
@@ -23,7 +23,9 @@ class SamplingConfig(Section):
 
     count: int = Field(512, ge=1)
     positive_share: float = Field(0.25, ge=0, le=1)
-    foreground: float = 0.5  # IoU with an object from which a proposal is positive; below, it is background
+    foreground: float = Field(
+        0.5, ge=0, le=1
+    )  # IoU with an object from which a proposal is positive; below, it is background
 
     def build(self) -> RegionSampler:
         """The sampler."""
@@ -33,10 +35,10 @@ class SamplingConfig(Section):
 class DetectionConfig(Section):
     """Which boxes become detections (Detectron2's defaults)."""
 
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
+    score_threshold: float = Field(0.05, ge=0, le=1)
+    nms_threshold: float = Field(0.5, ge=0, le=1)
     count: int = Field(100, ge=1)
-    min_size: float = 0.0  # px
+    min_size: NonNegativeFloat = 0.0  # px
 
     def build(self, *, box_weights: BoxWeights) -> DetectionSelector:
         """The selector for deltas with these weights."""

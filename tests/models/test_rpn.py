@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskrcnn.models.rpn import RPN, ProposalCounts, RPNConfig
-from maskrcnn.ops.masks import tabulate
+from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import MaskCrop, Targets
 
 SIZES = ((8, 12), (4, 6))  # of the two levels' maps

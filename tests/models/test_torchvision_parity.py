@@ -15,7 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from maskrcnn.config import load_config
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
-from maskrcnn.ops.masks import paste_probabilities, tabulate
+from maskrcnn.ops.mask_tables import tabulate
+from maskrcnn.ops.masks import paste_probabilities
 from maskrcnn.structures import ImageBatch, MaskCrop, Targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -23,8 +24,8 @@ CLASSES, HEIGHT, WIDTH = 5, 128, 160
 EVERYTHING = 2**13  # more samples than there are boxes: nothing is drawn by chance
 
 RENAMED = {
-    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}",
-    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}",
+    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}.conv",
+    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}.conv",
     "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
     "rpn.head.conv.0.0": "rpn.conv",
     "rpn.head.cls_logits": "rpn.objectness",
@@ -169,7 +170,7 @@ def test_gradients_agree(models, scene) -> None:
     ours(images, dense).total.backward()
     for other, own in [
         (theirs.rpn.head.conv[0][0], ours.rpn.conv),  # through the sampled anchors alone, here
-        (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0]),
+        (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0].conv),
         (theirs.backbone.body.layer2[0].conv1, ours.backbone.body.layer2[0].conv1),
         (theirs.roi_heads.mask_predictor.conv5_mask, ours.mask_head.upsample),
     ]:

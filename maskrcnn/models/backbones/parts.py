@@ -1,8 +1,4 @@
-"""What every backbone has: its contract, freezing, initialisation.
-
-The contract: `backbone(pixels)` gives a tuple of maps `(B, channels[i], H / strides[i], W / strides[i])`, fine to
-coarse, for pixels `(B, 3, H, W)` whose sides are multiples of the largest stride.
-"""
+"""What every backbone has: its contract, and how its first stages are frozen."""
 
 from __future__ import annotations
 
@@ -14,12 +10,33 @@ from torch import nn
 from maskrcnn.models.norms import FrozenBatchNorm2d
 
 
+class Backbone(nn.Module):
+    """Normalised pixels `(B, 3, H, W)` to maps `(B, channels[i], H / strides[i], W / strides[i])`, fine to coarse.
+
+    H and W are multiples of the strides. Only FPN's P6 may go beyond, and its sides are rounded up.
+
+    Attributes:
+        channels: channels of each map.
+        strides: image pixels per cell of each map.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class RegionStage(nn.Module):
+    """A stage that runs on each region: `(N, C, S, S)` to `(N, channels, S / stride, S / stride)`."""
+
+    channels: int
+    stride: int
+
+
 class BackboneParts(NamedTuple):
     """What a backbone's config builds."""
 
-    backbone: nn.Module  # keeps the contract above
-    body: nn.Module  # the part of it that has a classifier's weights, under torchvision's names
-    res5: nn.Module | None  # stage 5, to run on regions, for C4
+    backbone: Backbone
+    body: Backbone  # the part of it that has a classifier's weights, under torchvision's names
+    res5: RegionStage | None  # stage 5, for C4
 
 
 def freeze_stages(body: nn.Module, stages: Sequence[nn.Module]) -> None:
@@ -33,12 +50,3 @@ def freeze_stages(body: nn.Module, stages: Sequence[nn.Module]) -> None:
         for name, child in module.named_children():
             if child in frozen and isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
                 setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=child.eps))
-
-
-def init_convolutions(module: nn.Module) -> None:
-    """He initialisation of every convolution (arXiv 1502.01852), by its outputs, as torchvision's backbones have it."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

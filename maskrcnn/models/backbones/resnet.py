@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.backbones.fpn import FPN, FPNConfig
-from maskrcnn.models.backbones.parts import BackboneParts, freeze_stages, init_convolutions
+from maskrcnn.models.backbones.parts import Backbone, BackboneParts, RegionStage, freeze_stages
+from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm, conv_norm
 
 Depth = Literal[18, 34, 50, 101, 152]
@@ -38,15 +39,22 @@ class ResNetConfig(Section):
 
     kind: Literal["resnet"] = "resnet"
     depth: Depth = 50
-    groups: int = 1
-    width_per_group: int = 64
+    width: PositiveInt = 64  # channels of the stem and of C2's 3x3 convolutions; ImageNet weights have 64
+    groups: PositiveInt = 1
+    width_per_group: PositiveInt = 64
     output: Literal["c4", "c5", "dc5", "fpn"] = "fpn"
     fpn: FPNConfig = FPNConfig()
     norm: NormKind = "frozen_bn"
-    norm_eps: float = 1e-5
+    norm_eps: NonNegativeFloat = 1e-5
     stride_in_1x1: bool = False
     freeze: int = Field(2, ge=0, le=5)  # how many stages keep their weights; 2: the stem and C2
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
+
+    @model_validator(mode="after")
+    def _imagenet_has_one_width(self) -> ResNetConfig:
+        if self.weights == "imagenet" and self.width != 64:
+            raise ValueError(f"there are no ImageNet weights of width {self.width}: set weights to none or to a path")
+        return self
 
     @model_validator(mode="after")
     def _basic_blocks_are_plain(self) -> ResNetConfig:
@@ -68,8 +76,9 @@ class ResNetConfig(Section):
 
     def build(self) -> BackboneParts:
         """The backbone, and stage 5 apart where it runs on regions; weights are loaded elsewhere."""
-        shared = {
+        shared: dict[str, Any] = {
             "depth": self.depth,
+            "width": self.width,
             "make_norm": partial(build_norm, self.norm, eps=self.norm_eps),
             "groups": self.groups,
             "width_per_group": self.width_per_group,
@@ -159,7 +168,7 @@ class Bottleneck(nn.Module):
         return F.relu_(conv_norm(self.conv3, self.bn3, out).add_(identity))
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """The stages of a ResNet up to the last one in `outputs`.
 
     Attributes:
@@ -172,6 +181,7 @@ class ResNet(nn.Module):
         *,
         depth: Depth,
         make_norm: NormFactory,
+        width: int = 64,
         outputs: Sequence[int],
         dilate_c5: bool = False,
         groups: int = 1,
@@ -182,15 +192,15 @@ class ResNet(nn.Module):
         super().__init__()
         block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
         self.outputs = tuple(outputs)
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = make_norm(64)
-        inputs = 64
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = make_norm(width)
+        inputs = width
         for stage in range(2, max(outputs) + 1):
             dilated = dilate_c5 and stage == 5
             stride = 1 if stage == 2 or dilated else 2
-            layer, inputs = _stage(block, depth, stage, inputs, stride=stride, dilation=2 if dilated else 1)
+            layer, inputs = _stage(block, depth, stage, width, inputs, stride=stride, dilation=2 if dilated else 1)
             setattr(self, f"layer{stage - 1}", layer)
-        self.channels = tuple(stage_channels(depth, stage) for stage in outputs)
+        self.channels = tuple(stage_channels(depth, stage, width) for stage in outputs)
         self.strides = tuple(16 if dilate_c5 and stage == 5 else 2**stage for stage in outputs)
         init_convolutions(self)
 
@@ -211,7 +221,7 @@ class ResNet(nn.Module):
         return tuple(found)
 
 
-class Res5(nn.Module):
+class Res5(RegionStage):
     """Stage 5 as it runs on each region of a C4 model (He et al., 2016; Mask R-CNN, figure 4 left).
 
     Attributes:
@@ -224,13 +234,15 @@ class Res5(nn.Module):
         *,
         depth: Depth,
         make_norm: NormFactory,
+        width: int = 64,
         groups: int = 1,
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
-        self.layer4, self.channels = _stage(block, depth, 5, stage_channels(depth, 4), stride=2, dilation=1)
+        inputs = stage_channels(depth, 4, width)
+        self.layer4, self.channels = _stage(block, depth, 5, width, inputs, stride=2, dilation=1)
         self.stride = 2
         init_convolutions(self)
 
@@ -239,10 +251,10 @@ class Res5(nn.Module):
         return self.layer4(regions)
 
 
-def stage_channels(depth: Depth, stage: int) -> int:
+def stage_channels(depth: Depth, stage: int, width: int = 64) -> int:
     """Channels of `C{stage}`, for stages 2 to 5."""
     expansion = BasicBlock.expansion if depth < 50 else Bottleneck.expansion
-    return 64 * 2 ** (stage - 2) * expansion
+    return width * 2 ** (stage - 2) * expansion
 
 
 def _block(
@@ -260,9 +272,9 @@ def _block(
 
 
 def _stage(
-    block: Callable[..., nn.Module], depth: Depth, stage: int, inputs: int, *, stride: int, dilation: int
+    block: Callable[..., nn.Module], depth: Depth, stage: int, width: int, inputs: int, *, stride: int, dilation: int
 ) -> tuple[nn.Sequential, int]:
-    planes, outputs = 64 * 2 ** (stage - 2), stage_channels(depth, stage)
+    planes, outputs = width * 2 ** (stage - 2), stage_channels(depth, stage, width)
     blocks = [block(inputs, planes, stride=stride, dilation=dilation)]
     blocks += [block(outputs, planes, stride=1, dilation=dilation) for _ in range(BLOCKS[depth][stage - 2] - 1)]
     return nn.Sequential(*blocks), outputs

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.backbones.fpn import FPN, FPNConfig
-from maskrcnn.models.backbones.parts import BackboneParts, freeze_stages, init_convolutions
+from maskrcnn.models.backbones.parts import Backbone, BackboneParts, freeze_stages
+from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm
 
 Depth = Literal[11, 13, 16, 19]
@@ -40,7 +41,7 @@ class VGGConfig(Section):
     output: Literal["conv5", "pool5", "fpn"] = "conv5"
     fpn: FPNConfig = FPNConfig()
     norm: NormKind = "none"
-    norm_eps: float = 1e-5
+    norm_eps: NonNegativeFloat = 1e-5
     freeze: int = Field(2, ge=0, le=5)  # how many groups of convolutions keep their weights, as in Fast R-CNN
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
@@ -64,7 +65,7 @@ class VGGConfig(Section):
         return BackboneParts(backbone, body, None)
 
 
-class VGG(nn.Module):
+class VGG(Backbone):
     """The convolutions of a VGG up to the last stage in `outputs`.
 
     Stage 5 is conv5_3 of VGG-16, at stride 16; stage 6 is pool5, at stride 32.

@@ -1,0 +1,318 @@
+"""What every backbone promises, and that the bodies are torchvision's classifiers without their last layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from maskrcnn.models.backbones.fpn import FPN
+from maskrcnn.models.backbones.parts import BackboneParts, freeze_stages
+from maskrcnn.models.backbones.resnet import ResNet, ResNetConfig
+from maskrcnn.models.backbones.vgg import VGG, VGGConfig
+from maskrcnn.models.norms import FrozenBatchNorm2d, NormKind, build_norm, conv_norm
+
+HEIGHT, WIDTH = 64, 128  # multiples of P6's stride
+PYRAMID = (4, 8, 16, 32, 64)
+
+
+def resnet(depth: int, output: str, **settings: Any) -> BackboneParts:
+    return ResNetConfig.model_validate({"depth": depth, "output": output, "weights": "none", **settings}).build()
+
+
+def resnext50(output: str) -> BackboneParts:
+    return resnet(50, output, groups=32, width_per_group=4)
+
+
+def vgg(depth: int, output: str, **settings: Any) -> BackboneParts:
+    return VGGConfig.model_validate({"depth": depth, "output": output, "weights": "none", **settings}).build()
+
+
+def pixels(batch: int = 1) -> Tensor:
+    return torch.randn(batch, 3, HEIGHT, WIDTH)
+
+
+def randomize_norms(module: nn.Module) -> None:
+    """Statistics and scales as if trained, below 1, so that nothing explodes."""
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+                norm.running_mean.normal_(0, 0.1)
+                norm.running_var.uniform_(0.5, 1.5)
+                norm.weight.uniform_(0.3, 0.6)
+                norm.bias.normal_(0, 0.1)
+
+
+# The contract.
+
+
+@pytest.mark.parametrize(
+    ("parts", "channels", "strides"),
+    [
+        pytest.param(lambda: resnet(18, "c4"), (256,), (16,), id="resnet18-c4"),
+        pytest.param(lambda: resnet(18, "c5", norm="gn"), (512,), (32,), id="resnet18-c5-gn"),
+        pytest.param(lambda: resnet(18, "dc5", norm="bn", freeze=0), (512,), (16,), id="resnet18-dc5-bn"),
+        pytest.param(lambda: resnet(18, "fpn", norm="sync_bn"), (256,) * 5, PYRAMID, id="resnet18-fpn-sync_bn"),
+        pytest.param(
+            lambda: resnet(18, "fpn", fpn={"channels": 32, "norm": "gn"}), (32,) * 5, PYRAMID, id="resnet18-fpn-gn"
+        ),
+        pytest.param(lambda: resnet(34, "c4", norm="none"), (256,), (16,), id="resnet34-c4-none"),
+        pytest.param(lambda: resnet(50, "c4", stride_in_1x1=True), (1024,), (16,), id="resnet50-c4-caffe"),
+        pytest.param(lambda: resnet(50, "c5"), (2048,), (32,), id="resnet50-c5"),
+        pytest.param(lambda: resnet(50, "dc5"), (2048,), (16,), id="resnet50-dc5"),
+        pytest.param(lambda: resnet(50, "fpn"), (256,) * 5, PYRAMID, id="resnet50-fpn"),
+        pytest.param(lambda: resnext50("c4"), (1024,), (16,), id="resnext50-c4"),
+        pytest.param(lambda: resnext50("fpn"), (256,) * 5, PYRAMID, id="resnext50-fpn"),
+        pytest.param(lambda: vgg(11, "conv5"), (512,), (16,), id="vgg11-conv5"),
+        pytest.param(lambda: vgg(11, "pool5", norm="bn"), (512,), (32,), id="vgg11-pool5-bn"),
+        pytest.param(lambda: vgg(13, "fpn", norm="gn"), (256,) * 5, PYRAMID, id="vgg13-fpn-gn"),
+        pytest.param(lambda: vgg(16, "conv5", norm="bn"), (512,), (16,), id="vgg16-conv5-bn"),
+        pytest.param(lambda: vgg(16, "pool5"), (512,), (32,), id="vgg16-pool5"),
+        pytest.param(lambda: vgg(16, "fpn"), (256,) * 5, PYRAMID, id="vgg16-fpn"),
+    ],
+)
+def test_features_are_what_the_backbone_says(parts: Any, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    backbone = parts().backbone.eval()
+    assert backbone.channels == channels
+    assert backbone.strides == strides
+    with torch.no_grad():
+        features = backbone(pixels())
+    assert [level.shape for level in features] == [
+        (1, width, HEIGHT // stride, WIDTH // stride) for width, stride in zip(channels, strides, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_stage_5_halves_a_region(depth: int) -> None:
+    res5 = resnet(depth, "c4").res5
+    regions = torch.randn(3, {18: 256, 50: 1024}[depth], 14, 14)
+    assert res5(regions).shape == (3, res5.channels, 7, 7)
+    assert res5(regions[:0]).shape == (0, res5.channels, 7, 7)
+
+
+def test_coarser_levels_reach_the_finer_ones() -> None:
+    """Top-down, every level sees what C5 sees; the other way round, P5 does not see C2."""
+    pyramid = FPN(Taps(), channels=8)
+    maps = [torch.randn(1, 4, 64 // stride, 64 // stride, requires_grad=True) for stride in (4, 8, 16, 32)]
+    levels = pyramid(maps)
+    assert torch.autograd.grad(levels[0].sum(), maps[3], retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(levels[3].sum(), maps[0], allow_unused=True)[0] is None
+    assert torch.equal(levels[4], levels[3][:, :, ::2, ::2])
+
+
+class Taps(nn.Module):
+    """A body that hands on the maps that it is given."""
+
+    channels, strides = (4, 4, 4, 4), (4, 8, 16, 32)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(maps)
+
+
+# torchvision's classifiers.
+
+
+def load_into(body: nn.Module, classifier: nn.Module, *, without: str) -> None:
+    """Copy the weights by name; whatever is left over belongs to the layers that `without` names."""
+    left = body.load_state_dict(classifier.state_dict(), strict=False)
+    assert not left.missing_keys
+    rest = [name for name in left.unexpected_keys if not name.endswith("num_batches_tracked")]
+    assert {name.split(".")[0] for name in rest} == {without}
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("resnet18", {"depth": 18}),
+        ("resnet50", {"depth": 50}),
+        ("resnext50_32x4d", {"depth": 50, "groups": 32, "width_per_group": 4}),
+    ],
+)
+def test_resnets_are_torchvisions(name: str, settings: dict[str, Any], norm: str) -> None:
+    theirs = getattr(torchvision.models, name)().eval()
+    randomize_norms(theirs)
+    config = ResNetConfig.model_validate({**settings, "output": "c5", "norm": norm})
+    assert config.architecture == name
+    ours = config.build().body.eval()
+    load_into(ours, theirs, without="fc")
+    image = pixels()
+    with torch.no_grad():
+        expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            expected = layer(expected)
+        (found,) = ours(image)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_5_apart_is_torchvisions_layer4() -> None:
+    theirs = torchvision.models.resnet18().eval()
+    randomize_norms(theirs)
+    parts = resnet(18, "c4")
+    assert parts.res5 is not None
+    names = {*parts.body.state_dict(), *parts.res5.state_dict()}
+    assert names == {n for n in theirs.state_dict() if not n.startswith("fc.") and not n.endswith("_tracked")}
+    parts.res5.load_state_dict(theirs.state_dict(), strict=False)
+    regions = torch.randn(2, 256, 14, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(parts.res5(regions), theirs.layer4(regions), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "norm"), [(11, "none"), (16, "none"), (16, "frozen_bn"), (11, "bn")])
+@pytest.mark.parametrize("output", ["conv5", "pool5"])
+def test_vggs_are_torchvisions(depth: int, norm: str, output: str) -> None:
+    config = VGGConfig.model_validate({"depth": depth, "norm": norm, "output": output})
+    convolutions = getattr(torchvision.models, config.architecture)(num_classes=1, init_weights=False).features.eval()
+    theirs = nn.ModuleDict({"features": convolutions, "classifier": nn.Linear(1, 1)})
+    randomize_norms(theirs)
+    ours = config.build().body.eval()
+    load_into(ours, theirs, without="classifier")
+    image = pixels()
+    with torch.no_grad():
+        expected = convolutions[: len(convolutions) - (output == "conv5")](image)
+        (found,) = ours(image)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_architectures_exist() -> None:
+    for depth in (18, 34, 50, 101, 152):
+        assert ResNetConfig(depth=depth).architecture in torchvision.models.list_models()
+    for depth, width in ((50, 4), (101, 8)):
+        assert (
+            ResNetConfig(depth=depth, groups=32, width_per_group=width).architecture in torchvision.models.list_models()
+        )
+    assert ResNetConfig(depth=101, groups=64, width_per_group=4).architecture == "resnext101_64x4d"
+    for depth in (11, 13, 16, 19):
+        assert VGGConfig(depth=depth).architecture == f"vgg{depth}"
+        assert VGGConfig(depth=depth, norm="bn").architecture == f"vgg{depth}_bn"
+
+
+def test_basic_blocks_have_no_groups() -> None:
+    with pytest.raises(ValueError, match="depth 18 has basic blocks"):
+        ResNetConfig(depth=18, groups=32)
+
+
+# Strides.
+
+
+def test_dilation_keeps_the_stride_and_the_parameters() -> None:
+    c5, dc5 = resnet(50, "c5").body, resnet(50, "dc5").body
+    dc5.load_state_dict(c5.state_dict())  # the same names and shapes
+    assert dc5.strides == (16,)
+    dilated = [
+        module for module in dc5.layer4.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+    ]
+    assert all(conv.dilation == conv.padding == (2, 2) and conv.stride == (1, 1) for conv in dilated)
+    assert all(conv.dilation == (1, 1) for conv in dc5.layer3.modules() if isinstance(conv, nn.Conv2d))
+
+
+@pytest.mark.parametrize(("in_1x1", "first", "second"), [(False, (1, 1), (2, 2)), (True, (2, 2), (1, 1))])
+def test_the_stride_is_where_the_config_says(in_1x1: bool, first: tuple[int, int], second: tuple[int, int]) -> None:
+    parts = resnet(50, "c4", stride_in_1x1=in_1x1)
+    for stage in (parts.body.layer2, parts.body.layer3, parts.res5.layer4):
+        assert stage[0].conv1.stride == first
+        assert stage[0].conv2.stride == second
+        assert stage[0].downsample[0].stride == (2, 2)
+        assert stage[1].conv1.stride == stage[1].conv2.stride == (1, 1)
+
+
+# Freezing.
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize(
+    "kind", [lambda **s: resnet(18, "fpn", **s), lambda **s: vgg(11, "pool5", **s)], ids=["resnet", "vgg"]
+)
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_frozen_stages_are_constants(kind: Any, count: int, norm: NormKind) -> None:
+    parts = kind(norm=norm, freeze=count)
+    stages = parts.body.stages()
+    assert len(stages) == 5
+    assert {id(p) for stage in stages for p in stage.parameters()} == {id(p) for p in parts.body.parameters()}
+    before = {name: value.clone() for name, value in parts.body.state_dict().items()}
+
+    loss = sum(level.square().mean() for level in parts.backbone.train()(pixels(2)[:, :, :32, :64]))
+    if loss.requires_grad:  # a VGG that is frozen from end to end has nothing to learn
+        loss.backward()
+
+    for stage in stages[:count]:
+        assert all(not parameter.requires_grad and parameter.grad is None for parameter in stage.parameters())
+    for stage in stages[count:]:
+        assert all(parameter.grad is not None for parameter in stage.parameters())
+        assert all(parameter.grad.any() for parameter in stage.parameters() if parameter.dim() > 1)
+    moved = {name for name, value in parts.body.state_dict().items() if not torch.equal(value, before[name])}
+    trained = {name for name in moved if name.endswith("running_mean")}
+    norms = [module for module in parts.body.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(trained) == len(norms)
+    assert (len(norms) > 0) == (norm == "bn" and count < 5)
+
+
+def test_a_frozen_stage_keeps_its_statistics() -> None:
+    """A batch norm in a stage that does not learn would go on to follow the data."""
+    for body in (resnet(18, "c5", norm="bn", freeze=1).body, vgg(11, "conv5", norm="bn", freeze=1).body):
+        first = next(module for module in body.modules() if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d))
+        assert isinstance(first, FrozenBatchNorm2d)
+        assert any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
+        body.train()(pixels(2))
+        assert torch.equal(first.running_mean, torch.zeros(64))
+
+
+def test_freezing_does_not_change_the_output() -> None:
+    body = resnet(18, "c5", norm="bn", freeze=0).body.eval()
+    image = pixels()
+    expected = body(image)[0]
+    freeze_stages(body, body.stages())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
+    torch.testing.assert_close(body(image)[0], expected)
+
+
+def test_bodies_are_modules_of_the_backbone() -> None:
+    assert isinstance(resnet(18, "c4").backbone, ResNet)
+    assert isinstance(vgg(11, "conv5").backbone, VGG)
+    pyramid = resnet(18, "fpn")
+    assert isinstance(pyramid.backbone, FPN)
+    assert pyramid.backbone.body is pyramid.body
+
+
+# Norms.
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_a_frozen_norm_changes_nothing(bias: bool) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias).double()
+    norm = FrozenBatchNorm2d(6, eps=1e-3).double()
+    randomize_norms(norm)
+    image = torch.randn(2, 4, 9, 11, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 6, 5, 6, dtype=torch.float64)
+    inputs = [image, *conv.parameters()]
+    folded, unfolded = conv_norm(conv, norm, image), norm(conv(image))
+    torch.testing.assert_close(folded, unfolded)
+    ours, expected = (torch.autograd.grad((out * weight).sum(), inputs) for out in (folded, unfolded))
+    for own, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_frozen_norm_by_hand() -> None:
+    norm = FrozenBatchNorm2d(1, eps=0.5)
+    norm.load_state_dict(
+        {
+            "weight": torch.tensor([3.0]),
+            "bias": torch.tensor([1.0]),
+            "running_mean": torch.tensor([2.0]),
+            "running_var": torch.tensor([3.5]),
+        }
+    )
+    # (5 - 2) / sqrt(3.5 + 0.5) * 3 + 1
+    assert norm(torch.full((1, 1, 1, 1), 5.0)).item() == 5.5
+    assert not list(norm.parameters())
+
+
+@pytest.mark.parametrize("kind", ["none", "frozen_bn", "bn", "sync_bn", "gn"])
+def test_a_norm_keeps_the_shape(kind: NormKind) -> None:
+    norm = build_norm(kind, 64, eps=1e-3).eval()
+    assert norm(torch.randn(2, 64, 5, 7)).shape == (2, 64, 5, 7)
+    assert getattr(norm, "eps", 1e-3) == (1e-5 if kind == "gn" else 1e-3)  # its own is no matter of lineage

@@ -1,0 +1,403 @@
+"""The two heads, their losses, and what is drawn for them and kept of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskrcnn.models.box_head import BoxHead, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
+from maskrcnn.models.losses import box_regression_loss, sample_mean
+from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig
+from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler
+from maskrcnn.ops.boxes import decode_deltas, encode_deltas
+from maskrcnn.ops.mask_tables import tabulate
+from maskrcnn.structures import Detections, MaskCrop, Proposals, Targets
+
+K = 5
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def mask_head(depth: int = 2) -> MaskHead:
+    head = MaskHeadConfig(depth=depth, width=8).build(channels=6, num_classes=K, normalizer="image")
+    nn.init.normal_(head.logits.weight)  # as built, all masks are all but 0
+    nn.init.normal_(head.logits.bias)
+    return head
+
+
+def box_head(trunk: nn.Module, features: int) -> BoxHead:
+    return BoxHead(trunk=trunk, features=features, num_classes=K, weights=WEIGHTS, beta=0.0, normalizer="image")
+
+
+# The mean of losses.
+
+
+def test_the_mean_by_hand() -> None:
+    values, images = torch.tensor([1.0, 2, 3, 10]), torch.tensor([0, 0, 0, 1])
+    counts = torch.tensor([3, 1])
+    assert sample_mean(values, images, counts, per="image") == (2 + 10) / 2
+    assert sample_mean(values, images, counts, per="batch") == 16 / 4
+    # Counts may be larger than the values that are there: negatives have no box loss, but they count.
+    counts = torch.tensor([6, 4])
+    assert sample_mean(values, images, counts, per="image") == (1 + 2.5) / 2
+    assert sample_mean(values, images, counts, per="batch") == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("per", ["image", "batch"])
+def test_the_mean_of_nothing_is_zero(per: Any) -> None:
+    nothing = torch.zeros(0, requires_grad=True)
+    mean = sample_mean(nothing, torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0]), per=per)
+    assert mean == 0
+    mean.backward()  # still in the graph
+
+
+def test_an_image_without_samples_counts_in_the_mean_over_images() -> None:
+    mean = sample_mean(torch.tensor([4.0]), torch.tensor([1]), torch.tensor([0, 1]), per="image")
+    assert mean == 2.0  # as it would if it had been alone in its batch, with a loss of 0
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0.0, 1.0 + 0.25 + 3.0), (1.0, 0.5 + 0.5 * 0.25**2 + 2.5)])
+def test_smooth_l1_by_hand(beta: float, expected: float) -> None:
+    found = box_regression_loss(torch.tensor([[1.0, 0.25, 0, -3]]), torch.zeros(1, 4), beta=beta)
+    assert found.tolist() == [pytest.approx(expected)]
+
+
+# The box head.
+
+
+def test_box_losses_by_hand() -> None:
+    head = box_head(nn.Flatten(), 1)
+    nn.init.zeros_(head.scores.weight)
+    nn.init.zeros_(head.deltas.weight)
+    with torch.no_grad():
+        head.scores.bias.copy_(torch.tensor([1.0, 0, 2, 0, 0, 0]))
+        head.deltas.bias.copy_(torch.arange(20.0))
+    regions = torch.zeros(4, 1, 1, 1)
+    boxes = torch.tensor([[0.0, 0, 10, 20]]).expand(4, 4)
+    objects = torch.tensor([[1.0, 0, 11, 20], [0, 0, 20, 20], [0, 0, 0, 0], [0, 0, 0, 0]])
+    images = torch.tensor([0, 0, 0, 1])
+    found = head.losses(
+        head(regions), labels=torch.tensor([2, 1, 0, 0]), boxes=boxes, objects=objects, images=images, batch=2
+    )
+    total = math.e + math.e**2 + 4
+    labels = [math.log(total) - logit for logit in (2.0, 0, 1, 1)]
+    assert found.label.item() == pytest.approx((sum(labels[:3]) / 3 + labels[3]) / 2)
+    # Class 2 predicts (4, 5, 6, 7), and should say 10 * (1 / 10, 0); class 1 predicts (0, 1, 2, 3), and should say
+    # 10 * (5 / 10, 0) and 5 * (log 2, 0). Image 0 has three samples, image 1 one, without a box.
+    first = 3 + 5 + 6 + 7
+    second = 5 + 1 + abs(5 * math.log(2) - 2) + 3
+    assert found.box.item() == pytest.approx((first + second) / 3 / 2)
+
+
+def test_the_deltas_of_other_classes_get_no_gradient() -> None:
+    head = box_head(nn.Flatten(), 3)
+    outputs = head(torch.randn(2, 3, 1, 1))
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 30, 20]])
+    losses = head.losses(
+        outputs,
+        labels=torch.tensor([2, 0]),
+        boxes=boxes,
+        objects=boxes + 3,
+        images=torch.zeros(2, dtype=torch.int64),
+        batch=1,
+    )
+    (gradient,) = torch.autograd.grad(losses.box, outputs.deltas)
+    assert gradient[0, 1].all()
+    gradient[0, 1] = 0
+    assert not gradient.any()
+
+
+def test_each_class_has_its_row_of_four_deltas() -> None:
+    head = box_head(nn.Flatten(), 2)
+    outputs = head(torch.randn(3, 2, 1, 1))
+    assert outputs.scores.shape == (3, K + 1)
+    assert outputs.deltas.shape == (3, K, 4)
+    # Rows 4 k to 4 k + 3 of the layer belong to class k + 1: what checkpoints rely on.
+    (gradient,) = torch.autograd.grad(outputs.deltas[:, 2].sum(), head.deltas.bias)
+    assert gradient.nonzero()[:, 0].tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("trunk", "features"),
+    [
+        (lambda: FCTrunkConfig(width=16, depth=1).build(channels=4, side=7), 16),
+        (lambda: FCTrunkConfig(width=16, depth=3).build(channels=4, side=7), 16),
+        (lambda: MeanTrunkConfig().build(channels=4, side=7), 4),
+        (lambda: VGGFullyConnected(4 * 49, width=32), 32),
+    ],
+)
+def test_a_trunk_says_how_many_features_it_gives(trunk: Any, features: int) -> None:
+    head = box_head(trunk(), features)
+    assert head.trunk(torch.randn(3, 4, 7, 7)).shape == (3, features)
+    nothing = head(torch.zeros(0, 4, 7, 7))
+    assert nothing.scores.shape == (0, K + 1)
+    losses = head.losses(
+        nothing,
+        labels=torch.zeros(0, dtype=torch.int64),
+        boxes=torch.zeros(0, 4),
+        objects=torch.zeros(0, 4),
+        images=torch.zeros(0, dtype=torch.int64),
+        batch=2,
+    )
+    assert losses == (0, 0)
+    sum(losses).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_vggs_layers_have_torchvisions_numbers() -> None:
+    names = VGGFullyConnected(8, width=4).state_dict().keys()
+    assert names == {"classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias"}
+
+
+# The mask head.
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_the_masks_of_own_classes_equal_all_masks_and_a_choice(depth: int) -> None:
+    head = mask_head(depth)
+    regions = torch.randn(4, 6, 7, 7, requires_grad=True)
+    labels = torch.tensor([1, K, 3, 3])
+    own = head(regions, labels)
+    expected = head.all_masks(regions)[torch.arange(4), labels - 1]
+    assert own.shape == (4, 14, 14)
+    torch.testing.assert_close(own, expected)
+
+    weight = torch.randn(4, 14, 14)
+    inputs = [regions, *head.parameters()]
+    ours, theirs = (torch.autograd.grad((masks * weight).sum(), inputs) for masks in (own, expected))
+    for gradient, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_masks_of_different_classes_do_not_compete() -> None:
+    """The loss of a region of class 3 moves the rows of class 3 alone: a sigmoid for each class, not a softmax."""
+    head = mask_head()
+    labels = torch.tensor([3, 3])
+    logits = head(torch.randn(2, 6, 7, 7), labels)
+    head.loss(logits, torch.rand(2, 14, 14).round(), images=torch.tensor([0, 1]), batch=2).backward()
+    for gradient in (head.logits.weight.grad, head.logits.bias.grad):
+        assert gradient is not None
+        rows = gradient.flatten(1).abs().sum(1) if gradient.dim() > 1 else gradient.abs()
+        assert rows.nonzero()[:, 0].tolist() == [2]
+
+
+def test_the_mask_of_one_class_does_not_depend_on_the_others() -> None:
+    head, regions, labels = mask_head(), torch.randn(2, 6, 7, 7), torch.tensor([1, 4])
+    before = head(regions, labels)
+    with torch.no_grad():
+        head.logits.weight[[1, 2, 4]] += 5
+        head.logits.bias[[1, 2, 4]] -= 3
+    assert torch.equal(head(regions, labels), before)
+
+
+def test_the_mask_loss_by_hand() -> None:
+    head = mask_head()
+    logits = torch.tensor([0.0, 1, 2]).view(3, 1, 1).expand(3, 2, 2)
+    wanted = torch.ones(3, 2, 2)
+    wanted[1, 0] = 0
+    found = head.loss(logits, wanted, images=torch.tensor([0, 0, 1]), batch=2)
+    minus_log_sigmoid = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
+    second = (minus_log_sigmoid[1] + math.log1p(math.e)) / 2  # half the cells should be 0
+    assert found.item() == pytest.approx(((minus_log_sigmoid[0] + second) / 2 + minus_log_sigmoid[2]) / 2)
+
+
+def test_no_region_gives_no_loss_but_gradients() -> None:
+    head = mask_head()
+    logits = head(torch.zeros(0, 6, 7, 7), torch.zeros(0, dtype=torch.int64))
+    assert logits.shape == (0, 14, 14)
+    loss = head.loss(logits, torch.zeros(0, 14, 14), images=torch.zeros(0, dtype=torch.int64), batch=2)
+    assert loss == 0
+    loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
+# What trains the heads.
+
+
+def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
+    crops = [[MaskCrop(0, 0, np.ones((2, 2), np.uint8)) for _ in image] for image in boxes]
+    return Targets(torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [(1.0, 1.0)] * len(boxes), len(boxes[0])))
+
+
+def proposals(*images: list[list[float]]) -> Proposals:
+    boxes = torch.tensor(images)
+    return Proposals(boxes, torch.zeros(boxes.shape[:2]))
+
+
+def sampler(count: int, share: float = 0.5) -> RegionSampler:
+    return RegionSampler(count=count, positive_share=share, foreground=0.5)
+
+
+OBJECTS = targets([[[0.0, 0, 10, 10], [20, 20, 60, 60]]], [[3, 1]])
+
+
+def test_objects_are_their_own_best_proposals() -> None:
+    far = [100.0, 100, 110, 110]
+    samples = sampler(8, share=0.75)(proposals([far, far]), OBJECTS, torch.tensor([0]))
+    assert samples.labels.tolist()[0][4:] == [-1] * 4  # two positives, two negatives, no more boxes
+    own = {
+        (tuple(box), label, index)
+        for box, label, index in zip(
+            samples.boxes[0, :2].tolist(), samples.labels[0, :2].tolist(), samples.matched[0, :2].tolist(), strict=True
+        )
+    }
+    assert own == {((0, 0, 10, 10), 3, 0), ((20, 20, 60, 60), 1, 1)}
+    assert samples.labels[0, 2:4].tolist() == [0, 0]
+    assert samples.boxes[0, 2:4].tolist() == [far, far]
+
+
+def test_positives_come_first_and_are_no_more_than_their_share() -> None:
+    near = [[20.0 + shift, 20, 60 + shift, 60] for shift in range(6)]
+    far = [[100.0 + shift, 100, 110 + shift, 110] for shift in range(6)]
+    draw = sampler(8, share=0.25)
+    assert draw.max_positives == 2
+    for seed in range(5):
+        samples = draw(proposals([*far, *near]), OBJECTS, torch.tensor([seed]))
+        assert (samples.labels[0, :2] > 0).all()
+        assert samples.labels[0, 2:].tolist() == [0] * 6
+        assert samples.boxes.shape == (1, 8, 4)
+
+
+def test_a_proposal_gets_the_class_of_the_object_that_it_overlaps_most() -> None:
+    both = targets([[[0.0, 0, 40, 40], [10, 0, 50, 40]]], [[3, 1]])
+    samples = sampler(4, share=1.0)(proposals([[9.0, 0, 49, 40], [2, 0, 42, 40]]), both, torch.tensor([0]))
+    found = {
+        tuple(box): (label, index)
+        for box, label, index in zip(
+            samples.boxes[0].tolist(), samples.labels[0].tolist(), samples.matched[0].tolist(), strict=True
+        )
+    }
+    assert found[(9, 0, 49, 40)] == (1, 1)
+    assert found[(2, 0, 42, 40)] == (3, 0)
+
+
+def test_the_threshold_divides_positives_from_background() -> None:
+    one = targets([[[0.0, 0, 10, 10]]], [[2]])
+    boxes = [[0.0, 0, 10, 5], [0, 0, 10, 4.9]]  # IoU 0.5 and 0.49
+    samples = sampler(4, share=1.0)(proposals(boxes), one, torch.tensor([0]))
+    assert samples.labels[0].tolist() == [2, 2, 0, -1]
+    assert {box[3] for box in samples.boxes[0, :2].tolist()} == {10, 5}
+    assert samples.boxes[0, 2, 3].item() == pytest.approx(4.9)
+
+
+def test_padding_is_never_drawn() -> None:
+    none = targets([[[0.0, 0, 0, 0]]], [[-1]])
+    nothing = Proposals(torch.zeros(1, 3, 4), torch.full((1, 3), -torch.inf))
+    samples = sampler(4)(nothing, none, torch.tensor([0]))
+    assert samples.labels.tolist() == [[-1] * 4]
+    assert not samples.valid.any()
+
+
+def test_regions_inside_a_crowd_are_not_background() -> None:
+    crowd = targets([[[0.0, 0, 100, 100]]], [[-1]])
+    samples = sampler(4)(proposals([[10.0, 10, 30, 30], [200, 200, 220, 220]]), crowd, torch.tensor([0]))
+    assert samples.boxes[samples.valid].tolist() == [[200, 200, 220, 220]]
+
+
+# What becomes a detection.
+
+
+def selector(**settings: Any) -> DetectionSelector:
+    defaults = {"score_threshold": 0.05, "nms_threshold": 0.5, "count": 4}
+    return DetectionConfig.model_validate(defaults | settings).build(box_weights=WEIGHTS)
+
+
+def logits(*probabilities: list[float]) -> Tensor:
+    """`(1, P, K + 1)` logits of these probabilities of the first classes; the rest is background."""
+    table = torch.full((1, len(probabilities), K + 1), 1e-6)
+    for row, values in enumerate(probabilities):
+        table[0, row, 1 : len(values) + 1] = torch.tensor(values)
+        table[0, row, 0] = 1 - sum(values)
+    return table.log()
+
+
+def still(number: int) -> Tensor:
+    return torch.zeros(1, number, K, 4)
+
+
+SIZE = torch.tensor([[100, 200]])
+
+
+def kept(found: Detections) -> list[tuple[int, float]]:
+    """Label and score of each detection."""
+    valid = found.valid[0]
+    scores = [round(score, 4) for score in found.scores[0][valid].tolist()]
+    return list(zip(found.labels[0][valid].tolist(), scores, strict=True))
+
+
+def test_boxes_of_one_class_suppress_each_other_and_no_other_class() -> None:
+    where = proposals([[10.0, 10, 50, 50], [12, 10, 52, 50], [100, 10, 150, 50]])
+    scores = logits([0.6, 0.3], [0.7, 0.2], [0.1, 0.5])
+    found = selector()(where, scores, still(3), SIZE)
+    # Class 1: the second box beats the first; class 2: the first beats the second.
+    assert kept(found) == [(1, 0.7), (2, 0.5), (2, 0.3), (1, 0.1)]
+    assert found.boxes[0].tolist() == [[12, 10, 52, 50], [100, 10, 150, 50], [10, 10, 50, 50], [100, 10, 150, 50]]
+    assert kept(selector(nms_threshold=1.0, count=9)(where, scores, still(3), SIZE)) == [
+        (1, 0.7), (1, 0.6), (2, 0.5), (2, 0.3), (2, 0.2), (1, 0.1)
+    ]  # fmt: skip
+
+
+def test_the_best_are_kept_up_to_the_count_and_above_the_threshold() -> None:
+    where = proposals([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    scores = logits([0.5], [0.3], [0.049])
+    assert kept(selector()(where, scores, still(3), SIZE)) == [(1, 0.5), (1, 0.3)]
+    assert kept(selector(count=1)(where, scores, still(3), SIZE)) == [(1, 0.5)]
+    assert kept(selector(score_threshold=0.4)(where, scores, still(3), SIZE)) == [(1, 0.5)]
+
+
+def test_every_class_moves_the_box_by_its_own_deltas() -> None:
+    box = torch.tensor([[10.0, 10, 50, 50]])
+    wanted = torch.tensor([[20.0, 20, 40, 60], [5, 5, 25, 45]])
+    deltas = still(1)
+    deltas[0, 0, :2] = encode_deltas(wanted, box, weights=WEIGHTS)
+    found = selector()(proposals(box.tolist()), logits([0.3, 0.6]), deltas, SIZE)
+    assert kept(found) == [(2, 0.6), (1, 0.3)]
+    torch.testing.assert_close(found.boxes[0, :2], wanted.flip(0))
+
+
+def test_boxes_are_clipped_to_the_image_without_its_padding() -> None:
+    where = Proposals(torch.tensor([[[-20.0, 90, 250, 130]]] * 2), torch.zeros(2, 1))
+    sizes = torch.tensor([[100, 200], [95, 60]])
+    found = selector()(where, logits([0.9]).expand(2, -1, -1), still(1).expand(2, -1, -1, -1), sizes)
+    assert found.boxes[:, 0].tolist() == [[0, 90, 200, 100], [0, 90, 60, 95]]
+
+
+def test_boxes_that_clipping_leaves_without_area_are_dropped() -> None:
+    where = proposals([[210.0, 10, 250, 30], [10, 10, 30, 14]])
+    assert kept(selector()(where, logits([0.9], [0.8]), still(2), SIZE)) == [(1, 0.8)]
+    assert kept(selector(min_size=4.0)(where, logits([0.9], [0.8]), still(2), SIZE)) == []
+
+
+def test_what_is_missing_is_padding() -> None:
+    where = Proposals(torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]]), torch.tensor([[0.0, -torch.inf]]))
+    found = selector()(where, logits([0.9], [0.9]), still(2), SIZE)
+    assert found.labels.tolist() == [[1, -1, -1, -1]]
+    assert found.scores[0, 1:].tolist() == [-torch.inf] * 3
+    assert not found.boxes[0, 1:].any()
+
+
+def test_no_proposal_gives_no_detection() -> None:
+    nothing = Proposals(torch.zeros(2, 3, 4), torch.full((2, 3), -torch.inf))
+    found = selector()(nothing, torch.zeros(2, 3, K + 1), torch.zeros(2, 3, K, 4), SIZE.expand(2, 2))
+    assert found.boxes.shape == (2, 4, 4)
+    assert not found.valid.any()
+
+
+def test_scores_are_a_softmax_over_classes_and_background() -> None:
+    scores = torch.randn(1, 1, K + 1)
+    found = selector(score_threshold=0.0, count=K)(proposals([[0.0, 0, 10, 10]]), scores, still(1), SIZE)
+    expected = F.softmax(scores[0, 0], dim=0)[1:].sort(descending=True)
+    torch.testing.assert_close(found.scores[0], expected.values)
+    assert found.labels[0].tolist() == (expected.indices + 1).tolist()
+
+
+def test_a_wild_prediction_stays_finite() -> None:
+    deltas = torch.full((1, 1, K, 4), 1e4)
+    found = selector()(proposals([[10.0, 10, 50, 50]]), logits([0.9]), deltas, SIZE)
+    assert found.boxes.isfinite().all()
+    assert decode_deltas(deltas, torch.tensor([10.0, 10, 50, 50]), weights=WEIGHTS).isfinite().all()

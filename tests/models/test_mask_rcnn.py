@@ -1,0 +1,351 @@
+"""The whole model: what it gives for odd images, and that nothing depends on what an image shares its batch with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from maskrcnn.data.loader import collate
+from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
+from maskrcnn.structures import Batch, Example, ImageBatch, Losses, MaskCrop
+
+K = 4
+SIDE = 64
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "fpn": {
+        "backbone": {"kind": "resnet", "depth": 18, "output": "fpn", "fpn": {"channels": 16}},
+        "rpn": {"anchor_sizes": [[8], [16], [32], [64], [128]]},
+        "box_head": {"kind": "fc", "width": 32},
+        "mask_head": {"depth": 1, "width": 16},
+    },
+    "c4": {
+        "backbone": {"kind": "resnet", "depth": 18, "output": "c4"},
+        "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
+        "box_head": {"kind": "mean"},
+        "mask_head": {"depth": 0, "width": 16},
+    },
+    "conv5": {
+        "backbone": {"kind": "vgg", "depth": 11, "output": "conv5"},
+        "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
+        "box_head": {"kind": "fc", "width": 32},
+        "mask_head": {"depth": 1, "width": 16},
+    },
+}
+
+Objects = Sequence[tuple[tuple[float, float, float, float], int]]  # box and label
+SOME: Objects = (((4, 6, 30, 40), 1), ((20, 10, 60, 50), 3), ((2, 40, 20, 62), 4))
+
+
+def build(kind: str, *, classes: int = K, **settings: Any) -> MaskRCNN:
+    torch.manual_seed(1)
+    parts = {key: dict(value) for key, value in BACKBONES[kind].items()}
+    parts["backbone"]["weights"] = "none"
+    parts["rpn"] |= {
+        "training": {"before_nms": 60, "after_nms": 30},
+        "inference": {"before_nms": 40, "after_nms": 20},
+        "samples": 32,
+    }
+    small = {"sampling": {"count": 16}, "detection": {"count": 10, "score_threshold": 0.0}}
+    return MaskRCNNConfig.model_validate(parts | small | settings).build(classes)
+
+
+def example(
+    objects: Objects = SOME, *, key: int = 0, height: int = SIDE, width: int = SIDE, empty_masks: bool = False
+) -> Example:
+    """A noisy image whose objects' masks are the upper halves of their boxes."""
+    pixels = np.random.default_rng(key).integers(0, 256, (3, height, width), dtype=np.uint8)
+    masks = []
+    for (x1, y1, x2, y2), _ in objects:
+        crop = np.ones((max(1, int(y2 - y1) // 2), max(1, int(x2 - x1))), np.uint8)
+        masks.append(MaskCrop(0, 0, np.zeros((0, 0), np.uint8)) if empty_masks else MaskCrop(int(x1), int(y1), crop))
+    return Example(
+        image_id=key,
+        pixels=torch.from_numpy(pixels),
+        boxes=torch.tensor([box for box, _ in objects], dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([label for _, label in objects], dtype=torch.int64),
+        masks=tuple(masks),
+    )
+
+
+def batch(model: MaskRCNN, *examples: Example, divisor: int | None = None) -> Batch:
+    return collate(examples, [7 + item.image_id for item in examples], divisor or model.size_divisor)
+
+
+def losses(model: MaskRCNN, *examples: Example) -> Losses:
+    made = batch(model, *examples)
+    return model(made.images, made.targets)
+
+
+def assert_learns(model: MaskRCNN, found: Losses) -> None:
+    """Every term is finite, and every parameter that learns gets a gradient, if only zeros."""
+    assert all(term.dim() == 0 and term.isfinite() for term in found)
+    model.zero_grad()
+    found.total.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request: pytest.FixtureRequest) -> MaskRCNN:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def pyramid() -> MaskRCNN:
+    return build("fpn")
+
+
+# An image by itself, and beside others.
+
+
+def test_one_batch_of_two_images_equals_two_batches_of_one(model: MaskRCNN) -> None:
+    one, two = example(key=1), example([((50, 50, 58, 58), 2)], key=2)  # with more and with fewer positives
+    together, first, second = losses(model, one, two), losses(model, one), losses(model, two)
+    for name, both, alone, other in zip(Losses._fields, together, first, second, strict=True):
+        assert both > 0
+        torch.testing.assert_close(both, (alone + other) / 2, rtol=1e-5, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_gradients_of_one_batch_of_two_equal_the_mean_of_two_of_one(pyramid: MaskRCNN) -> None:
+    def gradients(*examples: Example) -> dict[str, Tensor]:
+        pyramid.zero_grad()
+        losses(pyramid, *examples).total.backward()
+        return {name: p.grad.clone() for name, p in pyramid.named_parameters() if p.grad is not None}
+
+    one, two = example(key=1), example((), key=2)
+    together, first, second = gradients(one, two), gradients(one), gradients(two)
+    for name, both in together.items():
+        torch.testing.assert_close(both, (first[name] + second[name]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_detections_do_not_depend_on_the_rest_of_the_batch(model: MaskRCNN) -> None:
+    one, two = example(key=1), example(key=2)
+    together = model.detect(batch(model, one, two).images)
+    alone = model.detect(batch(model, two).images)
+    assert alone.valid.sum() > 3
+    assert torch.equal(together.labels[1], alone.labels[0])
+    for both, single in ((together.boxes, alone.boxes), (together.scores, alone.scores), (together.masks, alone.masks)):
+        torch.testing.assert_close(both[1], single[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_comes_back_does_not_depend_on_the_mode(model: MaskRCNN) -> None:
+    made = batch(model, example())
+    training = model.train()(made.images, made.targets), model.detect(made.images)
+    evaluating = model.eval()(made.images, made.targets), model.detect(made.images)
+    for one, other in zip(training[0], evaluating[0], strict=True):
+        assert torch.equal(one, other)
+    for name in ("boxes", "scores", "labels", "masks"):
+        assert torch.equal(getattr(training[1], name), getattr(evaluating[1], name))
+
+
+def test_the_draw_depends_on_the_seed_of_the_image(pyramid: MaskRCNN) -> None:
+    item = example()
+
+    def drawn(seed: int) -> list[float]:
+        made = collate([item], [seed], pyramid.size_divisor)
+        return [term.item() for term in pyramid(made.images, made.targets)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+# Objects of every kind and number.
+
+
+def test_every_parameter_learns(model: MaskRCNN) -> None:
+    found = losses(model, example(key=1), example(key=2))
+    assert_learns(model, found)
+    assert all(p.grad.any() for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1)
+
+
+def test_images_without_objects(model: MaskRCNN) -> None:
+    found = losses(model, example((), key=1), example((), key=2))
+    assert found.proposal_box == found.box == found.mask == 0
+    assert found.objectness > 0
+    assert found.label > 0
+    assert_learns(model, found)
+
+
+def test_an_image_without_objects_beside_one_with(model: MaskRCNN) -> None:
+    found = losses(model, example((), key=1), example(key=2))
+    assert found.mask > 0
+    assert_learns(model, found)
+
+
+def test_objects_of_one_pixel(model: MaskRCNN) -> None:
+    found = losses(model, example([((10, 10, 11, 11), 2), ((63, 63, 64, 64), 1), ((0, 0, 1, 1), 4)]))
+    assert found.mask > 0
+    assert_learns(model, found)
+
+
+def test_objects_without_area(model: MaskRCNN) -> None:
+    assert_learns(model, losses(model, example([((10, 10, 10, 10), 2), ((5, 5, 20, 5), 1), ((4, 4, 30, 30), 3)])))
+
+
+def test_objects_without_mask_pixels(model: MaskRCNN) -> None:
+    found = losses(model, example(empty_masks=True))
+    assert found.mask > 0  # every cell should be 0
+    assert_learns(model, found)
+
+
+def test_crowds_are_neither_objects_nor_background(pyramid: MaskRCNN) -> None:
+    found = losses(pyramid, example([((0, 0, SIDE, SIDE), -1)], empty_masks=True))
+    assert found.box == found.mask == found.label == 0
+    assert_learns(pyramid, found)
+
+
+def test_five_hundred_objects(model: MaskRCNN) -> None:
+    rng = np.random.default_rng(0)
+    corners, sides = rng.uniform(0, 50, (500, 2)), rng.uniform(1, 14, (500, 2))
+    boxes = np.concatenate([corners, corners + sides], axis=1).tolist()
+    objects = [(tuple(box), int(label)) for box, label in zip(boxes, rng.integers(1, K + 1, 500), strict=True)]
+    assert_learns(model, losses(model, example(objects)))
+
+
+# Shapes.
+
+
+def shapes(model: MaskRCNN, made: Batch) -> list[tuple[int, ...]]:
+    features = model.backbone(model.pixels(made.images))
+    proposals = model.rpn.propose(features, made.images.sizes, model.rpn.training_counts)
+    samples = model.sampler(proposals, made.targets, made.images.seeds)
+    found = model.detect(made.images)
+    tensors = [*features, proposals.boxes, proposals.scores, samples.boxes, samples.labels, samples.matched]
+    return [tuple(tensor.shape) for tensor in (*tensors, found.boxes, found.scores, found.labels, found.masks)]
+
+
+def test_what_passes_between_stages_has_one_shape(model: MaskRCNN) -> None:
+    """Whatever the images hold, and however small they are inside their padding."""
+    many: Objects = [((x, y, x + 9, y + 9), 1) for x in range(0, 50, 10) for y in range(0, 50, 10)]
+    first, *others = (
+        shapes(model, batch(model, *examples, divisor=SIDE))
+        for examples in (
+            [example(), example(key=1)],
+            [example(many), example((), key=1)],
+            [example((), height=20, width=33), example((), height=64, width=17)],
+        )
+    )
+    assert all(found == first for found in others)
+    side = model.mask_pooler.size // (2 if model.res5 is not None else 1) * 2
+    assert first[-9:] == [
+        (2, 30, 4), (2, 30), (2, 16, 4), (2, 16), (2, 16), (2, 10, 4), (2, 10), (2, 10), (2, 10, side, side)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_compiled_backbone_is_compiled_once(kind: str) -> None:
+    model = build(kind)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    plain = [term.item() for term in losses(model, example(key=3))]
+    model.backbone = torch.compile(model.backbone, backend=counter, fullgraph=True)
+    compiled = losses(model, example(key=3))
+    assert [term.item() for term in compiled] == pytest.approx(plain)
+    compiled.total.backward()
+    for other in (example((), key=4), example(SOME[:1], key=5, height=40)):
+        made = batch(model, other, divisor=SIDE)  # padded to the same size
+        model(made.images, made.targets).total.backward()
+    assert counter.frame_count == 1
+
+
+# Pixels.
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_pixels_by_hand(order: Any) -> None:
+    normalize = PixelNormalizer(order=order, mean=(10.0, 20.0, 30.0), std=(2.0, 4.0, 5.0))
+    pixels = torch.tensor([12, 40, 70], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    found = normalize(ImageBatch(pixels, torch.tensor([[1, 2]]), torch.zeros(1)))
+    colour = {"rgb": [1.0, 5.0, 8.0], "bgr": [30.0, 5.0, -3.6]}[order]
+    assert found[0, :, 0, 0].tolist() == found[0, :, 0, 1].tolist() == pytest.approx(colour)
+    assert not found[0, :, 1].any()  # the padding is the mean colour
+
+
+def test_nothing_is_found_in_the_padding(model: MaskRCNN) -> None:
+    made = batch(model, example(height=40, width=50), example(height=17, width=30, key=1), divisor=128)
+    assert made.images.pixels.shape == (2, 3, 128, 128)
+    found = model.detect(made.images)
+    assert found.valid.sum(dim=1).min() > 2
+    for index, (height, width) in enumerate([(40, 50), (17, 30)]):
+        boxes = found.boxes[index][found.valid[index]]
+        assert boxes.min() >= 0
+        assert boxes[:, 2].max() <= width
+        assert boxes[:, 3].max() <= height
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_what_lies_in_the_padding_does_not_matter(pyramid: MaskRCNN) -> None:
+    made = batch(pyramid, example(height=40, width=50))
+    dirty = made.images.pixels.clone()
+    dirty[:, :, 40:] = 255
+    dirty[:, :, :, 50:] = 99
+    clean = pyramid.detect(made.images)
+    found = pyramid.detect(ImageBatch(dirty, made.images.sizes, made.images.seeds))
+    assert torch.equal(clean.boxes, found.boxes)
+
+
+# Detections.
+
+
+def test_the_mask_of_a_detection_is_that_of_its_predicted_class(model: MaskRCNN) -> None:
+    before = {name: value.clone() for name, value in model.mask_head.logits.state_dict().items()}
+    with torch.no_grad():
+        model.mask_head.logits.weight.zero_()
+        model.mask_head.logits.bias.copy_(torch.tensor([-2.0, -1, 1, 2]))
+    found = model.detect(batch(model, example()).images)
+    model.mask_head.logits.load_state_dict(before)
+    labels = found.labels[found.valid]
+    assert len(labels.unique()) > 1
+    expected = torch.tensor([-2.0, -1, 1, 2]).sigmoid()[labels - 1]
+    torch.testing.assert_close(found.masks[found.valid], expected[:, None, None].expand_as(found.masks[found.valid]))
+
+
+def test_an_image_in_which_nothing_is_found(pyramid: MaskRCNN) -> None:
+    pyramid.selector.score_threshold, before = 1.0, pyramid.selector.score_threshold
+    found = pyramid.detect(batch(pyramid, example(), example(key=1)).images)
+    pyramid.selector.score_threshold = before
+    assert not found.valid.any()
+    assert found.masks.shape == (2, 10, 28, 28)
+    assert not found.masks.any()
+
+
+def test_bfloat16_on_a_cpu(model: MaskRCNN) -> None:
+    made = batch(model, example())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.detect(made.images)
+        half = model(made.images, made.targets)
+    assert found.boxes.dtype == found.scores.dtype == found.masks.dtype == torch.float32
+    assert found.valid.sum() > 2
+    assert all(term.dtype == torch.float32 for term in half)
+    assert_learns(model, half)
+
+
+# The configuration.
+
+
+def test_the_heads_of_c4_share_their_regions() -> None:
+    with pytest.raises(ValueError, match="give them the same pool_size"):
+        build("c4", mask_head={"pool_size": 7})
+
+
+def test_every_level_needs_its_anchors() -> None:
+    with pytest.raises(ValueError, match=r"anchor_sizes has 1 levels, but backbone\.output 'fpn' has 5"):
+        build("fpn", rpn={"anchor_sizes": [[32]]})
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_rows_of_classes_are_what_another_number_of_classes_changes(kind: str) -> None:
+    model, other = build(kind), build(kind, classes=K + 2)
+    state = model.state_dict()
+    changed = {name for name, value in other.state_dict().items() if value.shape != state[name].shape}
+    assert changed == set(model.class_rows())
+    rows = {"scores": K + 1, "deltas": 4 * K, "masks": K}
+    assert all(len(state[name]) == rows[layout] for name, layout in model.class_rows().items())
