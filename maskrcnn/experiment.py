@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pycocotools import mask as cocoapi
 from pydantic import Field, PositiveInt
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from maskrcnn.cli import setup_logging
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]  # one detection in COCO's results format
 
+Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -55,7 +59,7 @@ class DataConfig(Section):
 
     def build_both(self) -> tuple[DetectionDataset, DetectionDataset]:
         """The datasets to train on and to validate on; InputError if they are unusable or their classes differ."""
-        train, validation = self._rooted(self.train).build(), self.build_validation()
+        train, validation = self.build_train(), self.build_validation()
         if self.num_classes is not None and self.num_classes != len(train.classes):
             raise InputError(
                 f"data.num_classes is {self.num_classes}, but the annotations have {len(train.classes)} classes: "
@@ -63,6 +67,10 @@ class DataConfig(Section):
             )
         _require_same_classes(train.classes, validation.classes, "data.train", "data.validation")
         return train, validation
+
+    def build_train(self) -> DetectionDataset:
+        """The dataset to train on; InputError if it is unusable."""
+        return self._rooted(self.train).build()
 
     def build_validation(self) -> DetectionDataset:
         """The dataset to validate on; InputError if it is unusable."""
@@ -79,7 +87,7 @@ class EvaluationConfig(Section):
 
     batch_size: PositiveInt = 1
     backend: Backend = "faster"
-    best_metric: str = "mask/AP"  # by which the best checkpoint is chosen
+    best_metric: Metric = "mask/AP"  # by which the best checkpoint is chosen
     pictures: int = Field(12, ge=0)  # images to draw after training, ground truth beside prediction
     picture_score: float = 0.5  # detections below it are not drawn
 
@@ -127,18 +135,7 @@ def train_experiment(
     setup_logging(run.log)
     run.describe_environment(seed=config.training.seed, device=device)
 
-    torch.manual_seed(config.training.seed)
-    starts_from_file = resume or init is not None
-    model = config.model.build(len(dataset.classes), pretrained=not starts_from_file).to(device)
-    optimizer = config.training.optimizer.build(model, batch_size=config.training.batch_size)
-    start = 0
-    if resume:
-        checkpoint = load_checkpoint(run.last)
-        restore(checkpoint, model, optimizer, source=str(run.last))
-        start = checkpoint.iteration
-        logger.info("resuming after iteration %d", start)
-    elif init is not None:
-        initialize(model, init, dataset.classes)
+    model, optimizer, start = _set_up(config, run, dataset.classes, resume=resume, init=init, device=device)
     logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), device)
 
     checkpoints = CheckpointFolder(
@@ -157,19 +154,10 @@ def train_experiment(
         checkpoints.keep_best(iteration, found.summary())
         return found.summary()
 
-    loader = training_loader(
-        dataset,
-        config.data.train_transforms.build(),
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        workers=config.training.workers,
-        size_divisor=model.size_divisor,
-        start=start,
-    )
     with MetricsWriter(run.root, start=start) as writer:
         train(
             model,
-            loader,
+            _training_batches(config, model, dataset, start),
             optimizer,
             config.training.schedule.build(),
             start=start,
@@ -188,6 +176,44 @@ def train_experiment(
     logger.info("%s", run.contents())
 
 
+def _set_up(
+    config: ExperimentConfig,
+    run: RunDirectory,
+    classes: ClassTable,
+    *,
+    resume: bool,
+    init: Path | None,
+    device: torch.device,
+) -> tuple[MaskRCNN, Optimizer, int]:
+    """The model and its optimizer as training goes on with them, and the iterations that they have behind them."""
+    # A run that was stopped before its first checkpoint resumes at its beginning.
+    checkpoint = load_checkpoint(run.last) if resume and run.last.exists() else None
+    torch.manual_seed(config.training.seed)
+    model = config.model.build(len(classes), pretrained=checkpoint is None and init is None).to(device)
+    optimizer = config.training.optimizer.build(model, batch_size=config.training.batch_size)
+    if init is not None:
+        initialize(model, init, classes)
+    if checkpoint is None:
+        return model, optimizer, 0
+    restore(checkpoint, model, optimizer, source=str(run.last))
+    logger.info("resuming after iteration %d", checkpoint.iteration)
+    return model, optimizer, checkpoint.iteration
+
+
+def _training_batches(
+    config: ExperimentConfig, model: MaskRCNN, dataset: DetectionDataset, start: int
+) -> Iterable[Batch]:
+    return training_loader(
+        dataset,
+        config.data.train_transforms.build(),
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        workers=config.training.workers,
+        size_divisor=model.size_divisor,
+        start=start,
+    )
+
+
 def _require_same_classes(first: ClassTable, second: ClassTable, first_name: str, second_name: str) -> None:
     if first.names != second.names:
         raise InputError(
@@ -197,11 +223,17 @@ def _require_same_classes(first: ClassTable, second: ClassTable, first_name: str
 
 
 def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
-    """Take what fits from a checkpoint; class rows go by class name, and the log tells what was kept."""
+    """Take what fits from a checkpoint; class rows go by class name, and the log tells what was kept.
+
+    Raises:
+        InputError: it is no checkpoint, or nothing of it fits.
+    """
     checkpoint = load_checkpoint(weights)
     report = load_weights(
         model, checkpoint.model, source=str(weights), source_classes=checkpoint.classes, classes=classes
     )
+    if not report.loaded:
+        raise InputError(f"{weights}: nothing in it fits the model\n{report.describe()}")
     logger.info("%s", report.describe())
 
 
@@ -255,6 +287,8 @@ def evaluate_predictor(
 ) -> Evaluation:
     """Run over `dataset`, write `results.json` and `metrics.json` to folder `out`, and log the tables."""
     out.mkdir(parents=True, exist_ok=True)
+    # The class names agree; the ids are those of the annotations that the results are compared with.
+    predictor = replace(predictor, classes=dataset.classes)
     results: list[Result] = []
     for batch in tqdm(_batches(config, predictor, dataset), desc="evaluating", leave=False, disable=None):
         results += predictor(batch)
@@ -268,9 +302,8 @@ def report(
     """Measure `results`, log the tables, and write `metrics.json` to folder `out` if there is one."""
     found = evaluate(ground_truth, results, backend=backend)
     logger.info("%s\n\n%s", found.format_class_table(), found.format_table())
-    explanation = diagnose(ground_truth, results)
-    if explanation is not None:
-        logger.warning("%s", explanation)
+    if not any(figures.ap50 > 0 for figures in (found.box, found.mask) if figures is not None):
+        logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -287,17 +320,29 @@ def _batches(config: ExperimentConfig, predictor: Predictor, dataset: DetectionD
     )
 
 
+def draw_ground_truth(dataset: DetectionDataset, count: int, out: Path) -> None:
+    """Draw the first `count` images with their objects: one PNG each, and all in `contact_sheet.png`, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for index in range(min(count, len(dataset))):
+        example = dataset[index]
+        pictures.append(_draw_truth(example, dataset.classes))
+        save_image(out / f"{example.image_id}.png", pictures[-1])
+    if pictures:
+        save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
+
+
 def draw_predictions(config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, out: Path) -> None:
     """Draw the first images of `dataset`, ground truth beside prediction: one PNG each, and all in `overview.png`."""
     out.mkdir(parents=True, exist_ok=True)
     pairs = []
     for index in range(min(config.evaluation.pictures, len(dataset))):
         example = dataset[index]
-        image = _as_picture(example)
         results = predictor(_batch_of_one(predictor, example))
-        truth = draw_objects(image, example.boxes, example.labels, example.masks, dataset.classes.names)
-        found = draw_results(image, results, predictor.classes, min_score=config.evaluation.picture_score)
-        pairs.append(side_by_side(truth, found))
+        found = draw_results(
+            _as_picture(example), results, predictor.classes, min_score=config.evaluation.picture_score
+        )
+        pairs.append(side_by_side(_draw_truth(example, dataset.classes), found))
         save_image(out / f"{example.image_id}.png", pairs[-1])
     if pairs:
         save_image(out / "overview.png", contact_sheet(pairs, columns=2))
@@ -317,6 +362,10 @@ def draw_results(image: np.ndarray, results: Sequence[Result], classes: ClassTab
     )
 
 
+def _draw_truth(example: Example, classes: ClassTable) -> np.ndarray:
+    return draw_objects(_as_picture(example), example.boxes, example.labels, example.masks, classes.names)
+
+
 def _batch_of_one(predictor: Predictor, example: Example) -> Batch:
     transformed = predictor.transform(example, np.random.default_rng(0))
     return collate([transformed], [0], predictor.model.size_divisor)
@@ -333,21 +382,33 @@ def predict_images(predictor: Predictor, inputs: Sequence[Path], out: Path, *, m
     `image_id` counting the images from 1. Returns the path of that file.
 
     Raises:
-        InputError: an input does not exist or is no image. Images before it are done.
+        InputError: an input does not exist or is no image, or `out` is its folder. Images before it are done.
     """
     files = list(_image_files(inputs))
     out.mkdir(parents=True, exist_ok=True)
+    if any(path.resolve().parent == out.resolve() for path in files):
+        raise InputError(f"{out}: the pictures would replace the images there; name another folder with --out")
     found: list[Result] = []
-    for image_id, path in enumerate(tqdm(files, desc="predicting", disable=None), start=1):
+    pairs = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
+    for image_id, (path, name) in enumerate(pairs, start=1):
         nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
         example = Example(image_id, read_image(path), *nothing)
         results = [result for result in predictor(_batch_of_one(predictor, example)) if result["score"] >= min_score]
         picture = draw_results(_as_picture(example), results, predictor.classes, min_score=min_score)
-        save_image(out / f"{path.stem}.png", picture)
+        save_image(out / name, picture)
         found += [{**result, "file_name": str(path)} for result in results]
     write_results(out / "results.json", found)
     logger.info("%d images, %d objects: pictures and results.json are in %s", len(files), len(found), out)
     return out / "results.json"
+
+
+def _picture_names(files: Sequence[Path]) -> list[str]:
+    """The image's own name, with its number where several images share it."""
+    uses = Counter(path.stem for path in files)
+    return [
+        f"{path.stem}.png" if uses[path.stem] == 1 else f"{path.stem}_{image_id}.png"
+        for image_id, path in enumerate(files, start=1)
+    ]
 
 
 def _image_files(inputs: Sequence[Path]) -> Iterator[Path]:

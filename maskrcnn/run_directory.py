@@ -23,6 +23,7 @@ import yaml
 
 from maskrcnn.config import Section, differences, to_dict, to_yaml
 from maskrcnn.errors import InputError
+from maskrcnn.training.metrics import FILE_NAME as METRICS_FILE
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "faster-coco-eval", "pydantic")
 
@@ -34,6 +35,7 @@ class RunDirectory:
         self.root = root
         self.config = root / "config.yaml"
         self.log = root / "train.log"
+        self.metrics = root / METRICS_FILE
         self.environment = root / "environment.txt"
         self.checkpoints = root / "checkpoints"
         self.last = self.checkpoints / "last.pt"
@@ -41,25 +43,36 @@ class RunDirectory:
         self.predictions = root / "predictions"
 
     def claim(self, config: Section, *, resume: bool) -> None:
-        """Make the folder this experiment's.
+        """Make the folder this experiment's. A run that never took a step leaves it free for another.
 
         Raises:
-            InputError: it holds another experiment, or this one and `resume` is false, or `resume` finds no checkpoint.
+            InputError: it holds another experiment, or this one and `resume` is false, or nothing that `resume` could
+                go on with, or it cannot be written.
         """
-        if self.config.exists():
+        try:
+            self._claim(config, resume=resume)
+        except OSError as error:
+            raise InputError(f"{self.root}: cannot write the run here ({error.strerror})") from error
+
+    def _claim(self, config: Section, *, resume: bool) -> None:
+        if self._started():
             self._check_same(config)
             if not resume:
                 raise InputError(
                     f"{self.root} already holds this experiment: add --resume to go on with it, or name another "
                     "folder with --out"
                 )
-        elif resume:
+        elif resume and not self.config.exists():
             raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); leave --resume away")
-        elif self.root.exists() and any(self.root.iterdir()):
+        elif not self.config.exists() and self.root.exists() and any(self.root.iterdir()):
             raise InputError(f"{self.root} is not empty and no run of ours: name another folder with --out")
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(to_yaml(config), encoding="utf-8")
+
+    def _started(self) -> bool:
+        """Whether there is something to lose: a checkpoint, or records of steps on the way to one."""
+        return self.last.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def _check_same(self, config: Section) -> None:
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -79,7 +92,7 @@ class RunDirectory:
                 f"  {self.predictions / 'overview.png'}: ground truth beside prediction",
                 f"  {self.evaluation / 'metrics.json'}: the figures above, and the AP of each class",
                 f"  {self.checkpoints / 'best.pt'}: the weights of the best evaluation",
-                f"  tensorboard --logdir {self.root}: the curves; {self.root / 'metrics.jsonl'}: their numbers",
+                f"  tensorboard --logdir {self.root}: the curves; {self.metrics}: their numbers",
             ]
         )
 

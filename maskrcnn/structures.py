@@ -42,7 +42,7 @@ class OnDevice:
 class ImageBatch(OnDevice):
     """Images of one batch, padded at the right and the bottom to a common size."""
 
-    pixels: Tensor  # (B, 3, H, W) RGB in 0..255, uint8 (or float); H and W are multiples of the largest stride
+    pixels: Tensor  # (B, 3, H, W) RGB in 0..255, uint8 (or float); H and W are multiples of the model's `size_divisor`
     sizes: Tensor  # (B, 2) int64: height and width of each image without padding
     seeds: Tensor  # (B,) int64: all randomness in the model comes from these, so it does not depend on the batch
 

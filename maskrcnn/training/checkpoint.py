@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = read_tensors(path)
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{path}: this is not a checkpoint of this project; tools/convert_weights.py converts the weights of others"
+            f"{path}: this is not a checkpoint of this project (backbone weights go to model.backbone.weights)"
         )
     fields: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Checkpoint)}
     absent = [name for name, value in fields.items() if value is None]

@@ -82,8 +82,8 @@ def train(
     every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` returns
     metrics by name; it may leave the model in any mode, but must not draw from the global random generators.
 
-    Raises FloatingPointError if a loss or gradient is not finite, before it reaches a weight; Interrupted after
-    SIGINT or SIGTERM.
+    Raises whatever `loader` raises, the steps so far saved; FloatingPointError if a loss or gradient is not finite,
+    before it reaches a weight; Interrupted after SIGINT or SIGTERM.
     """
     speed = Speedometer()
     with StopRequest() as stop, _progress_bar(start, iterations) as bar:
@@ -91,7 +91,7 @@ def train(
         batches = iter(loader)
         level = logging.INFO if bar.disable else logging.DEBUG  # a progress line tells the user already
         for iteration in range(start + 1, iterations + 1):
-            with speed.waiting():
+            with speed.waiting(), _kept_safe(save, iteration - 1, start):
                 batch = next(batches)
             with speed.working(images=len(batch.images)):
                 lr = set_learning_rate(optimizer, schedule(iteration - 1))
@@ -146,6 +146,18 @@ def _what_is_not_finite(iteration: int, image_ids: Sequence[int], losses: Mappin
         f"iteration {iteration}: a loss or the gradient is not finite: {terms}; gradient norm {norm:g}; image ids "
         f"{images}. The step was not taken. A lower learning rate, a longer warm-up or training.clip_norm often helps"
     )
+
+
+@contextmanager
+def _kept_safe(save: Save, iteration: int, start: int) -> Iterator[None]:
+    """Save the state after `iteration` if an image cannot be read, or a worker dies: the weights are not to blame."""
+    try:
+        yield
+    except Exception:
+        if iteration > start:
+            save(iteration)
+            logger.warning("the state after iteration %d is saved; --resume goes on", iteration)
+        raise
 
 
 def _is_due(iteration: int, every: int, iterations: int) -> bool:

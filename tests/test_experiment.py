@@ -1,0 +1,405 @@
+"""Training, evaluation and prediction as a whole, on scenes so small that it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskrcnn import experiment
+from maskrcnn.config import load_config
+from maskrcnn.data.shapes import ShapesConfig
+from maskrcnn.errors import InputError
+from maskrcnn.experiment import (
+    ExperimentConfig,
+    Predictor,
+    choose_device,
+    evaluate_checkpoint,
+    evaluate_predictor,
+    load_predictor,
+    predict_images,
+    train_experiment,
+)
+from maskrcnn.structures import ClassTable
+from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint
+from maskrcnn.training.metrics import read_records
+
+CPU = torch.device("cpu")
+LAST = 4
+
+EXPERIMENT = """
+model:
+  backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: gn, freeze: 5, weights: none}
+  rpn:
+    anchor_sizes: [[8], [16], [32], [48], [64]]
+    training: {before_nms: 30, after_nms: 20}
+    inference: {before_nms: 30, after_nms: 10}
+    samples: 16
+  sampling: {count: 16}
+  box_head: {kind: fc, width: 16}
+  mask_head: {depth: 1, width: 8}
+  detection: {score_threshold: 0.0, count: 5}
+data:
+  train: {kind: shapes, length: 8, height: 64, width: 64, classes: [disc, cross, star]}
+  validation: {kind: shapes, length: 3, seed: 1, height: 64, width: 64, classes: [disc, cross, star]}
+  train_transforms: {short_side: [64], long_side: 64}
+  validation_transforms: {short_side: [64], long_side: 64, flip: 0.0}
+training:
+  batch_size: 2
+  optimizer: {kind: sgd, lr: 0.05}
+  schedule: {kind: cosine, iterations: 4, warmup_iterations: 0}
+  workers: 0
+  evaluate_every: 2
+  log_every: 1
+evaluation: {pictures: 2, picture_score: 0.0}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _logging_restored() -> Iterator[None]:
+    """A run adds a log file to the root logger."""
+    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
+    before = root.handlers[:], root.level, package.level
+    yield
+    for handler in set(root.handlers) - set(before[0]):
+        handler.close()
+    root.handlers = before[0]
+    root.setLevel(before[1])
+    package.setLevel(before[2])
+
+
+def load(folder: Path, *overrides: str) -> ExperimentConfig:
+    path = folder / "experiment.yaml"
+    path.write_text(EXPERIMENT)
+    return load_config(path, ExperimentConfig, overrides)
+
+
+def train(config: ExperimentConfig, out: Path, *, resume: bool = False, init: Path | None = None) -> None:
+    train_experiment(config, out, resume=resume, init=init, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with its checkpoint after two steps beside it."""
+    folder = tmp_path_factory.mktemp("experiment")
+    save = CheckpointFolder.save
+
+    def save_both(self: CheckpointFolder, iteration: int) -> None:
+        save(self, iteration)
+        shutil.copy(self.last, folder / f"{iteration}.pt")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointFolder, "save", save_both)
+        train(load(folder), folder / "run")
+    return folder / "run"
+
+
+# Training.
+
+
+def test_a_run_leaves_everything_behind(run: Path) -> None:
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("tensorboard/events")}
+    assert len(events) == 1
+    assert files - events == {
+        "config.yaml", "environment.txt", "train.log", "metrics.jsonl",
+        "checkpoints/last.pt", "checkpoints/best.pt",
+        "evaluation/metrics.json", "evaluation/results.json",
+        "predictions/1.png", "predictions/2.png", "predictions/overview.png",
+    }  # fmt: skip
+    assert "training on 8 images, 3 classes" in (run / "train.log").read_text()
+    assert load_config(run / "config.yaml", ExperimentConfig) == load(run.parent)
+
+
+def test_steps_and_evaluations_are_on_record(run: Path) -> None:
+    records = read_records(run / "metrics.jsonl")
+    assert [(record["kind"], record["iteration"]) for record in records] == [
+        ("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("train", 4), ("evaluation", 4)
+    ]  # fmt: skip
+    assert records[-1]["metrics"].keys() >= {"box/AP", "mask/AP", "mask/AP50", "mask/APs"}
+    stored = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert stored["mask/AP"] == records[-1]["metrics"]["mask/AP"]
+    assert stored["classes"].keys() == {"disc", "cross", "star"}
+
+
+def test_the_classes_travel_in_the_checkpoint(run: Path) -> None:
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.pt")
+    assert checkpoint.iteration == LAST
+    assert checkpoint.classes.names == ("disc", "cross", "star")
+
+
+def halfway(run: Path, out: Path) -> Path:
+    """The run as it was after two steps."""
+    shutil.copytree(run, out)
+    shutil.copy(run.parent / "2.pt", out / "checkpoints" / "last.pt")
+    return out
+
+
+def test_a_resumed_run_ends_like_an_undisturbed_one(run: Path, tmp_path: Path) -> None:
+    other = halfway(run, tmp_path / "run")
+    train(load(tmp_path), other, resume=True)
+    assert "resuming after iteration 2" in (other / "train.log").read_text()
+    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (run, other))
+    assert two.iteration == LAST
+    assert all(torch.equal(value, two.model[name]) for name, value in one.model.items())
+    timing = {"images_per_second", "data_share"}
+    first, second = (
+        [{key: value for key, value in record.items() if key not in timing} for record in read_records(path)]
+        for path in (run / "metrics.jsonl", other / "metrics.jsonl")
+    )
+    assert first == second
+
+
+def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path: Path) -> None:
+    """One that was killed early must be able to go on, by the same command as any other."""
+    other = halfway(run, tmp_path / "run")
+    for file in (other / "checkpoints").iterdir():
+        file.unlink()
+    train(load(tmp_path), other, resume=True)
+    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (run, other))
+    assert all(torch.equal(value, two.model[name]) for name, value in one.model.items())
+
+
+def test_a_finished_run_does_nothing_more(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    monkeypatch.setattr(experiment, "evaluate_predictor", None)  # calling it fails
+    train(load(tmp_path), other, resume=True)
+    assert read_records(other / "metrics.jsonl") == read_records(run / "metrics.jsonl")
+
+
+def test_a_refused_start_leaves_the_folder_free(tmp_path: Path) -> None:
+    wrong = load(tmp_path, f"model.backbone.weights={tmp_path / 'absent.pth'}")
+    with pytest.raises(InputError, match=r"absent\.pth"):
+        train(wrong, tmp_path / "run")
+    with pytest.raises(InputError, match=r"init\.pt"):
+        train(load(tmp_path), tmp_path / "run", init=tmp_path / "init.pt")
+    train(load(tmp_path, "training.schedule.iterations=1"), tmp_path / "run")
+
+
+def test_what_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image 5 is broken: what was learnt before it came is kept, and a resumed run goes on there."""
+    config = load(tmp_path)
+    read = type(config.data.train.build()).__getitem__
+    broken = 5
+
+    def read_or_refuse(self: Any, index: int) -> Any:
+        if len(self) == 8 and index == broken:
+            raise InputError("picture 5 is broken")
+        return read(self, index)
+
+    monkeypatch.setattr(type(config.data.train.build()), "__getitem__", read_or_refuse)
+    stops = []
+    for resume in (False, True):
+        with pytest.raises(InputError, match="picture 5 is broken"):
+            train(config, tmp_path / "run", resume=resume)
+        stops.append(load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").iteration)
+    assert 0 < stops[0] == stops[1] < LAST
+    broken = -1
+    train(config, tmp_path / "run", resume=True)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").iteration == LAST
+
+
+def test_classes_that_differ_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.num_classes is 4, but the annotations have 3 classes: disc"):
+        train(load(tmp_path, "data.num_classes=4"), tmp_path / "run")
+    with pytest.raises(InputError, match=r"data\.train and data\.validation have different classes"):
+        train(load(tmp_path, "data.validation.classes=[disc, cross]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_metric_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'mask/AP50'"):
+        load(tmp_path, "evaluation.best_metric=mask/APP50")
+
+
+# Weights of another run.
+
+
+def test_weights_go_to_the_classes_of_their_name(run: Path, tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "data.train.classes=[star, ring, disc, cross]",
+        "data.validation.classes=[star, ring, disc, cross]",
+        "training.schedule.iterations=1",
+        "training.optimizer.lr=1.0e-9",
+    )
+    source = run / "checkpoints" / "last.pt"
+    train(config, tmp_path / "run", init=source)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "classes found by name: star, disc, cross" in log
+    assert "classes new, keep the model's values: ring" in log
+    before, after = load_checkpoint(source), load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    masks, own = before.model["mask_head.logits.weight"], after.model["mask_head.logits.weight"]
+    torch.testing.assert_close(own[[0, 2, 3]], masks[[2, 0, 1]])
+    torch.testing.assert_close(after.model["rpn.conv.weight"], before.model["rpn.conv.weight"])
+    assert after.iteration == 1
+
+
+def test_weights_that_fit_in_part_are_listed(run: Path, tmp_path: Path) -> None:
+    config = load(tmp_path, "training.schedule.iterations=1", "model.box_head.width=32")
+    train(config, tmp_path / "run", init=run / "checkpoints" / "last.pt")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "does not fit  box_head.trunk.1.weight: [16, 392] in the file, [32, 392] in the model" in log
+
+
+def test_weights_of_which_nothing_fits_are_refused(run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pt"
+    content = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    torch.save({**content, "model": {"stem.weight": torch.zeros(3)}}, foreign)
+    with pytest.raises(InputError, match=r"foreign\.pt: nothing in it fits the model"):
+        train(load(tmp_path), tmp_path / "run", init=foreign)
+
+
+# Evaluation and prediction.
+
+
+def test_a_checkpoint_gives_the_figures_that_its_run_gave(run: Path, tmp_path: Path) -> None:
+    found = evaluate_checkpoint(load(tmp_path), run / "checkpoints" / "last.pt", tmp_path / "out", CPU)
+    stored = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == stored == found.to_dict()
+    assert (tmp_path / "out" / "results.json").read_text() == (run / "evaluation" / "results.json").read_text()
+    assert (tmp_path / "out" / "predictions" / "overview.png").is_file()
+
+
+def test_a_model_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"last\.pt: these weights are not of this model") as refusal:
+        load_predictor(load(tmp_path, "model.box_head.width=32"), run / "checkpoints" / "last.pt", CPU)
+    assert "box_head.trunk.1.weight: [16, 392] in the file, [32, 392] in the model" in str(refusal.value)
+
+
+def test_a_dataset_of_other_classes_is_refused(run: Path, tmp_path: Path) -> None:
+    config = load(tmp_path, "data.validation.classes=[disc, ring, star]")
+    with pytest.raises(InputError, match=r"last\.pt and data\.validation have different classes"):
+        evaluate_checkpoint(config, run / "checkpoints" / "last.pt", tmp_path / "out", CPU)
+
+
+class Renumbered:
+    """Scenes whose category ids are not those that the model was trained with."""
+
+    def __init__(self) -> None:
+        self.scenes = ShapesConfig(length=2, height=64, width=64, classes=("disc", "cross", "star")).build()
+        self.classes = ClassTable(self.scenes.classes.names, (70, 80, 90))
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scenes, name)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.scenes[index]
+
+    def ground_truth(self) -> dict[str, Any]:
+        data = self.scenes.ground_truth()
+        ids = dict(zip(self.scenes.classes.category_ids, self.classes.category_ids, strict=True))
+        renamed = [{**category, "id": ids[category["id"]]} for category in data["categories"]]
+        moved = [{**entry, "category_id": ids[entry["category_id"]]} for entry in data["annotations"]]
+        return {**data, "categories": renamed, "annotations": moved}
+
+
+def test_results_have_the_category_ids_of_the_annotations(run: Path, tmp_path: Path) -> None:
+    """Not those of the training set, of which only the names must be the same."""
+    predictor = load_predictor(load(tmp_path), run / "checkpoints" / "last.pt", CPU)
+    evaluate_predictor(load(tmp_path), predictor, Renumbered(), tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results
+    assert {result["category_id"] for result in results} <= {70, 80, 90}
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return load_predictor(load(run.parent), run / "checkpoints" / "last.pt", CPU)
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_own_images_of_any_size(predictor: Predictor, tmp_path: Path) -> None:
+    files = [picture(tmp_path / "in" / "b.jpg", 100, 50), picture(tmp_path / "in" / "a.PNG", 33, 70)]
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    results = json.loads(predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0).read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png", "results.json"}
+    width, height = Image.open(tmp_path / "out" / "b.png").size
+    assert width == 2 * height  # small images are drawn larger
+    assert {(result["image_id"], result["file_name"]) for result in results} == {(1, str(files[1])), (2, str(files[0]))}
+    for result in results:
+        width, height = {1: (33, 70), 2: (100, 50)}[result["image_id"]]
+        x, y, box_width, box_height = result["bbox"]
+        assert 0 <= x <= x + box_width <= width + 1e-3
+        assert 0 <= y <= y + box_height <= height + 1e-3
+        assert result["segmentation"]["size"] == [height, width]
+
+
+def test_detections_below_the_score_are_left_out(predictor: Predictor, tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png", 64, 64)
+    assert json.loads(predict_images(predictor, [path], tmp_path / "out", min_score=1.0).read_text()) == []
+
+
+def test_images_of_one_name_do_not_replace_each_other(predictor: Predictor, tmp_path: Path) -> None:
+    same = [picture(tmp_path / "x" / "a.png", 64, 64), picture(tmp_path / "y" / "a.jpg", 64, 64)]
+    predict_images(predictor, [*same, picture(tmp_path / "y" / "b.png", 64, 64)], tmp_path / "out", min_score=0.5)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a_1.png", "a_2.png", "b.png"}
+
+
+def test_the_users_images_are_not_overwritten(predictor: Predictor, tmp_path: Path) -> None:
+    path = picture(tmp_path / "in" / "a.png", 64, 64)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="the pictures would replace the images"):
+        predict_images(predictor, [path], tmp_path / "in", min_score=0.5)
+    assert path.read_bytes() == before
+
+
+def test_there_must_be_images(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    for wrong, message in (
+        ("absent.jpg", "no such image or folder"),
+        ("empty", "no image in"),
+        ("text.jpg", "cannot be"),
+    ):
+        with pytest.raises(InputError, match=message) as refusal:
+            predict_images(predictor, [tmp_path / wrong], tmp_path / "out", min_score=0.5)
+        assert wrong in str(refusal.value)
+
+
+def test_a_predictor_finds_the_same_in_a_batch_and_alone(predictor: Predictor, tmp_path: Path) -> None:
+    config = load(tmp_path)
+    dataset = config.data.build_validation()
+    whole = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 3})})
+    for number, chosen in ((1, config), (3, whole)):
+        evaluate_predictor(chosen, replace(predictor), dataset, tmp_path / str(number))
+    one, three = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (1, 3))
+    assert [result["image_id"] for result in one] == [result["image_id"] for result in three]
+    for alone, together in zip(one, three, strict=True):
+        assert alone["score"] == pytest.approx(together["score"], abs=1e-4)
+        assert alone["bbox"] == pytest.approx(together["bbox"], abs=1e-2)
+
+
+# Devices.
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match="--device abacus"):
+        choose_device("abacus")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(InputError, match="--device cuda:1"):
+        choose_device("cuda:1")

@@ -1,0 +1,589 @@
+"""The command line: what a user types, what comes back, and what happens to every kind of wrong input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
+
+MODEL = """
+  backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: frozen_bn, freeze: 5, weights: none}
+  rpn:
+    anchor_sizes: [[8], [16], [32], [48], [64]]
+    training: {before_nms: 30, after_nms: 20}
+    inference: {before_nms: 30, after_nms: 10}
+    samples: 16
+  sampling: {count: 16}
+  box_head: {kind: fc, width: 16}
+  mask_head: {depth: 1, width: 8}
+  detection: {score_threshold: 0.0, count: 5}
+"""
+EXPERIMENT = f"""
+model: {MODEL}
+data:
+  root: DATA
+  train: {{kind: coco, annotations: objects.json, images: images}}
+  validation: {{kind: coco, annotations: objects.json, images: images}}
+  train_transforms: {{short_side: [48], long_side: 64}}
+  validation_transforms: {{short_side: [48], long_side: 64, flip: 0.0}}
+training:
+  batch_size: 2
+  schedule: {{kind: cosine, iterations: 2, warmup_iterations: 0}}
+  workers: 0
+  log_every: 1
+evaluation: {{pictures: 1, picture_score: 0.0}}
+"""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs a tool as `python tools/NAME.py ARGUMENTS` does, but in this process, which has imported torch already."""
+    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
+    before = root.handlers[:], root.level, package.level
+
+    def run(name: str, *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"), run_name="__main__")
+        assert isinstance(left.value.code, int)
+        return Outcome(left.value.code, *capsys.readouterr())
+
+    yield run
+    for handler in set(root.handlers) - set(before[0]):
+        handler.close()
+    root.handlers = before[0]
+    root.setLevel(before[1])
+    package.setLevel(before[2])
+
+
+class Dataset:
+    """Four pictures of one rectangle each, in COCO's format, and an experiment on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "images").mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for key in range(1, 5):
+            Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(self.image(key))
+        self.data: dict[str, Any] = {
+            "images": [{"id": key, "file_name": f"{key}.png", "height": 48, "width": 64} for key in range(1, 5)],
+            "annotations": [self.rectangle(key) for key in range(1, 5)],
+            "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}],
+        }
+        self.write()
+        self.config = folder / "experiment.yaml"
+        self.config.write_text(EXPERIMENT.replace("DATA", str(folder)))
+
+    def image(self, key: int) -> Path:
+        return self.folder / "images" / f"{key}.png"
+
+    @staticmethod
+    def rectangle(key: int) -> dict[str, Any]:
+        polygon = [10, 10, 40, 10, 40, 30, 10, 30]
+        category = 3 if key % 2 else 90
+        return {
+            "id": key,
+            "image_id": key,
+            "category_id": category,
+            "bbox": [10, 10, 30, 20],
+            "segmentation": [polygon],
+        }
+
+    def write(self) -> None:
+        (self.folder / "objects.json").write_text(json.dumps(self.data))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the model and the classes above, by the command line in a process of its own."""
+    folder = tmp_path_factory.mktemp("tools")
+    config = Dataset(folder / "data").config
+    done = in_process("train", config, "--out", folder / "run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return folder / "run" / "checkpoints" / "last.pt"
+
+
+def in_process(name: str, *arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else [f"tools/{name}.py"]), *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    """Status 2, and one message that names the culprit; what was logged before may stand above it."""
+    assert outcome.status == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("error: ") == 1
+    message = outcome.err.partition("error: ")[2]
+    for word in words:
+        assert word in message
+
+
+# Help.
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_help_needs_no_torch(path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(path)!r}, '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as left: assert not left.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = in_process("", code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+# What works.
+
+
+def test_training_leaves_a_run_and_says_where(weights: Path) -> None:
+    run = weights.parent.parent
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "environment.txt", "train.log", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation",
+        "predictions",
+    }  # fmt: skip
+    assert "train.py" in (run / "environment.txt").read_text()
+
+
+def test_a_run_goes_on_with_resume_alone(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    train = ["train", dataset.config, "--out", tmp_path / "run", "--set", "training.schedule.iterations=1"]
+    assert tool(*train).status == 0
+    assert_refused(tool(*train), str(tmp_path / "run"), "--resume")
+    outcome = tool(*train, "--resume")
+    assert outcome.status == 0
+    assert "resuming after iteration 1" in outcome.err
+    assert_refused(
+        tool(*train[:-1], "training.schedule.iterations=2", "--resume"),
+        "holds another experiment",
+        "training.schedule.iterations: 1 -> 2",
+    )
+
+
+def test_the_run_directory_has_the_name_of_the_config(
+    tool: Run, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tool("train", dataset.config, "--set", "training.schedule.iterations=1").status == 0
+    assert (tmp_path / "runs" / "experiment" / "checkpoints" / "last.pt").is_file()
+
+
+def test_weights_of_other_classes_start_a_run(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
+    dataset.data["categories"].append({"id": 91, "name": "owl"})
+    dataset.write()
+    outcome = tool("train", dataset.config, "--out", tmp_path / "run", "--init", weights)
+    assert outcome.status == 0
+    assert "classes found by name: cat, dog" in outcome.err
+    assert "classes new, keep the model's values: owl" in outcome.err
+
+
+def test_evaluating_a_checkpoint(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
+    outcome = tool("eval", dataset.config, "--weights", weights, "--out", tmp_path / "out")
+    assert outcome.status == 0
+    assert "AP50" in outcome.err
+    stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert stored["classes"].keys() == {"cat", "dog"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "results.json", "predictions"}
+
+    again = tool("eval", "--annotations", dataset.folder / "objects.json",
+                 "--predictions", tmp_path / "out" / "results.json", "--out", tmp_path / "files")  # fmt: skip
+    assert again.status == 0
+    assert json.loads((tmp_path / "files" / "metrics.json").read_text()) == stored
+
+
+FIXTURE = {
+    "segm": (0.319545, 0.562288, 0.298927, 0.387374, 0.310183, 0.326934, 0.268230, 0.415449, 0.416839),
+    "bbox": (0.504581, 0.696973, 0.572982, 0.585626, 0.519400, 0.501398, 0.386813, 0.593680, 0.595353),
+}
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+
+
+@pytest.mark.parametrize("backend", ["faster", "pycocotools"])
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_the_official_figures(tool: Run, shared_data: Path, tmp_path: Path, kind: str, backend: str) -> None:
+    folder = shared_data / "cocoapi_fixture"
+    outcome = tool(
+        "eval",
+        *("--annotations", folder / "instances_val2014_100.json"),
+        *("--predictions", folder / f"instances_val2014_fake{kind}100_results.json"),
+        *("--backend", backend, "--out", tmp_path),
+    )
+    assert outcome.status == 0
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    part = {"segm": "mask", "bbox": "box"}[kind]
+    found = [stored[f"{part}/{figure}"] for figure in FIGURES]
+    assert found == pytest.approx(FIXTURE[kind], abs=1e-6)
+
+
+def test_predicting_on_photographs(
+    tool: Run, shared_data: Path, dataset: Dataset, weights: Path, tmp_path: Path
+) -> None:
+    photographs = sorted((shared_data / "coco_subset" / "val2017").glob("*.jpg"))[:2]
+    outcome = tool(
+        "predict",
+        dataset.config,
+        photographs[0],
+        photographs[1],
+        "--weights",
+        weights,
+        "--out",
+        tmp_path,
+        "--min-score",
+        0,
+    )
+    assert outcome.status == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"{path.stem}.png" for path in photographs}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2}
+    assert {result["category_id"] for result in results} <= {3, 90}
+    for result in results:
+        with Image.open(result["file_name"]) as image:
+            assert result["segmentation"]["size"] == [image.height, image.width]
+
+
+def test_showing_a_configuration(tool: Run, dataset: Dataset) -> None:
+    outcome = tool("show_config", dataset.config, "--set", "model.roi.kind=roi_pool")
+    assert outcome.status == 0
+    assert "roi:\n    kind: roi_pool" in outcome.out
+    assert json.loads(tool("show_config", "--schema").out)["properties"].keys() >= {"base", "model", "data"}
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["train", "a.yaml", "--resume", "--init", "b.pt"],
+        ["eval", "a.yaml"],
+        ["eval", "--annotations", "a.json"],
+        ["eval", "a.yaml", "--weights", "b.pt", "--annotations", "a.json", "--predictions", "c.json"],
+        ["predict", "a.yaml", "b.jpg", "--out", "c"],
+        ["show_config"],
+        ["show_config", "a.yaml", "--schema"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments(tool: Run, arguments: list[str]) -> None:
+    outcome = tool(*arguments)
+    assert outcome.status == 2
+    assert "usage: " in outcome.err
+
+
+def test_a_device_that_is_not_there(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    assert_refused(tool("train", dataset.config, "--out", tmp_path / "run", "--device", "abacus"), "--device abacus")
+    assert not (tmp_path / "run").exists()
+
+
+# Configurations.
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.rpn.sampels=8", ["model.rpn.sampels", "did you mean 'samples'"]),
+        ("model.roi.kind=roi_aling", ["model.roi.kind", "did you mean 'roi_align'"]),
+        ("modle={}", ["modle", "did you mean 'model'"]),
+        ("training.batch_size=two", ["training.batch_size", "expected an int", "'two'"]),
+        ("training.workers=-1", ["training.workers"]),
+        ("training.workers", ["--set training.workers: expected KEY=VALUE"]),
+        ("model.rpn.anchor_sizes=[[8]]", ["anchor_sizes has 1 levels", "has 5"]),
+        ("model.backbone.weights=absent.pth", ["absent.pth"]),
+    ],
+)
+def test_wrong_keys(tool: Run, dataset: Dataset, tmp_path: Path, override: str, words: list[str]) -> None:
+    outcome = tool("train", dataset.config, "--out", tmp_path / "run", "--set", override)
+    assert_refused(outcome, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {seed: 1, seed: 2}\n", ["'seed' is given twice"]),
+        ("base: absent.yaml\n", ["absent.yaml"]),
+        ("training: [\n", ["not valid YAML"]),
+        ("- 1\n", ["expected a mapping"]),
+        ("{}\n", ["data", "missing"]),
+    ],
+)
+def test_wrong_yaml(tool: Run, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    for name in ("train", "show_config"):
+        assert_refused(tool(name, tmp_path / "wrong.yaml"), "wrong.yaml", *words)
+
+
+def test_no_configuration(tool: Run, tmp_path: Path) -> None:
+    assert_refused(tool("train", tmp_path / "absent.yaml"), "absent.yaml")
+    assert_refused(tool("train", tmp_path), str(tmp_path))
+
+
+def test_all_problems_come_at_once(tool: Run, dataset: Dataset) -> None:
+    outcome = tool("train", dataset.config, "--set", "training.sed=1", "--set", "model.roi.kind=roi_pol")
+    assert_refused(outcome, "2 problems", "training.sed", "model.roi.kind")
+
+
+# Datasets.
+
+
+def without_area(data: dict[str, Any]) -> None:
+    data["annotations"][0]["bbox"] = [10, 10, 0, 20]
+
+
+def short_polygon(data: dict[str, Any]) -> None:
+    data["annotations"][1]["segmentation"] = [[1, 1, 5, 5]]
+
+
+def unknown_image(data: dict[str, Any]) -> None:
+    data["annotations"][2]["image_id"] = 77
+
+
+def unknown_category(data: dict[str, Any]) -> None:
+    data["annotations"][2]["category_id"] = 78
+
+
+def leading_out(data: dict[str, Any]) -> None:
+    data["images"][0]["file_name"] = "../../secret.png"
+
+
+def absolute(data: dict[str, Any]) -> None:
+    data["images"][3]["file_name"] = "/etc/passwd"
+
+
+def no_categories(data: dict[str, Any]) -> None:
+    del data["categories"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_area, ["annotation 1 (image 1)", "no area"]),
+        (short_polygon, ["annotation 2 (image 2)", "fewer than three points"]),
+        (unknown_image, ["annotation 3", "no image has the id 77"]),
+        (unknown_category, ["annotation 3", "no category has the id 78"]),
+        (leading_out, ["image 1", "../../secret.png", "leads out"]),
+        (absolute, ["image 4", "/etc/passwd", "leads out"]),
+        (no_categories, ["categories"]),
+    ],
+)
+def test_wrong_annotations(
+    tool: Run, dataset: Dataset, tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str]
+) -> None:
+    spoil(dataset.data)
+    dataset.write()
+    assert_refused(tool("train", dataset.config, "--out", tmp_path / "run"), "objects.json", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', "null"])
+def test_json_that_is_not_coco(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path, text: str) -> None:
+    (dataset.folder / "objects.json").write_text(text)
+    assert_refused(tool("train", dataset.config, "--out", tmp_path / "run"), "objects.json")
+    assert_refused(tool("eval", dataset.config, "--weights", weights, "--out", tmp_path / "out"), "objects.json")
+
+
+def test_no_annotations(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    (dataset.folder / "objects.json").unlink()
+    train = tool("train", dataset.config, "--out", tmp_path / "run")
+    assert_refused(train, str(dataset.folder / "objects.json"), "datasets/README.md")
+    results = tmp_path / "results.json"
+    results.write_text("[]")
+    from_files = tool("eval", "--annotations", dataset.folder / "objects.json", "--predictions", results)
+    assert_refused(from_files, str(dataset.folder / "objects.json"))
+
+
+def test_no_images(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    (dataset.folder / "images").rename(dataset.folder / "pictures")
+    outcome = tool("train", dataset.config, "--out", tmp_path / "run")
+    assert_refused(outcome, str(dataset.folder / "images"), "datasets/README.md")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def spoil_bytes(path: Path) -> None:
+    path.write_bytes(b"no image")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def resize(path: Path) -> None:
+    Image.new("RGB", (48, 64)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove, ["no such image file"]),
+        (spoil_bytes, ["cannot be read as an image"]),
+        (cut_off, ["cannot be read as an image"]),
+        (resize, ["the image is 48 x 64 pixels", "objects.json says 64 x 48", "image 3"]),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_images(
+    tool: Run, dataset: Dataset, tmp_path: Path, spoil: Callable[[Path], None], words: list[str], workers: int
+) -> None:
+    spoil(dataset.image(3))
+    outcome = tool("train", dataset.config, "--out", tmp_path / "run", "--set", f"training.workers={workers}")
+    assert_refused(outcome, str(dataset.image(3)), *words)
+
+
+def test_a_wrong_number_of_classes(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    outcome = tool("train", dataset.config, "--out", tmp_path / "run", "--set", "data.num_classes=80")
+    assert_refused(outcome, "data.num_classes is 80", "2 classes: cat, dog")
+
+
+# Checkpoints and results.
+
+
+def test_no_checkpoint(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.pt"
+    assert_refused(tool("eval", dataset.config, "--weights", absent), str(absent))
+    assert_refused(
+        tool("predict", dataset.config, dataset.image(1), "--weights", absent, "--out", tmp_path), str(absent)
+    )
+    assert_refused(tool("train", dataset.config, "--out", tmp_path / "run", "--init", absent), str(absent))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "state dict", "half"])
+def test_what_is_no_checkpoint(
+    tool: Run, dataset: Dataset, weights: Path, tmp_path: Path, content: bytes | str
+) -> None:
+    wrong = tmp_path / "wrong.pt"
+    if content == "state dict":
+        torch.save({"conv1.weight": torch.zeros(1)}, wrong)
+    elif content == "half":
+        wrong.write_bytes(weights.read_bytes()[:100_000])
+    else:
+        assert isinstance(content, bytes)
+        wrong.write_bytes(content)
+    assert_refused(tool("eval", dataset.config, "--weights", wrong), str(wrong))
+
+
+def test_a_run_whose_checkpoint_is_damaged(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    train = ["train", dataset.config, "--out", tmp_path / "run", "--set", "training.schedule.iterations=1"]
+    assert tool(*train).status == 0
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:100_000])
+    assert_refused(tool(*train, "--resume"), str(last), "damaged")
+
+
+def test_weights_that_do_not_fit(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
+    other = ("--set", "model.mask_head.width=16")
+    expected = (str(weights), "mask_head.logits.weight: [2, 8, 1, 1] in the file, [2, 16, 1, 1] in the model")
+    assert_refused(tool("eval", dataset.config, "--weights", weights, *other), *expected)
+    predict = ["predict", dataset.config, dataset.image(1), "--weights", weights, "--out", tmp_path]
+    assert_refused(tool(*predict, *other), *expected)
+
+
+def test_weights_of_other_classes_cannot_be_evaluated(tool: Run, dataset: Dataset, weights: Path) -> None:
+    dataset.data["categories"][0]["name"] = "lynx"
+    dataset.write()
+    assert_refused(tool("eval", dataset.config, "--weights", weights), str(weights), "lynx, dog", "cat, dog")
+
+
+def test_images_that_cannot_be_predicted(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
+    dataset.image(2).write_bytes(b"no image")
+    predict = ["predict", dataset.config, "--weights", weights, "--out", tmp_path / "out"]
+    assert_refused(tool(*predict, tmp_path / "absent.jpg"), str(tmp_path / "absent.jpg"))
+    assert_refused(tool(*predict, dataset.image(2)), str(dataset.image(2)))
+    assert_refused(tool(*predict[:-1], dataset.folder / "images", dataset.image(1)), "the pictures would replace")
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ("nonsense", ["is not JSON"]),
+        ('{"a": 1}', ["not a COCO results file"]),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]', ["[0].score"]),
+        ('[{"image_id": 9, "category_id": 3, "score": 1, "bbox": [1, 2, 3, 4]}]', ["image_id 9"]),
+    ],
+)
+def test_wrong_results(tool: Run, dataset: Dataset, tmp_path: Path, results: str, words: list[str]) -> None:
+    (tmp_path / "results.json").write_text(results)
+    outcome = tool("eval", "--annotations", dataset.folder / "objects.json", "--predictions", tmp_path / "results.json")
+    assert_refused(outcome, *words)
+
+
+def test_a_run_directory_that_cannot_be_made(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(tool("train", dataset.config, "--out", tmp_path / "file"), str(tmp_path / "file"))
+
+
+def test_wrong_input_in_a_process_of_its_own(dataset: Dataset) -> None:
+    done = in_process("train", dataset.config, "--set", "model.roi.kind=roi_aling")
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "did you mean 'roi_align'")
+    assert not done.stdout
+
+
+# Signals.
+
+
+@pytest.mark.skipif(os.name != "posix", reason="groups of processes are POSIX's")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_saves_the_state(
+    dataset: Dataset, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    """As `timeout`, Ctrl-C and SLURM send it: the workers get it too."""
+    run = tmp_path / "run"
+    changes = ["training.workers=1", "training.schedule.iterations=100000", "training.checkpoint_every=100000"]
+    command = [sys.executable, "tools/train.py", str(dataset.config), "--out", str(run), "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, *(part for change in changes for part in ("--set", change))],
+        cwd=REPOSITORY,
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while process.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert "which is saved; --resume goes on" in errors
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["iteration"] >= 1
