@@ -1,0 +1,228 @@
+"""Every YAML that we ship is read, built, shrunken, and takes a step; so does each with the other RoI layer."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from maskrcnn.config import differences, json_schema, load_config, to_dict, to_yaml
+from maskrcnn.data.loader import training_loader
+from maskrcnn.errors import InputError
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.models.norms import FrozenBatchNorm2d
+from maskrcnn.structures import Batch
+from maskrcnn.training.loop import training_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+PARTS = [path for path in FILES if path.is_relative_to(CONFIGS / "base")]
+EXPERIMENTS = [path for path in FILES if path not in PARTS]
+REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # what parts that no experiment uses are tried on
+
+TINY = [
+    "data.train={kind: shapes, length: 4, height: 64, width: 64}",
+    "data.validation={kind: shapes, length: 4, height: 64, width: 64}",
+    "data.train_transforms.short_side=[64]",
+    "data.train_transforms.long_side=64",
+    "model.backbone.weights=none",
+    "model.rpn.training={before_nms: 20, after_nms: 20}",
+    "model.rpn.inference={before_nms: 20, after_nms: 20}",
+    "model.rpn.samples=8",
+    "model.sampling.count=8",
+    "model.detection.count=4",
+    "model.detection.score_threshold=0.0",
+    "training.batch_size=2",
+    "training.workers=0",
+    "training.schedule={kind: multi_step, iterations: 1, steps: [], warmup_iterations: 0}",  # 1x and 3x are one
+]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+
+
+def bases(path: Path) -> set[Path]:
+    """All files that a YAML builds upon."""
+    named = yaml.safe_load(path.read_text()).get("base", [])
+    direct = {(path.parent / base).resolve() for base in ([named] if isinstance(named, str) else named)}
+    return direct.union(*(bases(base) for base in direct))
+
+
+def tiny(path: Path, *overrides: str) -> ExperimentConfig:
+    config = load_config(path, ExperimentConfig, [*TINY, *overrides])
+    if config.model.box_head.kind != "fc":
+        return config
+    return load_config(path, ExperimentConfig, [*TINY, "model.box_head.width=64", *overrides])
+
+
+def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> Batch:
+    loader = training_loader(
+        config.data.train.build(),
+        config.data.train_transforms.build(),
+        batch_size=num_images,
+        seed=0,
+        workers=0,
+        size_divisor=model.size_divisor,
+    )
+    return next(iter(loader))
+
+
+def learning_parts(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The parameters that learn, by part; of large ones the beginning."""
+    parts = {
+        part: [p.detach().flatten()[:1000] for p in child.parameters() if p.requires_grad]
+        for part, child in model.named_children()
+    }
+    return {part: values for part, values in parts.items() if values}
+
+
+def tame(model: nn.Module) -> None:
+    """Make frozen norms shrink what passes, as trained ones do: else each block of a deep net doubles the variance."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+
+
+def check_step(config: ExperimentConfig) -> None:
+    """Build, train for one step, detect. Models that several files share are tried once."""
+    _check_step(config.model_dump_json())
+
+
+@cache
+def _check_step(text: str) -> None:
+    config = ExperimentConfig.model_validate_json(text)
+    torch.manual_seed(0)
+    model = config.model.build(len(config.data.train.build().classes))
+    tame(model)
+    optimizer = config.training.optimizer.build(model, batch_size=2)
+    batch = first_batch(config, model, 2)
+    before = {part: [value.clone() for value in values] for part, values in learning_parts(model).items()}
+
+    losses, norm = training_step(
+        model, batch, optimizer, 1, torch.device("cpu"), config.training.clip_norm, config.training.precision
+    )
+
+    assert len(losses) == 5
+    assert min(losses.values()) >= 0
+    assert norm > 0
+    assert not [key for key, p in model.named_parameters() if p.requires_grad == (p.grad is None)]
+    after = learning_parts(model)
+    assert after.keys() >= {"backbone", "rpn", "box_head", "mask_head"}
+    for part, values in after.items():
+        assert not all(map(torch.equal, values, before[part])), f"{part} did not move"
+
+    found = model.eval().detect(batch.images)
+    assert found.valid.any()
+    assert all(tensor.isfinite().all() for tensor in (found.boxes, found.scores[found.valid], found.masks))
+
+
+def test_there_are_files() -> None:
+    assert len(PARTS) > 8
+    assert len(EXPERIMENTS) > 15
+
+
+@each_experiment
+def test_an_experiment_takes_a_step(path: Path) -> None:
+    check_step(tiny(path))
+
+
+@each_experiment
+@pytest.mark.parametrize(
+    "roi",
+    ["model.roi={kind: roi_pool}", "model.roi={kind: roi_align, aggregate: average, sampling_ratio: 2, aligned: true}"],
+    ids=["pool", "align"],
+)
+def test_the_roi_layer_is_one_key(path: Path, roi: str) -> None:
+    config = tiny(path, roi)
+    assert f"kind: {config.model.roi.kind}" in roi
+    check_step(config)
+
+
+@each_experiment
+def test_an_experiment_resolves_to_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ExperimentConfig)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load_config(resolved, ExperimentConfig) == config
+
+
+@pytest.mark.parametrize("path", PARTS, ids=name)
+def test_a_part_is_used_or_can_be(path: Path, tmp_path: Path) -> None:
+    if any(path in bases(experiment) for experiment in EXPERIMENTS):
+        return
+    composed = tmp_path / "composed.yaml"
+    composed.write_text(json.dumps({"base": [str(REFERENCE), str(path)]}))
+    assert to_dict(load_config(composed, ExperimentConfig)) != to_dict(load_config(REFERENCE, ExperimentConfig))
+    check_step(tiny(composed))
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem.endswith("_roi_pool")], ids=name)
+def test_a_pair_differs_in_the_roi_layer_alone(path: Path) -> None:
+    pair = [path, path.with_name(path.name.replace("_roi_pool", "_roi_align"))]
+    pool, align = (to_dict(load_config(one, ExperimentConfig)) for one in pair)
+    changed = differences(pool, align)
+    assert changed
+    assert all(line.startswith("model.roi.") for line in changed)
+
+
+@each_experiment
+def test_an_experiment_opens_with_its_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"python tools/train.py configs/{name(path)}" in line for line in head)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.batch_size=0",
+        "model.rpn.samples=-1",
+        "model.rpn.positive_share=1.5",
+        "model.rpn.training.before_nms=0",
+        "model.rpn.anchor_sizes=[[], [], [], [], []]",
+        "model.rpn.anchor_ratios=[1.0, -1.0]",
+        "model.sampling.foreground=50",
+        "model.box_head.width=0",
+        "model.mask_head.width=0",
+        "model.mask_head.depth=-1",
+        "model.mask_head.pool_size=0",
+        "model.detection.nms_threshold=2",
+        "model.pixels.std=[0, 1, 1]",
+        "model.backbone.groups=0",
+        "model.backbone.freeze=6",
+        "model.backbone.fpn={norm: gn, channels: 100}",
+    ],
+)
+def test_values_out_of_range_are_refused(override: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        load_config(REFERENCE, ExperimentConfig, [override])
+    assert override.partition("=")[0] in str(refusal.value)
+
+
+def test_a_region_that_stage_5_halves_has_an_even_side() -> None:
+    odd = ["model.box_head.pool_size=7", "model.mask_head.pool_size=7"]
+    with pytest.raises(InputError, match="an even pool_size"):
+        load_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd)
+
+
+# The schema for editors.
+
+
+def test_the_schema_is_up_to_date() -> None:
+    stored = json.loads((CONFIGS / "schema.json").read_text())
+    assert stored == json_schema(ExperimentConfig), "run `make schema`"
+
+
+def test_every_file_fits_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    for path in FILES:
+        jsonschema.validate(yaml.safe_load(path.read_text()), json_schema(ExperimentConfig))

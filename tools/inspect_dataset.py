@@ -1,0 +1,38 @@
+"""Check a dataset, count what is in it, and draw some of its images with their ground truth.
+
+    python tools/inspect_dataset.py configs/shapes/mask_rcnn_r18_fpn.yaml --out scenes
+
+Draws the images before any transform: contact_sheet.png, and one picture for each image.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from maskrcnn.cli import add_config_arguments, run, setup_logging
+
+
+def main() -> None:
+    """Parse, count, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--split", choices=("train", "validation"), default="validation")
+    parser.add_argument("--count", type=int, default=12, help="how many images to draw (default 12)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    args = parser.parse_args()
+
+    from maskrcnn.config import load_config
+    from maskrcnn.data.statistics import summarize
+    from maskrcnn.experiment import ExperimentConfig, draw_ground_truth
+
+    setup_logging()
+    data = load_config(args.config, ExperimentConfig, args.overrides).data
+    dataset = data.build_train() if args.split == "train" else data.build_validation()
+    print(summarize(dataset.ground_truth()))
+    draw_ground_truth(dataset, args.count, args.out)
+    print(f"the pictures are in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
