@@ -1,0 +1,204 @@
+"""Measure speed and memory beside torchvision's maskrcnn_resnet50_fpn, in the same run.
+
+    python tools/benchmark.py all --out benchmarks/2026-11-22-cpu.md
+    python tools/benchmark.py training --repeats 3 --precision bf16
+
+Each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so that
+whatever else the machine does meets both. A pair of neighbours gives one ratio; the median pair counts, and the range
+over all pairs tells how far to trust it. What each side does exactly stands in tools/benchmarks/worker.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from maskrcnn.cli import run
+
+WORKER = Path(__file__).parent / "benchmarks" / "worker.py"
+MIB = 2**20
+
+TASKS = {
+    "training": "One training step, batch 2: losses, backward, SGD. The images are ready, of their final size.",
+    "inference": "One image: from its pixels to boxes and masks. Ours ends with COCO's run lengths, torchvision with "
+    "full-size probabilities, which a user would still have to encode.",
+    "roi": "RoIAlign, forward and backward: 1000 boxes, 7 x 7 bins, 2 x 2 points a bin, 256 channels at stride 4.",
+    "masks": "100 masks of 28 x 28 to COCO's run lengths of the whole image; the same masks, to the pixel, on both "
+    "sides. torchvision pastes, rounds and has pycocotools encode each mask.",
+}
+TERMS = (
+    "torchvision's side is `maskrcnn_resnet50_fpn` out of the box: as it is built for its published weights (frozen "
+    "batch norms, three trainable stages), 91 classes, SGD. Ours is `configs/coco/mask_rcnn_r50_fpn_1x.yaml` with as "
+    "many proposals (2000 in training, 1000 in inference, of each image) and, in the process, what our tools do: "
+    "`keep_freed_memory`. The weights are random and, but for the last layers, the same on both sides. A round before "
+    "the first warms up. Memory is the peak of the whole process, on a GPU that of torch's allocations."
+)
+
+
+class Repeat(NamedTuple):
+    """What a worker answers."""
+
+    seconds: float
+    work: dict[str, float]  # what was worked on, such as the number of regions
+
+
+class Measurement(NamedTuple):
+    """One task on both sides; entry i of both lists was measured in turn."""
+
+    task: str
+    ours: list[Repeat]
+    torchvision: list[Repeat]
+    peaks: tuple[int, int]  # bytes
+    environment: list[str]
+
+
+class Worker:
+    """A process that does one side of one task, a repeat at a time.
+
+    On Linux a process starts with the peak memory of the one that started it. This one imports no torch and is small.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        command = [sys.executable, str(WORKER), json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.environment: list[str] = self._answer()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None:
+            self.process.kill()
+        self.process.__exit__(kind, error, tb)  # closes the pipes and waits
+
+    def repeat(self) -> Repeat:
+        """Do the task once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return Repeat(*self._answer())
+
+    def finish(self) -> int:
+        """End the process; return its peak memory in bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:  # it has said why on stderr
+            sys.exit(self.process.wait() or 1)
+        return json.loads(line)
+
+
+def measure(task: str, repeats: int, settings: dict[str, Any]) -> Measurement:
+    """Run both sides of a task in turn."""
+    jobs = [{"task": task, "side": side, **settings} for side in ("ours", "torchvision")]
+    with Worker(jobs[0]) as ours, Worker(jobs[1]) as theirs:
+        pairs = [(ours.repeat(), theirs.repeat()) for _ in tqdm(range(repeats + 1), desc=task, disable=None)]
+        first, second = zip(*pairs[1:], strict=True)  # the first round warms up
+        return Measurement(task, list(first), list(second), (ours.finish(), theirs.finish()), ours.environment)
+
+
+# ---- The report
+
+
+def report(measurements: Sequence[Measurement], settings: dict[str, Any]) -> str:
+    """The figures as Markdown, with all that it takes to repeat them."""
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    lines = [f"# Speed and memory beside torchvision, {today}", "", TERMS, ""]
+    lines += [f"- command: {shlex.join(['python', *sys.argv])}"]
+    lines += [f"- images: {settings['height']} x {settings['width']}, precision {settings['precision']}"]
+    lines += [f"- {line}" for line in measurements[0].environment]
+    for measurement in measurements:
+        lines += ["", *_section(measurement)]
+    return "\n".join([*lines, ""])
+
+
+def _section(found: Measurement) -> list[str]:
+    sides = (("ours", found.ours, found.peaks[0]), ("torchvision", found.torchvision, found.peaks[1]))
+    names = list(found.ours[0].work)
+    memory = found.peaks[0] / found.peaks[1]
+    return [
+        f"## {found.task}: {_ratios(found)} times as fast, {memory:.2f} times the memory",
+        "",
+        TASKS[found.task],
+        "",
+        *_table(
+            ["", "median s", "fastest", "slowest", "peak MiB", *names],
+            [
+                [
+                    side,
+                    *(f"{pick([repeat.seconds for repeat in repeats]):.4g}" for pick in (median, min, max)),
+                    f"{peak / MIB:.0f}",
+                    *(f"{median(repeat.work[name] for repeat in repeats):g}" for name in names),
+                ]
+                for side, repeats, peak in sides
+            ],
+        ),
+        "",
+        *(f"{side}, s: {', '.join(f'{repeat.seconds:.4g}' for repeat in repeats)}  " for side, repeats, _ in sides),
+    ]
+
+
+def _ratios(found: Measurement) -> str:
+    """torchvision's time over ours: the median pair, and the range."""
+    pairs = [theirs.seconds / ours.seconds for ours, theirs in zip(found.ours, found.torchvision, strict=True)]
+    return f"{median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return [f"| {' | '.join(row)} |" for row in [head, rule, *rows]]
+
+
+# ---- The command line
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse's word for what is no int
+    return parse
+
+
+def main() -> None:
+    """Parse, measure, print and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=(*TASKS, "all"), help="what to measure")
+    parser.add_argument("--repeats", type=_number(1), default=5, help="pairs to measure; default 5")
+    parser.add_argument("--threads", type=_number(1), default=2, help="CPU threads of each side; default 2")
+    parser.add_argument("--height", type=_number(64), default=800, help="of the images; default 800")
+    parser.add_argument("--width", type=_number(64), default=1333, help="default 1333")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides; bf16 by autocast")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, to this file as well")
+    args = parser.parse_args()
+
+    settings = {name: getattr(args, name) for name in ("threads", "height", "width", "precision", "device")}
+    tasks = list(TASKS) if args.task == "all" else [args.task]
+    text = report([measure(task, args.repeats, settings) for task in tasks], settings)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,337 @@
+"""One side of one benchmark, in a process of its own, so that its peak memory is its own.
+
+`tools/benchmark.py` starts it with a `Job` as JSON. It answers with lines of JSON: in what environment it works; for
+each line that it reads, how long the task took once; at the end of its input, its peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torchvision.ops
+from pycocotools import mask as cocoapi
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from maskrcnn.cli import run
+from maskrcnn.config import load_config
+from maskrcnn.data.loader import collate
+from maskrcnn.evaluation.results import coco_results
+from maskrcnn.experiment import ExperimentConfig, choose_device
+from maskrcnn.memory import keep_freed_memory
+from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.ops.masks import encode_masks
+from maskrcnn.ops.roi import roi_align
+from maskrcnn.run_directory import environment
+from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
+from maskrcnn.training.loop import training_step
+
+CONFIG = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_r50_fpn_1x.yaml"
+NUM_CLASSES = 90  # torchvision's COCO models have this many and background
+OBJECTS = 8  # in each image; COCO has 7 on average
+
+Step = Callable[[], dict[str, float]]  # does the task once, and tells what it worked on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do."""
+
+    task: Literal["training", "inference", "roi", "masks"]
+    side: Literal["ours", "torchvision"]
+    height: int
+    width: int
+    threads: int
+    precision: Literal["fp32", "bf16"]
+    device: str
+
+
+# ---- The scene: the same images and objects for both sides
+
+
+class Scene(NamedTuple):
+    """An image of noise with ellipses in it."""
+
+    pixels: Tensor  # (3, H, W) uint8
+    boxes: Tensor  # (OBJECTS, 4) float32, whole pixels
+    labels: Tensor  # (OBJECTS,) int64
+    crops: list[np.ndarray]  # the masks inside their boxes
+
+
+def draw_scene(height: int, width: int, seed: int) -> Scene:
+    """Ellipses between an eighth and two thirds of the image's height."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp(rng.uniform(np.log(height / 8), np.log(height / 1.5), (OBJECTS, 2))).round()
+    corners = (rng.uniform(size=(OBJECTS, 2)) * ([width, height] - sizes).clip(0)).round()
+    ends = np.minimum(corners + sizes, [width, height])
+    return Scene(
+        pixels=torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)),
+        boxes=torch.from_numpy(np.concatenate([corners, ends], axis=1)).float(),
+        labels=torch.from_numpy(rng.integers(1, NUM_CLASSES + 1, OBJECTS)),
+        crops=[_ellipse(int(h), int(w)) for w, h in ends - corners],
+    )
+
+
+def _ellipse(height: int, width: int) -> np.ndarray:
+    y, x = (np.arange(height) + 0.5) / height * 2 - 1, (np.arange(width) + 0.5) / width * 2 - 1
+    return (y[:, None] ** 2 + x**2 <= 1).astype(np.uint8)
+
+
+def _scenes(job: Job, count: int) -> list[Scene]:
+    return [draw_scene(job.height, job.width, seed) for seed in range(count)]
+
+
+def _our_batch(scenes: list[Scene], size_divisor: int) -> Batch:
+    examples = []
+    for index, scene in enumerate(scenes):
+        corners = scene.boxes[:, :2].int().tolist()
+        masks = tuple(MaskCrop(x, y, crop) for (x, y), crop in zip(corners, scene.crops, strict=True))
+        examples.append(Example(index, scene.pixels, scene.boxes, scene.labels, masks))
+    return collate(examples, list(range(len(scenes))), size_divisor)
+
+
+def _torchvision_target(scene: Scene) -> dict[str, Tensor]:
+    masks = torch.zeros(OBJECTS, *scene.pixels.shape[1:], dtype=torch.uint8)
+    for mask, box, crop in zip(masks, scene.boxes.int().tolist(), scene.crops, strict=True):
+        mask[box[1] : box[3], box[0] : box[2]] = torch.from_numpy(crop)
+    return {"boxes": scene.boxes, "labels": scene.labels, "masks": masks}
+
+
+# ---- The models
+
+
+def _our_experiment() -> ExperimentConfig:
+    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.after_nms=2000"])  # as many as torchvision
+
+
+def _our_model(config: ExperimentConfig, device: torch.device) -> MaskRCNN:
+    model = config.model.build(NUM_CLASSES, pretrained=False)
+    _draw_weights(model, model.box_head.scores)
+    return model.to(device)
+
+
+def _torchvision_model(job: Job, device: torch.device) -> TorchvisionMaskRCNN:
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d, trainable_layers=3
+    )
+    sides = sorted((job.height, job.width))  # its transform then leaves the size as it is
+    model = TorchvisionMaskRCNN(backbone, NUM_CLASSES + 1, min_size=sides[0], max_size=sides[1])
+    _draw_weights(model, model.roi_heads.box_predictor.cls_score)
+    return model.to(device)
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, scores: nn.Linear) -> None:
+    """Give both models the same random weights, so that they have the same work.
+
+    Both hold their parameters in the same order, and differ in shape in the last layers alone (torchvision predicts
+    boxes and masks for background too). Three classes are made likely, for 100 detections in an image.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        std = (2 / parameter[0].numel()) ** 0.5 if name.startswith("backbone.body") else 0.01 * (parameter.dim() > 1)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    for name, weight in model.named_buffers():
+        if name.endswith("bn3.weight"):  # the last norm of each residual branch: activations stay in bounds
+            weight.fill_(0.2)
+    scores.bias[1:4] += 5
+
+
+def _count_regions(box_head: nn.Module, mask_head: nn.Module) -> dict[str, float]:
+    """How many regions each head saw in its last call; the dict fills as the model runs."""
+    counts: dict[str, float] = {}
+    for name, head in (("box regions", box_head), ("mask regions", mask_head)):
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Any, name: str = name) -> None:
+            counts[name] = len(inputs[0])
+
+        head.register_forward_hook(count)
+    return counts
+
+
+# ---- The tasks
+
+
+def our_training(job: Job, device: torch.device) -> Step:
+    """The step of the training loop."""
+    config = _our_experiment()
+    model = _our_model(config, device)
+    batch = _our_batch(_scenes(job, 2), model.size_divisor)
+    optimizer = config.training.optimizer.build(model, batch_size=len(batch.images))
+    counts = _count_regions(model.box_head, model.mask_head)
+
+    def step() -> dict[str, float]:
+        training_step(model, batch, optimizer, 1, device, None, job.precision)
+        return counts
+
+    return step
+
+
+def torchvision_training(job: Job, device: torch.device) -> Step:
+    """The step of torchvision's reference scripts."""
+    model = _torchvision_model(job, device).train()
+    images = [scene.pixels / 255 for scene in _scenes(job, 2)]
+    targets = [_torchvision_target(scene) for scene in _scenes(job, 2)]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.0025, momentum=0.9, weight_decay=1e-4)  # 0.02 for 16 images
+    counts = _count_regions(model.roi_heads.box_head, model.roi_heads.mask_head)
+
+    def step() -> dict[str, float]:
+        on_device = [{key: value.to(device) for key, value in target.items()} for target in targets]
+        with _autocast(job, device):
+            losses = model([image.to(device) for image in images], on_device)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        return counts
+
+    return step
+
+
+def our_inference(job: Job, device: torch.device) -> Step:
+    """What evaluation does with an image."""
+    model = _our_model(_our_experiment(), device).eval()
+    batch = _our_batch(_scenes(job, 1), model.size_divisor)
+    classes = ClassTable(tuple(f"class {label}" for label in range(NUM_CLASSES)), tuple(range(NUM_CLASSES)))
+    counts = _count_regions(model.box_head, model.mask_head)
+
+    def step() -> dict[str, float]:
+        with _autocast(job, device):
+            detections = model.detect(batch.images.to(device))
+        return counts | {"detections": len(coco_results(detections, batch, classes))}
+
+    return step
+
+
+def torchvision_inference(job: Job, device: torch.device) -> Step:
+    """A call of the model in eval mode."""
+    model = _torchvision_model(job, device).eval()
+    image = _scenes(job, 1)[0].pixels / 255
+    counts = _count_regions(model.roi_heads.box_head, model.roi_heads.mask_head)
+
+    @torch.no_grad()
+    def step() -> dict[str, float]:
+        with _autocast(job, device):
+            found = model([image.to(device)])
+        return counts | {"detections": len(found[0]["masks"])}
+
+    return step
+
+
+def _roi_step(job: Job, device: torch.device, *, ours: bool) -> Step:
+    """Each layer on a map in the layout that its model has."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = -(-job.height // 4), -(-job.width // 4)
+    features = torch.rand(1, 256, height, width, generator=generator).to(device)
+    features = features.to(memory_format=torch.channels_last if ours else torch.contiguous_format).requires_grad_()
+    boxes, images = _boxes(job, 1000, generator).to(device), torch.zeros(1000, dtype=torch.int64, device=device)
+    wanted = torch.rand(1000, 256, 7, 7, generator=generator).to(device)
+
+    def step() -> dict[str, float]:
+        features.grad = None
+        with _autocast(job, device):
+            if ours:
+                pooled = roi_align(features, boxes, images, stride=4, size=7, aligned=False)
+            else:
+                pooled = torchvision.ops.roi_align(features, [boxes], 7, 0.25, 2, aligned=False)
+        pooled.backward(wanted)
+        assert features.grad is not None
+        return {"sum": float(pooled.detach().sum()), "gradient sum": float(features.grad.sum())}
+
+    return step
+
+
+def _boxes(job: Job, count: int, generator: torch.Generator) -> Tensor:
+    """Boxes of all sizes between 1 / 40 of the image and the whole of it."""
+    whole = torch.tensor([job.width, job.height], dtype=torch.float32)
+    sizes = whole * torch.exp(-3.7 * torch.rand(count, 2, generator=generator))
+    corners = (whole - sizes) * torch.rand(count, 2, generator=generator)
+    return torch.cat((corners, corners + sizes), dim=1)
+
+
+def _masks_step(job: Job, device: torch.device, *, ours: bool) -> Step:
+    """From the mask head's probabilities, smooth as a trained head's, to run lengths."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(100, 1, 4, 4, generator=generator)
+    masks = nn.functional.interpolate(coarse, size=28, mode="bicubic").clamp(0, 1).to(device)
+    boxes = _boxes(job, 100, generator).to(device)
+    size = (job.height, job.width)
+
+    def step() -> dict[str, float]:
+        encode = partial(encode_masks, convention="torchvision") if ours else _paste_and_encode
+        codes = encode(masks[:, 0] if ours else masks, boxes, *size)
+        return {"masks": len(codes), "pixels": float(cocoapi.area(codes).sum())}
+
+    return step
+
+
+def _paste_and_encode(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[dict[str, Any]]:
+    """As the model and torchvision's reference evaluation (coco_eval.py) do it, but that 0.5 counts as inside."""
+    pasted = (paste_masks_in_image(masks, boxes, (height, width)) >= 0.5).cpu().numpy()
+    return [cocoapi.encode(np.array(mask[0, :, :, np.newaxis], dtype=np.uint8, order="F"))[0] for mask in pasted]
+
+
+def _autocast(job: Job, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16")
+
+
+STEPS: dict[tuple[str, str], Callable[[Job, torch.device], Step]] = {
+    ("training", "ours"): our_training,
+    ("training", "torchvision"): torchvision_training,
+    ("inference", "ours"): our_inference,
+    ("inference", "torchvision"): torchvision_inference,
+    ("roi", "ours"): partial(_roi_step, ours=True),
+    ("roi", "torchvision"): partial(_roi_step, ours=False),
+    ("masks", "ours"): partial(_masks_step, ours=True),
+    ("masks", "torchvision"): partial(_masks_step, ours=False),
+}
+
+
+# ---- The conversation
+
+
+def main() -> None:
+    """Prepare, then work line by line."""
+    job = Job(**json.loads(sys.argv[1]))
+    if job.side == "ours":
+        keep_freed_memory()
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    device = choose_device(job.device)
+    step = STEPS[job.task, job.side](job, device)
+    _say(environment(device))
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        work = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        _say([time.perf_counter() - start, work])
+    _say(_peak_memory(device))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _say(answer: Any) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
