@@ -23,9 +23,7 @@ class SamplingConfig(Section):
 
     count: int = Field(512, ge=1)
     positive_share: float = Field(0.25, ge=0, le=1)
-    foreground: float = Field(
-        0.5, ge=0, le=1
-    )  # IoU with an object from which a proposal is positive; below, it is background
+    foreground: float = Field(0.5, ge=0, le=1)  # IoU from which a proposal is positive; below, it is background
 
     def build(self) -> RegionSampler:
         """The sampler."""
