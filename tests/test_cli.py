@@ -90,14 +90,14 @@ def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys
     log_file.write_text("the first run\n")
     setup_logging(log_file)
     logging.getLogger("maskrcnn.training").info("step %d", 20)
-    logging.getLogger("maskrcnn.training").debug("not shown")
+    logging.getLogger("maskrcnn.training").debug("a detail")
     logging.getLogger("other").info("not shown")
     logging.getLogger("other").warning("disk is full")
     assert capsys.readouterr() == ("", "step 20\ndisk is full\n")
     first, *lines = log_file.read_text().splitlines()
     assert first == "the first run"
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
-    assert re.fullmatch(rf"{time} INFO step 20\n{time} WARNING disk is full", "\n".join(lines))
+    assert re.fullmatch(rf"{time} INFO step 20\n{time} DEBUG a detail\n{time} WARNING disk is full", "\n".join(lines))
 
 
 @pytest.mark.usefixtures("_logging_restored")
