@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from maskrcnn.run_directory import RunDirectory
 from maskrcnn.structures import Batch, ClassTable, Example
 from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint, load_weights, restore
 from maskrcnn.training.loop import TrainingConfig, train
-from maskrcnn.training.metrics import MetricsWriter
+from maskrcnn.training.metrics import Measurement, MetricsWriter
 from maskrcnn.visualization import contact_sheet, draw_objects, save_image, side_by_side
 
 logger = logging.getLogger(__name__)
@@ -148,11 +149,11 @@ def train_experiment(
     )
     predictor = Predictor.of(config, model, dataset.classes, device)
 
-    def evaluate_now(iteration: int) -> dict[str, float]:
+    def evaluate_now(iteration: int) -> Measurement:
         logger.info("evaluating after iteration %d on %d images", iteration, len(validation))
-        found = evaluate_predictor(config, predictor, validation, run.evaluation)
+        found, images_per_second = evaluate_predictor(config, predictor, validation, run.evaluation)
         checkpoints.keep_best(iteration, found.summary())
-        return found.summary()
+        return Measurement(found.summary(), images_per_second)
 
     with MetricsWriter(run.root, start=start) as writer:
         train(
@@ -277,23 +278,28 @@ def evaluate_checkpoint(config: ExperimentConfig, weights: Path, out: Path, devi
     dataset = config.data.build_validation()
     predictor = load_predictor(config, weights, device)
     _require_same_classes(predictor.classes, dataset.classes, str(weights), "data.validation")
-    found = evaluate_predictor(config, predictor, dataset, out)
+    found, _ = evaluate_predictor(config, predictor, dataset, out)
     draw_predictions(config, predictor, dataset, out / "predictions")
     return found
 
 
 def evaluate_predictor(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, out: Path
-) -> Evaluation:
-    """Run over `dataset`, write `results.json` and `metrics.json` to folder `out`, and log the tables."""
+) -> tuple[Evaluation, float]:
+    """Run over `dataset`, write `results.json` and `metrics.json` to folder `out`, and log the tables.
+
+    Returns the figures, and the images per second that it took to find the objects.
+    """
     out.mkdir(parents=True, exist_ok=True)
     # The class names agree; the ids are those of the annotations that the results are compared with.
     predictor = replace(predictor, classes=dataset.classes)
     results: list[Result] = []
+    began = time.perf_counter()
     for batch in tqdm(_batches(config, predictor, dataset), desc="evaluating", leave=False, disable=None):
         results += predictor(batch)
+    images_per_second = len(dataset) / (time.perf_counter() - began)
     write_results(out / "results.json", results)
-    return report(dataset.ground_truth(), results, out, backend=config.evaluation.backend)
+    return report(dataset.ground_truth(), results, out, backend=config.evaluation.backend), images_per_second
 
 
 def report(

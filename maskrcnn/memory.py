@@ -1,9 +1,12 @@
-"""The C library's memory allocator, tuned for large tensors that come and go."""
+"""Memory: how much a process took, and the C library's allocator, tuned for large tensors that come and go."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import resource
+
+import torch
 
 # Of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -23,3 +26,11 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
     libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes = platform.system() == "Linux"  # elsewhere ru_maxrss counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kibibytes else 1)

@@ -55,7 +55,7 @@ class RunDirectory:
             raise InputError(f"{self.root}: cannot write the run here ({error.strerror})") from error
 
     def _claim(self, config: Section, *, resume: bool) -> None:
-        if self._started():
+        if self.started:
             self._check_same(config)
             if not resume:
                 raise InputError(
@@ -70,7 +70,8 @@ class RunDirectory:
             folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(to_yaml(config), encoding="utf-8")
 
-    def _started(self) -> bool:
+    @property
+    def started(self) -> bool:
         """Whether there is something to lose: a checkpoint, or records of steps on the way to one."""
         return self.last.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 

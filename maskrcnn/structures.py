@@ -10,7 +10,7 @@ to K; 0 is background and -1 is padding or "ignored". Scores of padding are -inf
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -182,3 +182,20 @@ class ClassTable:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """How the first dimension of a parameter is shared out: `per_class` rows for each class, in the order of labels."""
+
+    per_class: int
+    background: bool  # whether as many rows for background come before those of class 1
+
+    def count(self, num_classes: int) -> int:
+        """Return the number of rows for classes 1..`num_classes`."""
+        return (num_classes + self.background) * self.per_class
+
+    def of(self, labels: Sequence[int]) -> list[int]:
+        """Return the rows that belong to `labels`, in their order; those of background, if any, come first."""
+        places = [0, *labels] if self.background else [label - 1 for label in labels]
+        return [place * self.per_class + row for place in places for row in range(self.per_class)]

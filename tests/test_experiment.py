@@ -46,7 +46,7 @@ model:
     samples: 16
   sampling: {count: 16}
   box_head: {kind: fc, width: 16}
-  mask_head: {depth: 1, width: 8}
+  mask_head: {kind: fcn, depth: 1, width: 8}
   detection: {score_threshold: 0.0, count: 5}
 data:
   train: {kind: shapes, length: 8, height: 64, width: 64, classes: [disc, cross, star]}

@@ -31,7 +31,7 @@ MODEL = """
     samples: 16
   sampling: {count: 16}
   box_head: {kind: fc, width: 16}
-  mask_head: {depth: 1, width: 8}
+  mask_head: {kind: fcn, depth: 1, width: 8}
   detection: {score_threshold: 0.0, count: 5}
 """
 EXPERIMENT = f"""

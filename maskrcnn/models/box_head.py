@@ -16,9 +16,16 @@ from maskrcnn.config import Section
 from maskrcnn.models.initialization import init_normal, init_uniform
 from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
+from maskrcnn.ops.roi import RoIConfig
 
 
-class FCTrunkConfig(Section):
+class _TrunkConfig(Section):
+    """What all trunks share."""
+
+    roi: RoIConfig | None = None  # the box head's own RoI layer; null takes `model.roi`
+
+
+class FCTrunkConfig(_TrunkConfig):
     """Hidden fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
 
     kind: Literal["fc"] = "fc"
@@ -31,7 +38,7 @@ class FCTrunkConfig(Section):
         return FullyConnected(channels * side * side, width=self.width, depth=self.depth)
 
 
-class VGGTrunkConfig(Section):
+class VGGTrunkConfig(_TrunkConfig):
     """VGG's own fc6 and fc7, with its ImageNet weights where the backbone has them (Fast R-CNN, section 2)."""
 
     kind: Literal["vgg_fc"] = "vgg_fc"
@@ -42,7 +49,7 @@ class VGGTrunkConfig(Section):
         return VGGFullyConnected(channels * side * side)
 
 
-class MeanTrunkConfig(Section):
+class MeanTrunkConfig(_TrunkConfig):
     """The mean over a region's cells: what follows stage 5 in a ResNet, for C4 backbones."""
 
     kind: Literal["mean"] = "mean"

@@ -18,14 +18,14 @@ from maskrcnn.models.backbones import BackboneConfig
 from maskrcnn.models.backbones.resnet import ResNetConfig
 from maskrcnn.models.box_head import BoxHead, BoxTrunkConfig, FCTrunkConfig
 from maskrcnn.models.losses import Normalizer
-from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig, MaskTarget
+from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfig, MaskTarget
 from maskrcnn.models.pretrained import load_pretrained
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig
 from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
-from maskrcnn.structures import Detections, ImageBatch, Losses, RoISamples, Targets
+from maskrcnn.structures import ClassRows, Detections, ImageBatch, Losses, RoISamples, Targets
 
 
 class PixelConfig(Section):
@@ -40,7 +40,7 @@ class PixelConfig(Section):
 
 
 class MaskRCNNConfig(Section):
-    """The whole model. `roi` is the layer of both heads."""
+    """The whole model. `roi` is the layer of both heads, unless a head names its own."""
 
     pixels: PixelConfig = PixelConfig()
     backbone: BackboneConfig = ResNetConfig()
@@ -50,7 +50,7 @@ class MaskRCNNConfig(Section):
     box_head: BoxTrunkConfig = FCTrunkConfig()
     box_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # of the box head's deltas
     box_beta: NonNegativeFloat = 0.0  # of the box head's smooth L1
-    mask_head: MaskHeadConfig = MaskHeadConfig()
+    mask_head: MaskHeadConfig = FCNMaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
 
@@ -61,9 +61,7 @@ class MaskRCNNConfig(Section):
             raise ValueError(
                 f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but backbone.output '{output}' has {levels}"
             )
-        if output == "c4" and self.box_head.pool_size != self.mask_head.pool_size:
-            raise ValueError("with backbone.output 'c4' stage 5 serves both heads: give them the same pool_size")
-        if output == "c4" and self.mask_head.pool_size % 2:
+        if output == "c4" and (self.box_head.pool_size % 2 or self.mask_head.pool_size % 2):
             raise ValueError("with backbone.output 'c4' stage 5 halves the regions: give the heads an even pool_size")
         return self
 
@@ -77,7 +75,7 @@ class MaskRCNNConfig(Section):
         if pretrained and self.backbone.weights != "none":
             classifier = trunk if self.box_head.kind == "vgg_fc" else None  # fc6 and fc7
             load_pretrained([body, res5, classifier], self.backbone.weights, architecture=self.backbone.architecture)
-        layer = self.roi.build()
+        box_pooler, mask_pooler = self._poolers(strides)
         normalizer = self.loss_normalizer
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
@@ -85,7 +83,7 @@ class MaskRCNNConfig(Section):
             rpn=self.rpn.build(channels=backbone.channels[0], strides=backbone.strides, normalizer=normalizer),
             sampler=self.sampling.build(),
             res5=res5,
-            box_pooler=RoIPooler(layer, strides=strides, size=self.box_head.pool_size),
+            box_pooler=box_pooler,
             box_head=BoxHead(
                 trunk=trunk,
                 features=trunk.features,
@@ -95,12 +93,27 @@ class MaskRCNNConfig(Section):
                 normalizer=normalizer,
             ),
             selector=self.detection.build(box_weights=self.box_weights),
-            mask_pooler=RoIPooler(layer, strides=strides, size=self.mask_head.pool_size),
-            mask_head=self.mask_head.build(channels=channels, num_classes=num_classes, normalizer=normalizer),
+            mask_pooler=mask_pooler,
+            mask_head=self.mask_head.build(
+                channels=channels,
+                side=self.mask_head.pool_size // shrink,
+                num_classes=num_classes,
+                normalizer=normalizer,
+            ),
             mask_target=self.mask_head.target,
         )
         # Convolutions run faster on a CPU when a cell's channels lie together, and RoI layers then read whole rows.
         return model.to(memory_format=torch.channels_last)
+
+    def _poolers(self, strides: tuple[int, ...]) -> tuple[RoIPooler, RoIPooler]:
+        """The poolers of the box and the mask head: one object if both heads read alike."""
+        (box_roi, box_size), (mask_roi, mask_size) = (
+            (head.roi or self.roi, head.pool_size) for head in (self.box_head, self.mask_head)
+        )
+        box_pooler = RoIPooler(box_roi.build(), strides=strides, size=box_size)
+        if (box_roi, box_size) == (mask_roi, mask_size):
+            return box_pooler, box_pooler
+        return box_pooler, RoIPooler(mask_roi.build(), strides=strides, size=mask_size)
 
 
 class PixelNormalizer(nn.Module):
@@ -143,7 +156,10 @@ class MaskRCNN(nn.Module):
         mask_head: MaskHead,
         mask_target: MaskTarget,
     ) -> None:
-        """Join the parts; `res5`, if any, runs on each region before either head."""
+        """Join the parts; `res5`, if any, runs on each region before either head.
+
+        Where `mask_pooler` is the very object `box_pooler`, training reads the regions once for both heads.
+        """
         super().__init__()
         self.pixels = pixels
         self.backbone = backbone
@@ -183,10 +199,10 @@ class MaskRCNN(nn.Module):
 
         positive = (labels > 0).nonzero()[:, 0]
         image, slot, labels = image[positive], slot[positive], labels[positive]
-        if self.res5 is None:
-            regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
-        else:  # stage 5 has already seen them
+        if self.mask_pooler is self.box_pooler:
             regions = regions[positive]
+        else:
+            regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
         wanted = self._mask_targets(samples, targets, images)[image, slot]
         mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
         return Losses(objectness, proposal_box, label, box, mask)
@@ -204,7 +220,7 @@ class MaskRCNN(nn.Module):
 
         image, slot = detections.valid.nonzero(as_tuple=True)
         regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
-        masks = self.mask_head(regions, detections.labels[image, slot]).float().sigmoid()
+        masks = self.mask_head.probabilities(regions, detections.labels[image, slot])
         return replace(detections, masks=_dense(masks, detections.valid))
 
     def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
@@ -216,20 +232,18 @@ class MaskRCNN(nn.Module):
         """What the masks of the samples that can be positive should say: `(B, max_positives, M, M)`."""
         boxes = samples.boxes[:, : self.sampler.max_positives]
         matched = samples.matched[:, : self.sampler.max_positives]
-        side = self.mask_pooler.size // (1 if self.res5 is None else 2) * 2
+        side = self.mask_head.mask_size
         if self.mask_target == "torchvision":
             height, width = images.pixels.shape[-2:]
             return mask_targets_torchvision(targets.masks, boxes, matched, side, height, width)
         return mask_targets(targets.masks, boxes, matched, side)
 
-    def class_rows(self) -> Mapping[str, Literal["scores", "deltas", "masks"]]:
+    def class_rows(self) -> Mapping[str, ClassRows]:
         """The parameters whose rows belong to classes, and how: see `training.checkpoint.load_weights`."""
-        rows: dict[str, Literal["scores", "deltas", "masks"]] = {}
-        for kind in ("weight", "bias"):
-            rows[f"box_head.scores.{kind}"] = "scores"
-            rows[f"box_head.deltas.{kind}"] = "deltas"
-            rows[f"mask_head.logits.{kind}"] = "masks"
-        return rows
+        scores, deltas = ClassRows(per_class=1, background=True), ClassRows(per_class=4, background=False)
+        rows = {"box_head.scores.weight": scores, "box_head.scores.bias": scores}
+        rows |= {"box_head.deltas.weight": deltas, "box_head.deltas.bias": deltas}
+        return rows | {f"mask_head.{name}": own for name, own in self.mask_head.class_rows().items()}
 
 
 def _dense(values: Tensor, valid: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 import torchvision.ops
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from maskrcnn.config import Section
 
 Aggregate = Literal["average", "maximum"]
+Rounding = Literal["round", "floor"]
 
 
 class RoILayer(Protocol):
@@ -44,16 +46,47 @@ class RoILayer(Protocol):
         ...
 
 
-def roi_pool(features: Tensor, boxes: Tensor, images: Tensor, *, stride: float, size: int) -> Tensor:
-    """Round the box to whole cells and take the maximum of each bin: RoIPool (Fast R-CNN, section 2.1).
+def roi_pool(
+    features: Tensor, boxes: Tensor, images: Tensor, *, stride: float, size: int, rounding: Rounding = "round"
+) -> Tensor:
+    """Make whole cells of the box and take the maximum of each bin: RoIPool (Fast R-CNN, section 2.1).
 
-    Corners are rounded to the nearest cell and the last cell belongs to the box. Bins begin at the floor and end at
-    the ceiling of their borders, so neighbours may share cells. A bin outside the map is 0. Arguments: `RoILayer`.
+    A bin outside the map is 0. The other arguments and the result: `RoILayer`.
+
+    Args:
+        features, boxes, images, stride, size: as in `RoILayer`.
+        rounding: how the box and its bins become whole cells. "round", as Fast R-CNN's code does it: corners go to the
+            nearest cell, the last cell belongs to the box, and bins begin at the floor and end at the ceiling of their
+            borders, so that neighbours may share cells. "floor", as Mask R-CNN tells it: corners and borders of bins
+            are cut to whole cells, the last corner's cell is not in the box, and bins are disjoint as long as the box
+            has as many cells as bins.
     """
     with torch.autocast(features.device.type, enabled=False):
         precise = _precise(features)
-        pooled = torchvision.ops.roi_pool(precise, _numbered(boxes, images, precise), size, 1.0 / stride)
+        if rounding == "floor":
+            pooled = _maximum_of_cut_bins(precise, boxes, images, stride, size)
+        else:
+            pooled = torchvision.ops.roi_pool(precise, _numbered(boxes, images, precise), size, 1.0 / stride)
     return pooled.to(features.dtype)
+
+
+def roi_warp(
+    features: Tensor,
+    boxes: Tensor,
+    images: Tensor,
+    *,
+    stride: float,
+    size: int,
+    aggregate: Aggregate = "average",
+    sampling_ratio: int = 2,
+) -> Tensor:
+    """Round the box as RoIPool does, then read it bilinearly: RoIWarp (MNC, arXiv 1512.04412; Mask R-CNN, section 3).
+
+    The first and the last cell are those of `roi_pool` with `rounding="round"`, both whole; this box is read as
+    `roi_align` with `aligned=True` reads it. Arguments and result: `RoILayer` and `roi_align`.
+    """
+    cells = rounded_cells(boxes.to(_precise(features).dtype), stride)
+    return roi_align(features, cells, images, stride=1.0, size=size, aggregate=aggregate, sampling_ratio=sampling_ratio)
 
 
 def roi_align(
@@ -90,29 +123,80 @@ def roi_align(
     return pooled.to(features.dtype)
 
 
+def rounded_cells(boxes: Tensor, stride: float) -> Tensor:
+    """Return the cells that RoIPool makes of boxes: (R, 4) pixels -> (R, 4) whole numbers, ends exclusive.
+
+    Corners are rounded to the nearest cell, halves away from zero as torchvision's kernel does, and the last cell
+    belongs to the box, which has at least one.
+    """
+    corners = boxes * (1.0 / stride)
+    corners = corners.trunc() + (2 * corners.frac()).trunc()  # torch.round would send halves to the even cell
+    return _at_least_one_cell(corners[:, :2], corners[:, 2:] + 1)
+
+
+def cut_cells(boxes: Tensor, stride: float) -> Tensor:
+    """Return the cells of boxes whose corners are cut: (R, 4) pixels -> (R, 4) whole numbers, ends exclusive."""
+    corners = (boxes / stride).floor()
+    return _at_least_one_cell(corners[:, :2], corners[:, 2:])
+
+
+def cut_bins(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cut runs of cells into bins of whole cells, along one axis.
+
+    Args:
+        starts: (R,) int64, the first cell of each run.
+        ends: (R,) int64, the cell behind the last.
+        size: S.
+
+    Returns:
+        First cells and ends (exclusive) of the bins: two of (R, S). Borders are at `floor(i * cells / S)`; a bin that
+        would have no cell gets the one at its start.
+    """
+    borders = torch.arange(size + 1, device=starts.device) * (ends - starts)[:, None] // size + starts[:, None]
+    first = borders[:, :-1]
+    return first, torch.maximum(borders[:, 1:], first + 1)
+
+
 class RoIPoolConfig(Section):
-    """RoIPool: rounded boxes, maximum of whole cells."""
+    """RoIPool: boxes of whole cells, maximum of whole cells."""
 
     kind: Literal["roi_pool"] = "roi_pool"
+    rounding: Rounding = "round"
 
     def build(self) -> RoILayer:
         """Return the layer."""
-        return roi_pool
+        return roi_pool if self.rounding == "round" else functools.partial(roi_pool, rounding=self.rounding)
 
 
-class RoIAlignConfig(Section):
-    """RoIAlign: exact boxes, bilinear reading."""
+class SamplingLayerConfig(Section):
+    """What the layers share that read the map bilinearly at N x N points a bin."""
 
-    kind: Literal["roi_align"] = "roi_align"
+    kind: str
     aggregate: Aggregate = "average"
     sampling_ratio: int = Field(2, ge=0)
-    aligned: bool = True
 
     @model_validator(mode="after")
-    def _fixed_points_for_maximum(self) -> RoIAlignConfig:
+    def _fixed_points_for_maximum(self) -> Self:
         if self.aggregate == "maximum" and self.sampling_ratio == 0:
             raise ValueError("aggregate 'maximum' needs a sampling_ratio of at least 1; 0 is for 'average' alone")
         return self
+
+
+class RoIWarpConfig(SamplingLayerConfig):
+    """RoIWarp: rounded boxes, bilinear reading."""
+
+    kind: Literal["roi_warp"] = "roi_warp"
+
+    def build(self) -> RoILayer:
+        """Return the layer."""
+        return functools.partial(roi_warp, aggregate=self.aggregate, sampling_ratio=self.sampling_ratio)
+
+
+class RoIAlignConfig(SamplingLayerConfig):
+    """RoIAlign: exact boxes, bilinear reading."""
+
+    kind: Literal["roi_align"] = "roi_align"
+    aligned: bool = True
 
     def build(self) -> RoILayer:
         """Return the layer."""
@@ -121,7 +205,7 @@ class RoIAlignConfig(Section):
         )
 
 
-RoIConfig = Annotated[RoIPoolConfig | RoIAlignConfig, Field(discriminator="kind")]
+RoIConfig = Annotated[RoIPoolConfig | RoIWarpConfig | RoIAlignConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -187,6 +271,33 @@ def _precise(features: Tensor) -> Tensor:
 def _numbered(boxes: Tensor, images: Tensor, features: Tensor) -> Tensor:
     """Return the boxes as torchvision's kernels take them: (R, 5), the number of the image in front."""
     return torch.cat((images[:, None].to(features.dtype), boxes.to(features.dtype)), dim=1)
+
+
+def _at_least_one_cell(starts: Tensor, ends: Tensor) -> Tensor:
+    return torch.cat((starts, torch.maximum(ends, starts + 1)), dim=1)
+
+
+def _maximum_of_cut_bins(features: Tensor, boxes: Tensor, images: Tensor, stride: float, size: int) -> Tensor:
+    """Pool each bin as a region of its own, R * S * S of them, with whole cells as corners.
+
+    torchvision's kernel then has nothing left to round. Returns (R, C, S, S) in channels_last memory.
+    """
+    height, width = features.shape[2:]
+    with torch.no_grad():
+        cells = cut_cells(boxes.to(features.dtype), stride).long()
+        left, right = _inside(*cut_bins(cells[:, 0], cells[:, 2], size), width)
+        top, bottom = _inside(*cut_bins(cells[:, 1], cells[:, 3], size), height)
+        grid = (len(boxes), size, size)
+        axes = (left[:, None], top[:, :, None], right[:, None], bottom[:, :, None])
+        bins = torch.stack([axis.expand(grid) for axis in axes], dim=-1).view(-1, 4)
+        owners = images[:, None, None].expand(grid).reshape(-1)
+    pooled = torchvision.ops.roi_pool(features, _numbered(bins, owners, features), 1, 1.0)  # (R * S * S, C, 1, 1)
+    return pooled.view(*grid, features.shape[1]).permute(0, 3, 1, 2)
+
+
+def _inside(first: Tensor, end: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the first and the last cell of bins, at most one cell outside the map: further out, all reads 0."""
+    return first.clamp(-1, length), (end - 1).clamp(-1, length)
 
 
 def _average(

@@ -1,8 +1,6 @@
 """Checkpoints: everything a run needs to go on, in one file that is either whole or absent.
 
 A checkpoint is read with `torch.load(weights_only=True)`, so that reading one never runs code from it.
-
-Shapes: K classes, D features of the box head, C channels of the mask head.
 """
 
 from __future__ import annotations
@@ -12,10 +10,10 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,12 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskrcnn.errors import InputError
-from maskrcnn.structures import ClassTable
+from maskrcnn.structures import ClassRows, ClassTable
 from maskrcnn.training.optimizer import load_optimizer_state
 
 FORMAT = "maskrcnn checkpoint 1"
-
-RowLayout = Literal["scores", "deltas", "masks"]
 
 
 @dataclass(frozen=True)
@@ -228,12 +224,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 class HasClassRows(Protocol):
     """A model that says which of its parameters have rows that belong to classes."""
 
-    def class_rows(self) -> Mapping[str, RowLayout]:
-        """Map the names of these parameters, weights and biases alike, to the layout of their first dimension.
-
-        "scores": K + 1 rows, background first, then class 1 to K.
-        "deltas": 4 K rows, four for each class.
-        "masks": K rows.
+    def class_rows(self) -> Mapping[str, ClassRows]:
+        """Map the names of these parameters, weights and biases alike, to how their rows are shared out.
 
         A parameter that all classes share is not named.
         """
@@ -323,7 +315,7 @@ def _common_labels(source: ClassTable, target: ClassTable) -> dict[int, int]:
 def _move_class_rows(
     weights: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
-    layouts: Mapping[str, RowLayout],
+    layouts: Mapping[str, ClassRows],
     known: Mapping[int, int],
     *,
     classes_in_file: int,
@@ -334,7 +326,7 @@ def _move_class_rows(
     for name, layout in layouts.items():
         if name not in weights or weights[name].shape[1:] != own[name].shape[1:]:
             continue  # missing or of another width: load_weights reports it
-        rows = {"scores": classes_in_file + 1, "deltas": 4 * classes_in_file, "masks": classes_in_file}[layout]
+        rows = layout.count(classes_in_file)
         if len(weights[name]) != rows:
             raise InputError(
                 f"{source}: {name} has {len(weights[name])} rows, but {classes_in_file} classes need {rows}"
@@ -342,14 +334,5 @@ def _move_class_rows(
         moved[name] = own[name].clone()
         # A GPU's tensor takes rows of a GPU's tensor only.
         theirs = weights[name].to(moved[name])
-        moved[name][_rows(layout, list(known))] = theirs[_rows(layout, list(known.values()))]
+        moved[name][layout.of(list(known))] = theirs[layout.of(list(known.values()))]
     return moved
-
-
-def _rows(layout: RowLayout, labels: Sequence[int]) -> list[int]:
-    """Return the rows of a parameter that belong to `labels`, in their order; background comes along."""
-    if layout == "scores":
-        return [0, *labels]
-    if layout == "deltas":
-        return [4 * (label - 1) + coordinate for label in labels for coordinate in range(4)]
-    return [label - 1 for label in labels]

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from maskrcnn.config import Section
+from maskrcnn.memory import peak_memory
 from maskrcnn.structures import Batch, Losses
-from maskrcnn.training.metrics import MetricsWriter, Step
+from maskrcnn.training.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.training.optimizer import OptimizerConfig, SGDConfig, clip_gradients, set_learning_rate
 from maskrcnn.training.schedule import MultiStepConfig, Schedule, ScheduleConfig
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
 Save = Callable[[int], None]
-Evaluate = Callable[[int], Mapping[str, float]]
+Evaluate = Callable[[int], Measurement]
 
 
 class TrainingConfig(Section):
@@ -51,10 +52,10 @@ class TrainingConfig(Section):
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """A signal stopped the training early, with its state saved."""
+    """A signal stopped the training early, with its state saved; the message says how to go on."""
 
-    def __init__(self, number: signal.Signals, iteration: int) -> None:
-        super().__init__(f"{number.name}: stopped after iteration {iteration}, which is saved; --resume goes on")
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(f"{number.name}: {message}")
         self.status = 128 + number  # what shells report: 130 for SIGINT, 143 for SIGTERM
 
 
@@ -79,8 +80,8 @@ def train(
     """Train `model`, which is on `device`, from iteration `start` to `iterations`.
 
     `loader` yields batches without end, the first for the step after `start`. `save(iteration)` writes a checkpoint:
-    every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` returns
-    metrics by name; it may leave the model in any mode, but must not draw from the global random generators.
+    every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` measures the
+    model; it may leave the model in any mode, but must not draw from the global random generators.
 
     Raises whatever `loader` raises, the steps so far saved; FloatingPointError if a loss or gradient is not finite,
     before it reaches a weight; Interrupted after SIGINT or SIGTERM.
@@ -96,7 +97,7 @@ def train(
             with speed.working(images=len(batch.images)):
                 lr = set_learning_rate(optimizer, schedule(iteration - 1))
                 losses, norm = training_step(model, batch, optimizer, iteration, device, clip_norm, precision)
-            step = Step(iteration, losses, lr, norm, speed.images_per_second, speed.data_share)
+            step = Step(iteration, losses, lr, norm, speed.images_per_second, speed.data_share, peak_memory(device))
             bar.set_postfix_str(str(step), refresh=False)
             bar.update()
             if _is_due(iteration, log_every, iterations):
@@ -105,7 +106,8 @@ def train(
                 speed.reset()
             if stop.signal is not None:
                 save(iteration)
-                raise Interrupted(stop.signal, iteration)
+                message = f"stopped after iteration {iteration}, which is saved; --resume goes on"
+                raise Interrupted(stop.signal, message)
             evaluation_due = _is_due(iteration, evaluate_every, iterations)
             if evaluation_due or _is_due(iteration, checkpoint_every, iterations):
                 save(iteration)

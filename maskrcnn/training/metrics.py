@@ -11,9 +11,11 @@ an interruption, and TensorBoard smooths anyway):
     gradient_norm       2-norm of the gradient of all parameters together, before clipping
     images_per_second   since the record before
     data_share          share of the time since then that was spent waiting for data, 0 to 1
+    peak_memory         bytes: the most that the process held so far, or on a GPU, that tensors took up there
 
 `"kind": "evaluation"`:
     metrics             object: each metric by name
+    images_per_second   of inference, results and their masks included, without comparing them with the ground truth
 
 A resumed run drops the records of the steps that it repeats, so that its file equals an undisturbed one's but for
 `TIMING_KEYS`.
@@ -28,13 +30,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-TIMING_KEYS = frozenset({"images_per_second", "data_share"})
+LONGEST_RECORD = 2**16  # bytes; a record of COCO's 80 classes has a tenth of them
+TIMING_KEYS = frozenset({"images_per_second", "data_share", "peak_memory"})
 
 Record = dict[str, Any]
 
@@ -49,6 +52,7 @@ class Step:
     gradient_norm: float
     images_per_second: float
     data_share: float
+    peak_memory: int  # bytes
 
     @property
     def loss(self) -> float:
@@ -64,6 +68,7 @@ class Step:
             "gradient_norm": self.gradient_norm,
             "images_per_second": self.images_per_second,
             "data_share": self.data_share,
+            "peak_memory": self.peak_memory,
         }
 
     def __str__(self) -> str:
@@ -71,8 +76,15 @@ class Step:
         # The terms come last: a narrow terminal cuts the end.
         return (
             f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.images_per_second:.2f} images/s, "
-            f"data {self.data_share:.0%}; {terms}"
+            f"data {self.data_share:.0%}, {self.peak_memory / 2**30:.1f} GiB; {terms}"
         )
+
+
+class Measurement(NamedTuple):
+    """What an evaluation found, and how fast; the module's docstring explains the values."""
+
+    metrics: Mapping[str, float]
+    images_per_second: float
 
 
 class MetricsWriter:
@@ -100,10 +112,11 @@ class MetricsWriter:
         for name, value in _flat(measured):
             self._events.add_scalar(f"train/{name}", value, step.iteration)
 
-    def log_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+    def log_evaluation(self, iteration: int, found: Measurement) -> None:
         """Record one evaluation, and make sure that it is on disk."""
-        self._append({"kind": "evaluation", "iteration": iteration, "metrics": dict(metrics)})
-        for name, value in metrics.items():
+        measured = {"metrics": dict(found.metrics), "images_per_second": found.images_per_second}
+        self._append({"kind": "evaluation", "iteration": iteration, **measured})
+        for name, value in {**found.metrics, "images_per_second": found.images_per_second}.items():
             self._events.add_scalar(f"evaluation/{name}", value, iteration)
         self._events.flush()
         self.last_evaluation = iteration
@@ -129,6 +142,16 @@ def read_records(path: Path) -> list[Record]:
     """Return the records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_record(path: Path) -> Record | None:
+    """Return the newest record of a `metrics.jsonl`, None if there is none; reads the end of the file alone."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_RECORD))
+        lines = [line for line in file.readlines() if line.endswith(b"\n")]
+    return json.loads(lines[-1]) if lines else None
 
 
 def _line(record: Record) -> str:

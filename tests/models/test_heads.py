@@ -13,21 +13,16 @@ from torch import Tensor, nn
 
 from maskrcnn.models.box_head import BoxHead, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
 from maskrcnn.models.losses import box_regression_loss, sample_mean
-from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig
+from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskOutputs, MLPMaskHeadConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler
 from maskrcnn.ops.boxes import decode_deltas, encode_deltas
 from maskrcnn.ops.mask_tables import tabulate
-from maskrcnn.structures import Detections, MaskCrop, Proposals, Targets
+from maskrcnn.structures import ClassTable, Detections, MaskCrop, Proposals, Targets
+from maskrcnn.training.checkpoint import load_weights
 
 K = 5
+M = 14  # side of a mask
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-
-
-def mask_head(depth: int = 2) -> MaskHead:
-    head = MaskHeadConfig(depth=depth, width=8).build(channels=6, num_classes=K, normalizer="image")
-    nn.init.normal_(head.logits.weight)  # as built, all masks are all but 0
-    nn.init.normal_(head.logits.bias)
-    return head
 
 
 def box_head(trunk: nn.Module, features: int) -> BoxHead:
@@ -156,64 +151,267 @@ def test_vggs_layers_have_torchvisions_numbers() -> None:
 
 # The mask head.
 
+BRANCHES = {
+    "fcn": FCNMaskHeadConfig(depth=2, width=8),
+    "fcn without convolutions": FCNMaskHeadConfig(depth=0, width=8),
+    "mlp of one": MLPMaskHeadConfig(depth=1, width=8, mask_size=M),
+    "mlp of two": MLPMaskHeadConfig(depth=2, width=8, mask_size=M),
+}
+each_branch = pytest.mark.parametrize("branch", BRANCHES)
+each_output = pytest.mark.parametrize("output", ["sigmoid", "softmax"])
+for_each_or_for_all = pytest.mark.parametrize("class_agnostic", [False, True], ids=["each class", "all classes"])
 
-@pytest.mark.parametrize("depth", [0, 3])
-def test_the_masks_of_own_classes_equal_all_masks_and_a_choice(depth: int) -> None:
-    head = mask_head(depth)
-    regions = torch.randn(4, 6, 7, 7, requires_grad=True)
-    labels = torch.tensor([1, K, 3, 3])
-    own = head(regions, labels)
+
+def mask_head(branch: str = "fcn", *, output: str = "sigmoid", class_agnostic: bool = False) -> MaskHead:
+    config = BRANCHES[branch].model_copy(update={"output": output, "class_agnostic": class_agnostic})
+    head = config.build(channels=6, side=7, num_classes=K, normalizer="image")
+    nn.init.normal_(head.logits.weight)  # as built, all masks are all but 0
+    nn.init.normal_(head.logits.bias)
+    return head
+
+
+def regions_of(labels: Tensor) -> Tensor:
+    return torch.randn(len(labels), 6, 7, 7, requires_grad=True)
+
+
+def mask_loss(head: MaskHead, regions: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """The loss of regions of one image."""
+    return head.loss(head(regions, labels), wanted, images=torch.zeros_like(labels), batch=1)
+
+
+def slow_mask(logits: list[float], label: int, head: MaskHead) -> tuple[float, float]:
+    """Log probability of a cell of being inside and outside, from the logits of all channels there."""
+    if head.output == "sigmoid":
+        own = logits[0 if head.class_agnostic else label - 1]
+        return -math.log1p(math.exp(-own)), -math.log1p(math.exp(own))
+    total = math.log(sum(math.exp(logit) for logit in logits))
+    return logits[1 if head.class_agnostic else label] - total, logits[0] - total
+
+
+@each_branch
+@each_output
+@for_each_or_for_all
+def test_masks_equal_a_loop_over_cells(branch: str, output: str, class_agnostic: bool) -> None:
+    head = mask_head(branch, output=output, class_agnostic=class_agnostic)
+    labels = torch.tensor([1, K, 3])
+    regions, wanted = regions_of(labels), torch.rand(3, M, M)
+    logits = head.all_masks(regions)
+    found = head(regions, labels)
+    assert logits.shape == (3, (1 if class_agnostic else K) + (output == "softmax"), M, M)
+    assert found.inside.shape == found.outside.shape == head.probabilities(regions, labels).shape == (3, M, M)
+    assert head.mask_size == M
+
+    expected = torch.tensor(
+        [
+            [[slow_mask(cell, label, head) for cell in row] for row in mask]
+            for mask, label in zip(logits.permute(0, 2, 3, 1).tolist(), labels.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(torch.stack(found, dim=-1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.probabilities(regions, labels), expected[..., 0].exp(), rtol=1e-4, atol=1e-5)
+    losses = -(wanted * expected[..., 0] + (1 - wanted) * expected[..., 1])
+    torch.testing.assert_close(mask_loss(head, regions, labels, wanted), losses.mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_mlp_by_hand(depth: int) -> None:
+    """One cell of one channel holds 3; each hidden layer doubles it and also negates it, which its ReLU cuts off."""
+    config = MLPMaskHeadConfig(depth=depth, width=2, mask_size=2)
+    head = config.build(channels=2, side=2, num_classes=2, normalizer="image")
+    regions = torch.zeros(1, 2, 2, 2)
+    regions[0, 1, 0, 1] = 3.0
+    with torch.no_grad():
+        for index, layer in enumerate(head.hidden):
+            layer.weight.zero_()
+            layer.weight[:, 5 if index == 0 else 0] = torch.tensor([2.0, -2.0])  # cell (0, 1) of channel 1
+        head.logits.weight.copy_(torch.tensor([[1.0, 100.0]]) * torch.arange(8.0)[:, None])
+    value = 3 * 2.0**depth
+    assert head.all_masks(regions).tolist() == [
+        [[[0, value], [2 * value, 3 * value]], [[4 * value, 5 * value], [6 * value, 7 * value]]]
+    ]
+
+
+@each_branch
+def test_the_masks_of_own_classes_equal_all_masks_and_a_choice(branch: str) -> None:
+    head, labels = mask_head(branch), torch.tensor([1, K, 3, 3])
+    regions = regions_of(labels)
+    own = head.own_masks(regions, labels - 1)
     expected = head.all_masks(regions)[torch.arange(4), labels - 1]
-    assert own.shape == (4, 14, 14)
     torch.testing.assert_close(own, expected)
 
-    weight = torch.randn(4, 14, 14)
+    weight = torch.randn(4, M, M)
     inputs = [regions, *head.parameters()]
     ours, theirs = (torch.autograd.grad((masks * weight).sum(), inputs) for masks in (own, expected))
     for gradient, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, other)
 
 
-def test_masks_of_different_classes_do_not_compete() -> None:
-    """The loss of a region of class 3 moves the rows of class 3 alone: a sigmoid for each class, not a softmax."""
-    head = mask_head()
-    labels = torch.tensor([3, 3])
-    logits = head(torch.randn(2, 6, 7, 7), labels)
-    head.loss(logits, torch.rand(2, 14, 14).round(), images=torch.tensor([0, 1]), batch=2).backward()
-    for gradient in (head.logits.weight.grad, head.logits.bias.grad):
-        assert gradient is not None
-        rows = gradient.flatten(1).abs().sum(1) if gradient.dim() > 1 else gradient.abs()
-        assert rows.nonzero()[:, 0].tolist() == [2]
+def moved_channels(head: MaskHead, labels: Tensor) -> list[int]:
+    """The channels of logits that the loss of regions with these labels moves."""
+    mask_loss(head, regions_of(labels), labels, torch.rand(len(labels), M, M).round()).backward()
+    weight, bias = head.logits.weight.grad, head.logits.bias.grad
+    assert weight is not None
+    assert bias is not None
+    by_weight, by_bias = (gradient.reshape(head.channels, -1).any(dim=1) for gradient in (weight, bias))
+    assert torch.equal(by_weight, by_bias)
+    return by_bias.nonzero()[:, 0].tolist()
 
 
-def test_the_mask_of_one_class_does_not_depend_on_the_others() -> None:
-    head, regions, labels = mask_head(), torch.randn(2, 6, 7, 7), torch.tensor([1, 4])
-    before = head(regions, labels)
+@each_branch
+def test_with_sigmoid_masks_of_different_classes_do_not_compete(branch: str) -> None:
+    """The loss of a region of class 3 moves the rows of class 3 alone."""
+    assert moved_channels(mask_head(branch), torch.tensor([3, 3])) == [2]
+
+
+@each_branch
+def test_with_softmax_all_classes_compete(branch: str) -> None:
+    assert moved_channels(mask_head(branch, output="softmax"), torch.tensor([3, 3])) == list(range(K + 1))
+
+
+@each_branch
+@each_output
+def test_the_mask_of_one_class_depends_on_the_others_with_softmax_alone(branch: str, output: str) -> None:
+    head, labels = mask_head(branch, output=output), torch.tensor([1, 4])
+    regions = regions_of(labels)
+    before = head.probabilities(regions, labels)
+    # What comes before the classes is background.
+    others = [channel + (output == "softmax") for channel in (1, 2, 4)]
     with torch.no_grad():
-        head.logits.weight[[1, 2, 4]] += 5
-        head.logits.bias[[1, 2, 4]] -= 3
-    assert torch.equal(head(regions, labels), before)
+        head.logits.bias.view(head.channels, -1)[others] += 5
+    after = head.probabilities(regions, labels)
+    if output == "sigmoid":
+        assert torch.equal(after, before)
+    else:
+        assert (after < before).all()
 
 
-def test_the_mask_loss_by_hand() -> None:
-    head = mask_head()
-    logits = torch.tensor([0.0, 1, 2]).view(3, 1, 1).expand(3, 2, 2)
-    wanted = torch.ones(3, 2, 2)
-    wanted[1, 0] = 0
-    found = head.loss(logits, wanted, images=torch.tensor([0, 0, 1]), batch=2)
-    minus_log_sigmoid = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
-    second = (minus_log_sigmoid[1] + math.log1p(math.e)) / 2  # half the cells should be 0
-    assert found.item() == pytest.approx(((minus_log_sigmoid[0] + second) / 2 + minus_log_sigmoid[2]) / 2)
+@each_branch
+@each_output
+def test_one_mask_for_all_classes_does_not_ask_for_the_class(branch: str, output: str) -> None:
+    head, labels = mask_head(branch, output=output, class_agnostic=True), torch.tensor([1, 4])
+    regions = regions_of(labels)
+    one, other = head(regions, labels), head(regions, labels.flip(0))
+    assert torch.equal(one.inside, other.inside)
+    assert torch.equal(one.outside, other.outside)
 
 
-def test_no_region_gives_no_loss_but_gradients() -> None:
-    head = mask_head()
-    logits = head(torch.zeros(0, 6, 7, 7), torch.zeros(0, dtype=torch.int64))
-    assert logits.shape == (0, 14, 14)
-    loss = head.loss(logits, torch.zeros(0, 14, 14), images=torch.zeros(0, dtype=torch.int64), batch=2)
+@each_branch
+def test_softmax_shares_one_between_the_classes_and_background(branch: str) -> None:
+    head = mask_head(branch, output="softmax")
+    region = torch.randn(1, 6, 7, 7)
+    labels = torch.arange(1, K + 1)
+    outputs = head(region.expand(K, -1, -1, -1), labels)
+    torch.testing.assert_close(outputs.inside.exp().sum(dim=0) + outputs.outside[0].exp(), torch.ones(M, M))
+
+
+@each_branch
+def test_softmax_between_two_is_a_sigmoid_of_their_difference(branch: str) -> None:
+    """The two formulations are one where there is one class: p = e^a / (e^a + e^b) = sigmoid(a - b)."""
+    coupled = mask_head(branch, output="softmax", class_agnostic=True)
+    binary = mask_head(branch, output="sigmoid", class_agnostic=True)
+    state = coupled.state_dict()
+    for name in ("logits.weight", "logits.bias"):
+        background, foreground = state[name].unflatten(0, (2, -1))
+        state[name] = foreground - background
+    binary.load_state_dict(state)
+    labels, wanted = torch.tensor([2, 5]), torch.rand(2, M, M)
+    regions = regions_of(labels)
+    torch.testing.assert_close(coupled.probabilities(regions, labels), binary.probabilities(regions, labels))
+    ours, theirs = (mask_loss(head, regions, labels, wanted) for head in (coupled, binary))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, regions)[0] for loss in (ours, theirs)))
+
+
+@each_output
+def test_the_mask_loss_by_hand(output: str) -> None:
+    """A region's logit is 0, 1 or 2 in its own channel and 0 in the others."""
+    head = mask_head(output=output)
+    nn.init.zeros_(head.logits.weight)
+    own = torch.tensor([0.0, 1, 2, 0, 0])
+    with torch.no_grad():
+        head.logits.bias.copy_(own if output == "sigmoid" else torch.cat((torch.zeros(1), own)))
+    wanted = torch.ones(3, M, M)
+    wanted[1, : M // 2] = 0
+    labels = torch.tensor([1, 2, 3])
+    found = head.loss(head(regions_of(labels), labels), wanted, images=torch.tensor([0, 0, 1]), batch=2)
+    if output == "sigmoid":
+        inside = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
+        outside = math.log1p(math.e)
+    else:
+        total = math.log(4 + math.e + math.e**2)
+        inside = [total - logit for logit in (0, 1, 2)]
+        outside = total
+    second = (inside[1] + outside) / 2  # half the cells should be background
+    assert found.item() == pytest.approx(((inside[0] + second) / 2 + inside[2]) / 2)
+
+
+def test_a_target_between_0_and_1_is_a_share_of_both_losses() -> None:
+    outputs = MaskOutputs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[-3.0, -5.0]]]))
+    found = mask_head().loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1)
+    assert found == (0.25 * 1 + 0.75 * 3 + 2) / 2
+
+
+@each_output
+def test_a_certain_mask_has_a_finite_loss(output: str) -> None:
+    head, labels = mask_head(output=output), torch.tensor([1, 2])
+    with torch.no_grad():
+        head.logits.weight.zero_()
+        head.logits.bias.copy_(torch.linspace(-1e4, 1e4, head.channels))
+    loss = mask_loss(head, regions_of(labels), labels, torch.tensor([0.0, 1]).view(2, 1, 1).expand(2, M, M))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+@each_branch
+@each_output
+@for_each_or_for_all
+def test_no_region_gives_no_loss_but_gradients(branch: str, output: str, class_agnostic: bool) -> None:
+    head, labels = mask_head(branch, output=output, class_agnostic=class_agnostic), torch.zeros(0, dtype=torch.int64)
+    regions, wanted = torch.zeros(0, 6, 7, 7), torch.zeros(0, M, M)
+    assert head.probabilities(regions, labels).shape == (0, M, M)
+    loss = head.loss(head(regions, labels), wanted, images=labels, batch=2)
     assert loss == 0
     loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
+@each_branch
+@each_output
+def test_mask_logits_in_bfloat16_have_a_loss_in_float32(branch: str, output: str) -> None:
+    head, labels = mask_head(branch, output=output), torch.tensor([1, 2])
+    regions, wanted = regions_of(labels), torch.rand(2, M, M)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.all_masks(regions).dtype == torch.bfloat16
+        loss = mask_loss(head, regions, labels, wanted)
+        assert loss.dtype == head.probabilities(regions, labels).dtype == torch.float32
+    torch.testing.assert_close(loss, mask_loss(head, regions, labels, wanted), rtol=0.05, atol=0.0)
+
+
+@each_branch
+@each_output
+def test_masks_follow_the_names_of_their_classes(branch: str, output: str) -> None:
+    ours, theirs = mask_head(branch, output=output), mask_head(branch, output=output)
+    regions = torch.randn(2, 6, 7, 7)
+    ours.load_state_dict({**theirs.state_dict(), "logits.weight": ours.logits.weight, "logits.bias": ours.logits.bias})
+    own, expected = ours.all_masks(regions).unbind(1), theirs.all_masks(regions).unbind(1)
+    old = ClassTable(names=("cat", "dog", "owl", "fox", "hen"), category_ids=(1, 2, 3, 4, 5))
+    new = ClassTable(names=("owl", "elk", "dog", "emu", "cat"), category_ids=(1, 2, 3, 4, 5))
+    load_weights(ours, theirs.state_dict(), source="old.pt", source_classes=old, classes=new)
+
+    found = ours.all_masks(regions).unbind(1)
+    if output == "softmax":  # background comes first, and along
+        assert torch.equal(found[0], expected[0])
+        own, expected, found = own[1:], expected[1:], found[1:]
+    owl, elk, dog, emu, cat = found
+    for mask, wanted in ((owl, expected[2]), (elk, own[1]), (dog, expected[1]), (emu, own[3]), (cat, expected[0])):
+        assert torch.equal(mask, wanted)
+
+
+@each_branch
+@each_output
+def test_masks_for_all_classes_belong_to_none(branch: str, output: str) -> None:
+    assert not mask_head(branch, output=output, class_agnostic=True).class_rows()
 
 
 # What trains the heads.

@@ -23,19 +23,19 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "backbone": {"kind": "resnet", "depth": 18, "output": "fpn", "fpn": {"channels": 16}},
         "rpn": {"anchor_sizes": [[8], [16], [32], [64], [128]]},
         "box_head": {"kind": "fc", "width": 32},
-        "mask_head": {"depth": 1, "width": 16},
+        "mask_head": {"kind": "fcn", "depth": 1, "width": 16},
     },
     "c4": {
         "backbone": {"kind": "resnet", "depth": 18, "output": "c4"},
         "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
         "box_head": {"kind": "mean"},
-        "mask_head": {"depth": 0, "width": 16},
+        "mask_head": {"kind": "fcn", "depth": 0, "width": 16},
     },
     "conv5": {
         "backbone": {"kind": "vgg", "depth": 11, "output": "conv5"},
         "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
         "box_head": {"kind": "fc", "width": 32},
-        "mask_head": {"depth": 1, "width": 16},
+        "mask_head": {"kind": "fcn", "depth": 1, "width": 16},
     },
 }
 
@@ -101,6 +101,17 @@ def model(request: pytest.FixtureRequest) -> MaskRCNN:
 @pytest.fixture(scope="module")
 def pyramid() -> MaskRCNN:
     return build("fpn")
+
+
+MASK_HEADS = {
+    f"{kind}-{output}-{'all classes' if class_agnostic else 'each class'}": {
+        "kind": kind, "depth": 1, "width": 8, "output": output, "class_agnostic": class_agnostic
+    }
+    for kind in ("fcn", "mlp")
+    for output in ("sigmoid", "softmax")
+    for class_agnostic in (False, True)
+}  # fmt: skip
+each_mask_head = pytest.mark.parametrize("mask_head", MASK_HEADS.values(), ids=MASK_HEADS)
 
 
 # An image by itself, and beside others.
@@ -308,6 +319,23 @@ def test_the_mask_of_a_detection_is_that_of_its_predicted_class(model: MaskRCNN)
     torch.testing.assert_close(found.masks[found.valid], expected[:, None, None].expand_as(found.masks[found.valid]))
 
 
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
+@each_mask_head
+def test_every_mask_head_learns_and_detects(kind: str, mask_head: dict[str, Any]) -> None:
+    model = build(kind, mask_head=mask_head)
+    found = losses(model, example(key=1), example((), key=2))
+    assert found.mask > 0
+    assert_learns(model, found)
+    assert all(p.grad is not None and p.grad.any() for p in model.mask_head.parameters())
+    detections = model.detect(batch(model, example()).images)
+    side = 28 if kind == "fpn" or mask_head["kind"] == "mlp" else 14  # stage 5 halves the region of 14
+    masks = detections.masks[detections.valid]
+    assert masks.shape[1:] == (side, side)
+    # As built, every choice is all but even: between inside and outside, or between the channels.
+    channels = 2 if mask_head["output"] == "sigmoid" or mask_head["class_agnostic"] else K + 1
+    torch.testing.assert_close(masks, torch.full_like(masks, 1 / channels), atol=0.05, rtol=0.0)
+
+
 def test_an_image_in_which_nothing_is_found(pyramid: MaskRCNN) -> None:
     pyramid.selector.score_threshold, before = 1.0, pyramid.selector.score_threshold
     found = pyramid.detect(batch(pyramid, example(), example(key=1)).images)
@@ -331,9 +359,29 @@ def test_bfloat16_on_a_cpu(model: MaskRCNN) -> None:
 # The configuration.
 
 
-def test_the_heads_of_c4_share_their_regions() -> None:
-    with pytest.raises(ValueError, match="give them the same pool_size"):
-        build("c4", mask_head={"pool_size": 7})
+def test_the_heads_of_c4_need_an_even_side() -> None:
+    with pytest.raises(ValueError, match="give the heads an even pool_size"):
+        build("c4", mask_head={"kind": "fcn", "pool_size": 7})
+
+
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_each_head_may_have_a_roi_layer_of_its_own(kind: str) -> None:
+    """A head's own layer changes what that head says, and nothing that the other says."""
+    pool = {"roi": {"kind": "roi_pool"}}
+    changes: dict[str, dict[str, Any]] = {
+        "both align": {},
+        "box pool": {"box_head": BACKBONES[kind]["box_head"] | pool},
+        "mask pool": {"mask_head": BACKBONES[kind]["mask_head"] | pool},
+        "both pool": pool,
+    }
+    found = {name: losses(build(kind, **change), example()) for name, change in changes.items()}
+    align, pooled = found["both align"], found["both pool"]
+    assert align.mask != pooled.mask
+    assert align.label != pooled.label
+    for name, box, mask in (("box pool", pooled, align), ("mask pool", align, pooled)):
+        torch.testing.assert_close(found[name].label, box.label)
+        torch.testing.assert_close(found[name].box, box.box)
+        torch.testing.assert_close(found[name].mask, mask.mask)
 
 
 def test_every_level_needs_its_anchors() -> None:
@@ -342,10 +390,11 @@ def test_every_level_needs_its_anchors() -> None:
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_the_rows_of_classes_are_what_another_number_of_classes_changes(kind: str) -> None:
-    model, other = build(kind), build(kind, classes=K + 2)
-    state = model.state_dict()
-    changed = {name for name, value in other.state_dict().items() if value.shape != state[name].shape}
+@each_mask_head
+def test_the_rows_of_classes_are_what_another_number_of_classes_changes(kind: str, mask_head: dict[str, Any]) -> None:
+    model, other = build(kind, mask_head=mask_head), build(kind, classes=K + 2, mask_head=mask_head)
+    for each, classes in ((model, K), (other, K + 2)):
+        state = each.state_dict()
+        assert all(len(state[name]) == rows.count(classes) for name, rows in each.class_rows().items())
+    changed = {name for name, value in other.state_dict().items() if value.shape != model.state_dict()[name].shape}
     assert changed == set(model.class_rows())
-    rows = {"scores": K + 1, "deltas": 4 * K, "masks": K}
-    assert all(len(state[name]) == rows[layout] for name, layout in model.class_rows().items())

@@ -1,12 +1,11 @@
-"""RoI layers against numbers worked by hand, a slow loop in float64, and torchvision's kernels.
+"""RoI layers against numbers worked by hand and torchvision's kernels; `test_roi_contract.py` has the slow loops.
 
 Shapes: B images, C channels, H and W of a feature map, R regions, S size of the grid, N sample points a bin and axis.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,16 +14,24 @@ import torchvision.ops
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPoolConfig, RoIPooler, roi_align, roi_pool
+from maskrcnn.ops.roi import (
+    RoIAlignConfig,
+    RoIConfig,
+    RoIPoolConfig,
+    RoIPooler,
+    RoIWarpConfig,
+    roi_align,
+    roi_pool,
+)
 
 CHOICES = [
     RoIPoolConfig(),
+    RoIPoolConfig(rounding="floor"),
+    RoIWarpConfig(),
     RoIAlignConfig(),
-    RoIAlignConfig(aligned=False, sampling_ratio=3),
-    RoIAlignConfig(sampling_ratio=0),
     RoIAlignConfig(aggregate="maximum"),
-    RoIAlignConfig(aggregate="maximum", sampling_ratio=1, aligned=False),
 ]
+Case = tuple[Tensor, Tensor, Tensor]  # a map, boxes, and the image of each
 FIRST = torch.zeros(1, dtype=torch.int64)
 MEMORY = [torch.contiguous_format, torch.channels_last]
 
@@ -33,107 +40,10 @@ def every_choice() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("config", CHOICES, ids=str)
 
 
-def random_boxes(count: int, height: float, width: float) -> Tensor:
-    """Boxes in and around an image of height x width pixels, and the awkward ones: see the comments."""
-    centres = torch.rand(count, 2) * torch.tensor([width, height]) * 1.6 - torch.tensor([width, height]) * 0.3
-    sides = torch.exp(torch.randn(count, 2)) * torch.tensor([width, height]) * 0.3
-    awkward = [
-        [0.0, 0.0, width, height],  # the whole image
-        [5.0, 6.0, 6.0, 7.0],  # one pixel
-        [9.0, 8.0, 9.0, 8.0],  # no area, inside
-        [3.0, 4.0, 3.0, 20.0],  # no width
-        [-500.0, -500.0, 900.0, 900.0],  # huge: most of it outside
-        [width + 90, 0.0, width + 99, 9.0],  # outside, to the right
-        [-99.0, -99.0, -90.0, -90.0],  # outside, above and to the left
-        [-8.0, -8.0, 4.0, 4.0],  # over the corner
-        [-4.0, -4.0, -4.0, -4.0],  # sample points exactly one cell outside, at stride 4
-        [width, height, width, height],  # sample points on the far border
-        [width + 2, height + 2, width + 2, height + 2],  # the same at stride 4 with `aligned`
-    ]
-    return torch.cat((torch.cat((centres - sides / 2, centres + sides / 2), dim=1), torch.tensor(awkward)))
-
-
-def random_case(channels: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Two maps of 9 x 13 cells at stride 4, boxes, and the image of each box."""
-    boxes = random_boxes(30, height=36.0, width=52.0)
-    return torch.randn(2, channels, 9, 13), boxes, torch.randint(0, 2, (len(boxes),))
-
-
 def ramp(height: int, width: int, of: str = "column") -> Tensor:
     """A (1, 1, H, W) map whose cells hold their own column, or row, number."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (columns if of == "column" else rows).float()[None, None]
-
-
-# The slow loops: one cell, one point at a time, in float64 and differentiable in the map.
-
-
-def loop_roi_pool(features: Tensor, boxes: Tensor, images: Tensor, stride: float, size: int) -> Tensor:
-    out = features.new_zeros(len(boxes), features.shape[1], size, size)
-    height, width = features.shape[2:]
-    for r, box in enumerate(boxes.tolist()):
-        # Halves are rounded away from zero, as C does; Python rounds them to even.
-        left, top, right, bottom = (int(math.copysign(math.floor(abs(side / stride) + 0.5), side)) for side in box)
-        bin_width, bin_height = max(right - left + 1, 1) / size, max(bottom - top + 1, 1) / size
-        for i, j in itertools.product(range(size), repeat=2):
-            rows = slice(*bin_range(i, bin_height, top, height))
-            columns = slice(*bin_range(j, bin_width, left, width))
-            cells = features[images[r], :, rows, columns]
-            if cells.numel():
-                out[r, :, i, j] = cells.amax(dim=(1, 2))
-    return out
-
-
-def bin_range(index: int, side: float, start: int, length: int) -> tuple[int, int]:
-    # Rounding at 1e-9 keeps 3 * (7 / 3) at 7.
-    first, last = math.floor(round(index * side, 9)), math.ceil(round((index + 1) * side, 9))
-    return min(max(start + first, 0), length), min(max(start + last, 0), length)
-
-
-def loop_roi_align(
-    features: Tensor,
-    boxes: Tensor,
-    images: Tensor,
-    stride: float,
-    size: int,
-    aggregate: str,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    out = features.new_zeros(len(boxes), features.shape[1], size, size)
-    for r, box in enumerate(boxes.tolist()):
-        left, top, right, bottom = (side / stride - (0.5 if aligned else 0.0) for side in box)
-        smallest = 0.0 if aligned else 1.0
-        bin_width, bin_height = max(right - left, smallest) / size, max(bottom - top, smallest) / size
-        per_row = sampling_ratio or math.ceil(bin_width)
-        per_column = sampling_ratio or math.ceil(bin_height)
-        for i, j in itertools.product(range(size), repeat=2):
-            points = [
-                read_point(
-                    features[images[r]],
-                    top + i * bin_height + (m + 0.5) * bin_height / per_column,
-                    left + j * bin_width + (n + 0.5) * bin_width / per_row,
-                )
-                for m, n in itertools.product(range(per_column), range(per_row))
-            ]
-            if points:
-                stacked = torch.stack(points)
-                out[r, :, i, j] = stacked.mean(dim=0) if aggregate == "average" else stacked.amax(dim=0)
-    return out
-
-
-def read_point(feature: Tensor, y: float, x: float) -> Tensor:
-    """Read a (C, H, W) map at row y and column x, cells at whole numbers."""
-    height, width = feature.shape[1:]
-    if not (-1 <= y <= height and -1 <= x <= width):
-        return feature.new_zeros(feature.shape[0])
-    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-    top, left = int(y), int(x)
-    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    down, across = y - top, x - left
-    upper = feature[:, top, left] * (1 - across) + feature[:, top, right] * across
-    lower = feature[:, bottom, left] * (1 - across) + feature[:, bottom, right] * across
-    return upper * (1 - down) + lower * down
 
 
 def with_gradient(layer, features: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -275,31 +185,6 @@ def test_aligned_moves_by_half_a_cell_and_legacy_widens_small_boxes():
     assert legacy.item() == pytest.approx(1.5)  # the centre of 1..2
 
 
-# The slow loops
-
-
-def test_roi_pool_equals_the_loop():
-    features, boxes, images = random_case()
-    found = with_gradient(roi_pool, features, boxes, images, stride=4, size=3)
-    expected = with_gradient(loop_roi_pool, features.double(), boxes, images, 4.0, 3)
-    assert_equal_with_gradient(found, expected)
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("choice", [("average", 0), ("average", 1), ("average", 3), ("maximum", 2)], ids=str)
-def test_roi_align_equals_the_loop(choice: tuple[str, int], aligned: bool):
-    features, boxes, images = random_case(channels=3)
-    # Adaptive sampling takes a point a cell: for the huge box the loop would take minutes.
-    fit = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) < 200 if choice[1] == 0 else slice(None)
-    boxes, images = boxes[fit], images[fit]
-    how = {"aggregate": choice[0], "sampling_ratio": choice[1], "aligned": aligned}
-    # Both in float64: that it is kept is part of the test, and at the border a point's side hangs on the last bit.
-    found = with_gradient(roi_align, features.double(), boxes, images, stride=4, size=3, **how)
-    expected = with_gradient(loop_roi_align, features.double(), boxes, images, stride=4, size=3, **how)
-    # Where points of a bin tie (outside the map) the maximum's gradient is shared otherwise, but falls on no cell.
-    assert_equal_with_gradient(found, expected, tolerance=1e-10)
-
-
 # torchvision's kernels
 
 
@@ -309,8 +194,8 @@ def numbered(boxes: Tensor, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("size", [1, 7])
-def test_roi_pool_equals_torchvision(size: int, memory: torch.memory_format):
-    features, boxes, images = random_case()
+def test_roi_pool_equals_torchvision(random_case: Case, size: int, memory: torch.memory_format):
+    features, boxes, images = random_case
     found = with_gradient(roi_pool, features.contiguous(memory_format=memory), boxes, images, stride=4, size=size)
     expected = with_gradient(torchvision.ops.roi_pool, features, numbered(boxes, images), size, 0.25)
     assert_equal_with_gradient(found, expected)
@@ -321,9 +206,9 @@ def test_roi_pool_equals_torchvision(size: int, memory: torch.memory_format):
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 7])
 def test_roi_align_average_equals_torchvision(
-    size: int, sampling_ratio: int, aligned: bool, memory: torch.memory_format
+    random_case: Case, size: int, sampling_ratio: int, aligned: bool, memory: torch.memory_format
 ):
-    features, boxes, images = random_case()
+    features, boxes, images = random_case
     found = with_gradient(
         roi_align,
         features.contiguous(memory_format=memory),
@@ -341,8 +226,10 @@ def test_roi_align_average_equals_torchvision(
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_roi_align_maximum_equals_max_pooling_of_torchvision_at_a_finer_grid(samples: int, aligned: bool):
-    features, boxes, images = random_case()
+def test_roi_align_maximum_equals_max_pooling_of_torchvision_at_a_finer_grid(
+    random_case: Case, samples: int, aligned: bool
+):
+    features, boxes, images = random_case
     features = features.relu()  # ties at 0, as after a ReLU: their gradient must fall on the same cell
 
     def expected(features: Tensor) -> Tensor:
@@ -355,104 +242,11 @@ def test_roi_align_maximum_equals_max_pooling_of_torchvision_at_a_finer_grid(sam
 
 
 @pytest.mark.parametrize("stride", [1, 8, 3.7])
-def test_roi_align_equals_torchvision_at_any_stride(stride: float):
-    features, boxes, images = random_case()
+def test_roi_align_equals_torchvision_at_any_stride(random_case: Case, stride: float):
+    features, boxes, images = random_case
     found = roi_align(features, boxes, images, stride=stride, size=5)
     expected = torchvision.ops.roi_align(features, numbered(boxes, images), 5, 1 / stride, 2, True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.gpu
-@every_choice()
-def test_cpu_and_gpu_agree(config):
-    features, boxes, images = random_case()
-    boxes, images = boxes[:-3], images[:-3]  # not the points on the border, whose side hangs on the last bit
-    on_cpu = with_gradient(config.build(), features, boxes, images, stride=4, size=7)
-
-    def on_gpu(features: Tensor) -> Tensor:
-        return config.build()(features.cuda(), boxes.cuda(), images.cuda(), stride=4, size=7).cpu()
-
-    assert_equal_with_gradient(with_gradient(on_gpu, features), on_cpu)
-
-
-# What holds for every RoI layer
-
-
-@every_choice()
-def test_no_boxes_give_an_empty_result_in_the_graph(config):
-    features = torch.randn(2, 3, 6, 8, requires_grad=True)
-    boxes, images = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    pooled = config.build()(features, boxes, images, stride=4, size=7)
-    assert pooled.shape == (0, 3, 7, 7)
-    pooled.sum().backward()
-    assert torch.equal(features.grad, torch.zeros_like(features))
-
-
-@every_choice()
-def test_memory_format_changes_nothing(config):
-    features, boxes, images = random_case()
-    contiguous = with_gradient(config.build(), features, boxes, images, stride=4, size=4)
-    channels_last = features.contiguous(memory_format=torch.channels_last)
-    assert_equal_with_gradient(
-        with_gradient(config.build(), channels_last, boxes, images, stride=4, size=4), contiguous
-    )
-
-
-@every_choice()
-def test_each_box_reads_its_own_image_and_order_does_not_matter(config):
-    features, boxes, images = random_case()
-    pooled = config.build()(features, boxes, images, stride=4, size=4)
-    for index in (0, 1):
-        alone = config.build()(
-            features[index : index + 1],
-            boxes[images == index],
-            images[images == index] * 0,
-            stride=4,
-            size=4,
-        )
-        assert torch.equal(alone, pooled[images == index])
-    order = torch.randperm(len(boxes))
-    assert torch.equal(config.build()(features, boxes[order], images[order], stride=4, size=4), pooled[order])
-
-
-@every_choice()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_maps_are_read_in_float32_also_under_autocast(config, dtype: torch.dtype):
-    features, boxes, images = random_case()
-    features = features.to(dtype)
-    exact = with_gradient(config.build(), features.float(), boxes, images, stride=4, size=7)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, gradient = with_gradient(config.build(), features, boxes, images, stride=4, size=7)
-        from_float32 = config.build()(features.float(), boxes, images, stride=4, size=7)
-    assert torch.equal(found, exact[0].to(dtype))
-    # The weighting of `with_gradient` passes through the low precision on its way back.
-    torch.testing.assert_close(gradient.float(), exact[1], rtol=0.02, atol=0.1)
-    assert torch.equal(from_float32, exact[0])
-
-
-@every_choice()
-def test_gradcheck(config):
-    features = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
-    boxes = torch.tensor([[1.0, 2.0, 14.0, 11.0], [5.0, 6.0, 6.0, 7.0], [-3.0, -3.0, 5.0, 20.0]])
-    images = torch.tensor([0, 1, 1])
-    layer = config.build()
-    assert torch.autograd.gradcheck(lambda features: layer(features, boxes, images, stride=4, size=2), features)
-
-
-@every_choice()
-def test_boxes_have_no_gradient(config):
-    features, boxes, images = random_case()
-    pooled = config.build()(features.requires_grad_(), boxes.requires_grad_(), images, stride=4, size=4)
-    pooled.sum().backward()
-    assert boxes.grad is None or not boxes.grad.any()
-
-
-@every_choice()
-def test_a_constant_map_pools_to_the_constant_inside(config):
-    boxes = torch.tensor([[4.0, 4.0, 20.0, 12.0], [3.3, 5.1, 30.9, 27.7]])
-    images = torch.zeros(2, dtype=torch.int64)
-    pooled = config.build()(torch.full((1, 2, 8, 8), 0.7), boxes, images, stride=4, size=3)
-    torch.testing.assert_close(pooled, torch.full((2, 2, 3, 3), 0.7))
 
 
 # Config
@@ -465,8 +259,8 @@ def test_config_chooses_by_kind():
     assert align == RoIAlignConfig(aggregate="maximum", aligned=False)
 
 
-def test_config_passes_its_values_to_the_layer():
-    features, boxes, images = random_case()
+def test_config_passes_its_values_to_the_layer(random_case: Case):
+    features, boxes, images = random_case
     config = RoIAlignConfig(aggregate="maximum", sampling_ratio=3, aligned=False)
     expected = roi_align(
         features, boxes, images, stride=4, size=2, aggregate="maximum", sampling_ratio=3, aligned=False
@@ -494,8 +288,8 @@ def squares(*sides: float) -> Tensor:
     return torch.tensor([[10.0, 20.0, 10.0 + side, 20.0 + side] for side in sides])
 
 
-def test_pooler_of_one_level_is_the_layer():
-    features, boxes, images = random_case()
+def test_pooler_of_one_level_is_the_layer(random_case: Case):
+    features, boxes, images = random_case
     pooler = RoIPooler(roi_align, strides=(4,), size=5)
     assert torch.equal(pooler([features], boxes, images), roi_align(features, boxes, images, stride=4, size=5))
 
@@ -517,7 +311,7 @@ def test_pooler_levels_follow_strides_and_canonical_box():
     assert pooler.assign_levels(boxes).tolist() == [0, 0, 1]
 
 
-def test_pooler_levels_equal_torchvisions_next_to_the_boundaries_too():
+def test_pooler_levels_equal_torchvisions_next_to_the_boundaries_too(random_boxes: Callable[..., Tensor]):
     from torchvision.ops.poolers import LevelMapper
 
     near = [
@@ -533,7 +327,7 @@ def test_pooler_levels_equal_torchvisions_next_to_the_boundaries_too():
 
 
 @every_choice()
-def test_pooler_reads_each_box_from_its_level_in_order(config):
+def test_pooler_reads_each_box_from_its_level_in_order(random_boxes: Callable[..., Tensor], config):
     features = pyramid()
     boxes = random_boxes(20, height=512.0, width=640.0)
     images = torch.randint(0, 2, (len(boxes),))
@@ -546,7 +340,7 @@ def test_pooler_reads_each_box_from_its_level_in_order(config):
         assert torch.equal(pooled[r], alone[0])
 
 
-def test_pooler_equals_torchvisions_forward_and_backward():
+def test_pooler_equals_torchvisions_forward_and_backward(random_boxes: Callable[..., Tensor]):
     features = pyramid()
     boxes = random_boxes(40, height=512.0, width=640.0).clamp(min=0)
     boxes[:, 0::2].clamp_(max=640.0)

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from maskrcnn.errors import InputError
-from maskrcnn.structures import ClassTable
+from maskrcnn.structures import ClassRows, ClassTable
 from maskrcnn.training.checkpoint import (
     CheckpointFolder,
-    RowLayout,
     capture,
     load_checkpoint,
     load_weights,
@@ -38,9 +37,13 @@ class Heads(nn.Module):
         self.deltas = nn.Linear(width, classes * 4)
         self.masks = nn.Conv2d(width, classes, 1)
 
-    def class_rows(self) -> Mapping[str, RowLayout]:
-        layouts: tuple[RowLayout, ...] = ("scores", "deltas", "masks")
-        return {f"{layout}.{kind}": layout for layout in layouts for kind in ("weight", "bias")}
+    def class_rows(self) -> Mapping[str, ClassRows]:
+        layouts = {
+            "scores": ClassRows(per_class=1, background=True),
+            "deltas": ClassRows(per_class=4, background=False),
+            "masks": ClassRows(per_class=1, background=False),
+        }
+        return {f"{part}.{kind}": layout for part, layout in layouts.items() for kind in ("weight", "bias")}
 
 
 @pytest.fixture
@@ -272,6 +275,16 @@ def numbered(model: nn.Module) -> dict[str, torch.Tensor]:
         name: rows[name].view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor)
         for name, tensor in model.state_dict().items()
     }
+
+
+def test_rows_by_hand():
+    scores = ClassRows(per_class=1, background=True)
+    assert (scores.count(3), scores.of([3, 1])) == (4, [0, 3, 1])
+    deltas = ClassRows(per_class=4, background=False)
+    assert (deltas.count(2), deltas.of([2])) == (8, [4, 5, 6, 7])
+    cells = ClassRows(per_class=2, background=True)
+    assert (cells.count(2), cells.of([2, 1]), cells.of([])) == (6, [0, 1, 4, 5, 2, 3], [0, 1])
+    assert ClassRows(per_class=2, background=False).of([]) == []
 
 
 def test_class_rows_follow_their_names():

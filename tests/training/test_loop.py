@@ -9,7 +9,7 @@ from torch import nn
 from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
 from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint, restore
 from maskrcnn.training.loop import Interrupted, Speedometer, StopRequest, TrainingConfig, train, training_step
-from maskrcnn.training.metrics import TIMING_KEYS, MetricsWriter, read_records
+from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, read_records
 from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
 from maskrcnn.training.schedule import MultiStepConfig
 
@@ -101,7 +101,7 @@ class Run:
             batch = make_batch(1000)
             metrics = {"segm/AP": -self.model(batch.images, batch.targets).total.item()}
         self.checkpoints.keep_best(iteration, metrics)
-        return metrics
+        return Measurement(metrics, images_per_second=1.0)
 
     def train(self):
         options = {"evaluate": self.evaluate, "evaluate_every": 4, "checkpoint_every": 3, "log_every": 2}
