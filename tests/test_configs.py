@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from maskrcnn.ablation.plan import load_plan
 from maskrcnn.config import differences, json_schema, load_config, to_dict, to_yaml
 from maskrcnn.data.loader import training_loader
 from maskrcnn.errors import InputError
@@ -23,7 +24,8 @@ from maskrcnn.training.loop import training_step
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 PARTS = [path for path in FILES if path.is_relative_to(CONFIGS / "base")]
-EXPERIMENTS = [path for path in FILES if path not in PARTS]
+ABLATIONS = [path for path in FILES if path.is_relative_to(CONFIGS / "ablations")]
+EXPERIMENTS = [path for path in FILES if path not in PARTS and path not in ABLATIONS]
 REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # what parts that no experiment uses are tried on
 
 TINY = [
@@ -129,6 +131,7 @@ def _check_step(text: str) -> None:
 def test_there_are_files() -> None:
     assert len(PARTS) > 8
     assert len(EXPERIMENTS) > 15
+    assert len(ABLATIONS) >= 10
 
 
 @each_experiment
@@ -181,6 +184,20 @@ def test_an_experiment_opens_with_its_command(path: Path) -> None:
     assert any(f"python tools/train.py configs/{name(path)}" in line for line in head)
 
 
+@pytest.mark.parametrize("path", ABLATIONS, ids=name)
+def test_every_variant_of_an_ablation_takes_a_step(path: Path) -> None:
+    plan = load_plan(path, Path("out"))
+    assert len({run.directory.root for run in plan.runs}) == len(plan.config.variants) * len(plan.config.seeds)
+    for variant in load_plan(path, Path("out"), TINY).runs[: len(plan.config.variants)]:
+        check_step(variant.config)
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=name)
+def test_an_ablation_opens_with_its_command(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"python tools/ablate.py configs/{name(path)}" in line for line in head)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -194,6 +211,11 @@ def test_an_experiment_opens_with_its_command(path: Path) -> None:
         "model.box_head.width=0",
         "model.mask_head.width=0",
         "model.mask_head.depth=-1",
+        "model.mask_head={kind: mlp, depth: 0}",
+        "model.mask_head={kind: mlp, mask_size: 0}",
+        "model.mask_head.output=tanh",
+        "model.mask_head.roi={kind: roi_pool, rounding: up}",
+        "model.roi={kind: roi_warp, aggregate: maximum, sampling_ratio: 0}",
         "model.mask_head.pool_size=0",
         "model.detection.nms_threshold=2",
         "model.pixels.std=[0, 1, 1]",
@@ -225,4 +247,5 @@ def test_the_schema_is_up_to_date() -> None:
 def test_every_file_fits_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     for path in FILES:
-        jsonschema.validate(yaml.safe_load(path.read_text()), json_schema(ExperimentConfig))
+        if path not in ABLATIONS:
+            jsonschema.validate(yaml.safe_load(path.read_text()), json_schema(ExperimentConfig))

@@ -1,0 +1,97 @@
+"""What an ablation's YAML means, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from maskrcnn.ablation.plan import load_plan
+from maskrcnn.errors import InputError
+
+EXPERIMENT = """
+model:
+  rpn: {samples: 8}
+  roi: {kind: roi_align}
+data:
+  train: {kind: shapes, length: 4, height: 64, width: 64}
+  validation: {kind: shapes, length: 4, height: 64, width: 64, seed: 1}
+"""
+
+ABLATION = """
+title: The RoI layer
+experiment: experiment.yaml
+baseline: pool
+seeds: [3, 5]
+variants:
+  pool: {set: ["model.roi={kind: roi_pool}"]}
+  align: {set: [model.roi.sampling_ratio=1], paper: {mask/AP: 30.3}}
+"""
+
+
+def write(folder: Path, ablation: str = ABLATION) -> Path:
+    (folder / "experiment.yaml").write_text(EXPERIMENT)
+    (folder / "ablation.yaml").write_text(ablation)
+    return folder / "ablation.yaml"
+
+
+def test_every_variant_has_a_run_for_every_seed(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path), tmp_path / "out")
+    assert [run.name for run in plan.runs] == ["pool/seed_3", "align/seed_3", "pool/seed_5", "align/seed_5"]
+    assert [run.config.training.seed for run in plan.runs] == [3, 3, 5, 5]
+    assert [run.config.model.roi.kind for run in plan.runs_of("pool")] == ["roi_pool", "roi_pool"]
+    align = plan.runs_of("align")[0].config.model.roi
+    assert align.kind == "roi_align"
+    assert align.sampling_ratio == 1
+    assert len({run.directory.root for run in plan.runs}) == 4
+    assert plan.config.variants["align"].paper == {"mask/AP": 30.3}
+
+
+def test_a_variant_may_name_another_experiment(tmp_path: Path) -> None:
+    other = EXPERIMENT.replace("samples: 8", "samples: 16")
+    (tmp_path / "other.yaml").write_text(other)
+    ablation = ABLATION.replace("pool: {set: [", "pool: {experiment: other.yaml, set: [")
+    pool, align = load_plan(write(tmp_path, ablation), tmp_path / "out").runs[:2]
+    assert (pool.config.model.rpn.samples, align.config.model.rpn.samples) == (16, 8)
+
+
+def test_ablations_with_a_run_in_common_share_it(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    renamed = tmp_path / "renamed.yaml"
+    renamed.write_text(ABLATION.replace("pool", "rounded").replace("roi_rounded", "roi_pool").replace("o=1", "o=3"))
+    first, second = load_plan(path, tmp_path / "a"), load_plan(renamed, tmp_path / "b")
+    shared = {run.directory.root for run in first.runs} & {run.directory.root for run in second.runs}
+    assert shared == {run.directory.root for run in first.runs_of("pool")}
+
+
+def test_overrides_reach_every_variant_and_lose_against_its_own(tmp_path: Path) -> None:
+    overrides = ["model.rpn.samples=32", "model.roi={kind: roi_align, sampling_ratio: 7}"]
+    plan = load_plan(write(tmp_path), tmp_path / "out", overrides)
+    assert {run.config.model.rpn.samples for run in plan.runs} == {32}
+    assert plan.runs_of("align")[0].config.model.roi.sampling_ratio == 1
+    assert plan.runs_of("pool")[0].config.model.roi.kind == "roi_pool"
+
+
+def test_an_ablation_may_build_upon_another(tmp_path: Path) -> None:
+    write(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("base: ablation.yaml\nseeds: [9]\n")
+    assert [run.name for run in load_plan(child, tmp_path / "out").runs] == ["pool/seed_9", "align/seed_9"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("baseline: pool", "baseline: poll", "baseline 'poll' is none of the variants pool, align"),
+        ("seeds: [3, 5]", "seeds: [3, 3]", "each seed may stand only once"),
+        ("sampling_ratio=1", "sampling_rati=1", r"variants.align: .*\n.*sampling_rati"),
+        ("model.roi.sampling_ratio=1", "'model.roi={kind: roi_pool}'", "variants.align is the same experiment as var"),
+        ("experiment: experiment.yaml", "experiment: missing.yaml", "missing.yaml: cannot read the file"),
+        ("pool: {set", "../pool: {set", "variants"),
+        ("mask/AP: 30.3", "mask/PA: 30.3", "mask/PA"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in ABLATION
+    with pytest.raises(InputError, match=message):
+        load_plan(write(tmp_path, ABLATION.replace(old, new)), tmp_path / "out")

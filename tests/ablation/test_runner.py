@@ -1,0 +1,135 @@
+"""Real trainings of a few steps, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskrcnn.ablation.plan import Plan, load_plan
+from maskrcnn.ablation.runner import RunsFailed, check_runs, is_finished, train_missing
+from maskrcnn.errors import InputError
+from maskrcnn.training.checkpoint import load_checkpoint
+from maskrcnn.training.metrics import last_record
+
+EXPERIMENT = """
+model:
+  backbone: {kind: resnet, depth: 18, width: 8, output: c5, norm: bn, freeze: 0, weights: none}
+  rpn:
+    anchor_sizes: [[32]]
+    samples: 8
+    training: {before_nms: 8, after_nms: 8}
+    inference: {before_nms: 8, after_nms: 8}
+  sampling: {count: 8}
+  box_head: {kind: fc, width: 16}
+  mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
+  detection: {count: 4, score_threshold: 0.0}
+data:
+  train: {kind: shapes, length: 4, height: 64, width: 64}
+  validation: {kind: shapes, length: 4, height: 64, width: 64, seed: 1}
+  train_transforms: {short_side: [64], long_side: 64}
+  validation_transforms: {short_side: [64], long_side: 64, flip: 0}
+training:
+  batch_size: 2
+  workers: 0
+  schedule: {kind: cosine, iterations: STEPS, warmup_iterations: 0}
+  evaluate_every: 100000
+  checkpoint_every: 5
+  log_every: 1
+evaluation: {batch_size: 4, pictures: 1}
+"""
+
+ABLATION = """
+title: The RoI layer
+experiment: experiment.yaml
+baseline: pool
+seeds: [3]
+variants:
+  pool: {set: ["model.roi={kind: roi_pool}"]}
+  align: {set: ["model.roi={kind: roi_align}"]}
+"""
+
+
+def plan_of(folder: Path, *, steps: int = 2) -> Plan:
+    (folder / "experiment.yaml").write_text(EXPERIMENT.replace("STEPS", str(steps)))
+    (folder / "ablation.yaml").write_text(ABLATION)
+    return load_plan(folder / "ablation.yaml", folder / "out")
+
+
+def test_what_is_missing_is_trained_and_what_is_done_is_left_alone(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert not any(map(is_finished, plan.runs))
+    train_missing(plan, jobs=2)
+    assert all(map(is_finished, plan.runs))
+    for run in plan.runs:
+        folder = run.directory.root
+        assert (folder / "evaluation" / "results.json").exists()
+        assert "threads: 1" in run.directory.environment.read_text() or (os.cpu_count() or 1) > 3
+    written = [run.directory.last.stat().st_mtime_ns for run in plan.runs]
+    train_missing(plan)
+    assert [run.directory.last.stat().st_mtime_ns for run in plan.runs] == written
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    broken = plan.runs[0]
+    # A folder where the checkpoint should be: the run starts, and cannot save.
+    (broken.directory.checkpoints / "last.pt").mkdir(parents=True)
+    with pytest.raises(RunsFailed, match=r"pool/seed_3 failed with status [12] \(.*console.txt\):\n"):
+        train_missing(plan, jobs=1)
+    assert [is_finished(run) for run in plan.runs] == [False, True]
+
+
+def wait_for_steps(plan: Plan, steps: int) -> None:
+    for _ in range(600):
+        records = [last_record(run.directory.metrics) for run in plan.runs]
+        if all(record is not None and record["iteration"] >= steps for record in records):
+            return
+        time.sleep(0.1)
+    pytest.fail("the runs did not start")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path: Path, end: signal.Signals) -> None:
+    """Also where it was killed: its workers notice, save and stop."""
+    plan = plan_of(tmp_path, steps=200)
+    repository = Path(__file__).parents[2]
+    command = [sys.executable, "tools/ablate.py", str(tmp_path / "ablation.yaml"), "--out", str(plan.out), "--jobs=2"]
+    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(plan, 3)
+    process.send_signal(end)
+    _, told = process.communicate()
+    if end is signal.SIGINT:
+        assert process.returncode == 130
+        assert "every run is saved; the same command goes on" in told
+    for run in plan.runs:
+        for _ in range(100):
+            if run.directory.last.exists():
+                break
+            time.sleep(0.1)
+        assert 3 <= load_checkpoint(run.directory.last).iteration < 200
+    time.sleep(1)  # for a killed one's workers to leave
+    train_missing(plan, jobs=2)
+    assert all(map(is_finished, plan.runs))
+    undisturbed = load_plan(tmp_path / "ablation.yaml", tmp_path / "undisturbed" / "out")
+    train_missing(undisturbed, jobs=2)
+    for one, other in zip(plan.runs, undisturbed.runs, strict=True):
+        left, right = (load_checkpoint(run.directory.last).model for run in (one, other))
+        assert all(torch.equal(value, right[key]) for key, value in left.items())
+
+
+def test_every_variant_is_checked_before_the_first_step(tmp_path: Path) -> None:
+    plan_of(tmp_path)
+    wrong = ABLATION.replace('["model.roi={kind: roi_align}"]', "[model.backbone.weights=missing.pth]")
+    (tmp_path / "ablation.yaml").write_text(wrong)
+    plan = load_plan(tmp_path / "ablation.yaml", tmp_path / "out")
+    with pytest.raises(InputError, match=r"variant align: .*missing\.pth"):
+        check_runs(plan)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,62 @@
+"""Train the variants of an experiment, and report what each did to the AP, with its uncertainty.
+
+    python tools/ablate.py configs/ablations/shapes_table2c.yaml
+
+What is trained already is not trained again, so the same command goes on after an interruption. Exit status: 0 done,
+1 a run failed, 2 wrong input, 130 and 143 stopped by SIGINT and SIGTERM with every run saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskrcnn.cli import run, setup_logging
+
+
+def main() -> None:
+    """Parse, check, train, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ablation", metavar="ABLATION", type=Path, help="an ablation, a YAML file")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="set a key of every variant's experiment, such as data.root=DIR; may be repeated",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the report; default: runs/ablations/ and the name")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or without any, one a core")
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report what is done")
+    args = parser.parse_args()
+    if args.jobs is not None and args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+
+    from maskrcnn.ablation.plan import load_plan
+    from maskrcnn.ablation.report import write_report
+    from maskrcnn.ablation.results import analyse
+    from maskrcnn.ablation.runner import RunsFailed, check_runs, train_missing
+    from maskrcnn.training.loop import Interrupted
+
+    setup_logging()
+    plan = load_plan(args.ablation, args.out or Path("runs/ablations") / args.ablation.stem, args.overrides)
+    failure = None
+    if not args.report_only:
+        check_runs(plan)
+        try:
+            train_missing(plan, jobs=args.jobs)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(stop.status)
+        except RunsFailed as error:
+            failure = error
+    write_report(plan, analyse(plan))
+    if failure is not None:
+        print(failure, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
