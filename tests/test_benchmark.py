@@ -82,13 +82,33 @@ def test_both_sides_train_and_detect_as_much(worker: ModuleType, precision: str)
 def test_the_report(benchmark: ModuleType) -> None:
     ours = [benchmark.Repeat(seconds, {"masks": 100}) for seconds in (1.0, 2.0, 4.0)]
     theirs = [benchmark.Repeat(seconds, {"masks": 100}) for seconds in (3.0, 5.0, 8.0)]
-    found = benchmark.Measurement("masks", ours, theirs, (3 * 2**20, 4 * 2**20), ["torch: 2.99"])
+    sides = [benchmark.Side("ours", ours, 3 * 2**20), benchmark.Side("torchvision", theirs, 4 * 2**20)]
+    found = benchmark.Measurement("masks", sides, ["torch: 2.99"])
     text = benchmark.report([found], {"height": 80, "width": 133, "precision": "fp32"})
     assert "## masks: 2.50 (2.00 to 3.00) times as fast, 0.75 times the memory" in text
     assert "| ours | 2 | 1 | 4 | 3 | 100 |" in text
     assert "| torchvision | 5 | 3 | 8 | 4 | 100 |" in text
     assert "- torch: 2.99\n" in text
     assert "80 x 133" in text
+
+
+def test_the_report_of_what_is_measured_alone(benchmark: ModuleType) -> None:
+    repeats = [benchmark.Repeat(seconds, {"images": 5000}) for seconds in (1.0, 2.0, 4.0)]
+    found = benchmark.Measurement("bootstrap", [benchmark.Side("ours", repeats, 3 * 2**20)], ["torch: 2.99"])
+    text = benchmark.report([found], {"height": 80, "width": 133, "precision": "fp32"})
+    assert "## bootstrap: 2 s\n" in text
+    assert "| ours | 2 | 1 | 4 | 3 | 5000 |" in text
+    assert "torchvision's side" not in text
+
+
+def test_random_matches_are_those_of_a_good_model(worker: ModuleType) -> None:
+    matches = worker.random_matches(images=50, categories=4, objects=400, detections=2000)
+    assert matches.true_positives.shape == matches.ignored.shape == (2000, 4)
+    assert not (matches.true_positives & matches.ignored).any()
+    figures = matches.figures()
+    assert 0.2 < figures["AP75"] < figures["AP"] < figures["AP50"] < 0.9
+    for name in ("APs", "APm", "APl"):
+        assert figures[name] == pytest.approx(figures["AP"], abs=0.1)
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:

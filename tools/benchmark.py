@@ -2,10 +2,12 @@
 
     python tools/benchmark.py all --out benchmarks/2026-11-22-cpu.md
     python tools/benchmark.py training --repeats 3 --precision bf16
+    python tools/benchmark.py bootstrap
 
 Each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so that
 whatever else the machine does meets both. A pair of neighbours gives one ratio; the median pair counts, and the range
 over all pairs tells how far to trust it. What each side does exactly stands in tools/benchmarks/worker.py.
+What torchvision has nothing like is measured alone, repeat by repeat.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -36,7 +39,10 @@ TASKS = {
     "roi": "RoIAlign, forward and backward: 1000 boxes, 7 x 7 bins, 2 x 2 points a bin, 256 channels at stride 4.",
     "masks": "100 masks of 28 x 28 to COCO's run lengths of the whole image; the same masks, to the pixel, on both "
     "sides. torchvision pastes, rounds and has pycocotools encode each mask.",
+    "bootstrap": "AP, AP50, AP75, APs, APm and APl in 1,000 resamples of the images, from stored "
+    "matches of one set of results, drawn at random in the size of COCO's validation set.",
 }
+ALONE = {"bootstrap"}  # tasks that torchvision does not do
 TERMS = (
     "torchvision's side is `maskrcnn_resnet50_fpn` out of the box: as it is built for its published weights (frozen "
     "batch norms, three trainable stages), 91 classes, SGD. Ours is `configs/coco/mask_rcnn_r50_fpn_1x.yaml` with as "
@@ -53,13 +59,19 @@ class Repeat(NamedTuple):
     work: dict[str, float]  # what was worked on, such as the number of regions
 
 
+class Side(NamedTuple):
+    """What one side took."""
+
+    name: str
+    repeats: list[Repeat]
+    peak: int  # bytes
+
+
 class Measurement(NamedTuple):
-    """One task on both sides; entry i of both lists was measured in turn."""
+    """One task: our side, and the other if there is one. Their repeats were measured in turn."""
 
     task: str
-    ours: list[Repeat]
-    torchvision: list[Repeat]
-    peaks: tuple[int, int]  # bytes
+    sides: list[Side]
     environment: list[str]
 
 
@@ -104,12 +116,17 @@ class Worker:
 
 
 def measure(task: str, repeats: int, settings: dict[str, Any]) -> Measurement:
-    """Run both sides of a task in turn."""
-    jobs = [{"task": task, "side": side, **settings} for side in ("ours", "torchvision")]
-    with Worker(jobs[0]) as ours, Worker(jobs[1]) as theirs:
-        pairs = [(ours.repeat(), theirs.repeat()) for _ in tqdm(range(repeats + 1), desc=task, disable=None)]
-        first, second = zip(*pairs[1:], strict=True)  # the first round warms up
-        return Measurement(task, list(first), list(second), (ours.finish(), theirs.finish()), ours.environment)
+    """Run the sides of a task in turn."""
+    names = ["ours"] if task in ALONE else ["ours", "torchvision"]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker({"task": task, "side": name, **settings})) for name in names]
+        rounds = [[worker.repeat() for worker in workers] for _ in tqdm(range(repeats + 1), desc=task, disable=None)]
+        columns = zip(*rounds[1:], strict=True)  # the first round warms up
+        sides = [
+            Side(name, list(column), worker.finish())
+            for name, column, worker in zip(names, columns, workers, strict=True)
+        ]
+        return Measurement(task, sides, workers[0].environment)
 
 
 # ---- The report
@@ -118,7 +135,9 @@ def measure(task: str, repeats: int, settings: dict[str, Any]) -> Measurement:
 def report(measurements: Sequence[Measurement], settings: dict[str, Any]) -> str:
     """The figures as Markdown, with all that it takes to repeat them."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    lines = [f"# Speed and memory beside torchvision, {today}", "", TERMS, ""]
+    lines = [f"# Speed and memory, {today}", ""]
+    if any(len(measurement.sides) > 1 for measurement in measurements):
+        lines += [TERMS, ""]
     lines += [f"- command: {shlex.join(['python', *sys.argv])}"]
     lines += [f"- images: {settings['height']} x {settings['width']}, precision {settings['precision']}"]
     lines += [f"- {line}" for line in measurements[0].environment]
@@ -128,11 +147,9 @@ def report(measurements: Sequence[Measurement], settings: dict[str, Any]) -> str
 
 
 def _section(found: Measurement) -> list[str]:
-    sides = (("ours", found.ours, found.peaks[0]), ("torchvision", found.torchvision, found.peaks[1]))
-    names = list(found.ours[0].work)
-    memory = found.peaks[0] / found.peaks[1]
+    names = list(found.sides[0].repeats[0].work)
     return [
-        f"## {found.task}: {_ratios(found)} times as fast, {memory:.2f} times the memory",
+        f"## {found.task}: {_outcome(found.sides)}",
         "",
         TASKS[found.task],
         "",
@@ -145,18 +162,26 @@ def _section(found: Measurement) -> list[str]:
                     f"{peak / MIB:.0f}",
                     *(f"{median(repeat.work[name] for repeat in repeats):g}" for name in names),
                 ]
-                for side, repeats, peak in sides
+                for side, repeats, peak in found.sides
             ],
         ),
         "",
-        *(f"{side}, s: {', '.join(f'{repeat.seconds:.4g}' for repeat in repeats)}  " for side, repeats, _ in sides),
+        *(
+            f"{side}, s: {', '.join(f'{repeat.seconds:.4g}' for repeat in repeats)}  "
+            for side, repeats, _ in found.sides
+        ),
     ]
 
 
-def _ratios(found: Measurement) -> str:
-    """torchvision's time over ours: the median pair, and the range."""
-    pairs = [theirs.seconds / ours.seconds for ours, theirs in zip(found.ours, found.torchvision, strict=True)]
-    return f"{median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+def _outcome(sides: Sequence[Side]) -> str:
+    """Our seconds, or torchvision's time over ours: the median pair, and the range."""
+    ours, *others = sides
+    if not others:
+        return f"{median(repeat.seconds for repeat in ours.repeats):.3g} s"
+    theirs = others[0]
+    ratios = [their.seconds / our.seconds for our, their in zip(ours.repeats, theirs.repeats, strict=True)]
+    speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast"
+    return f"{speed}, {ours.peak / theirs.peak:.2f} times the memory"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

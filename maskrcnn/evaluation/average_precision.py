@@ -20,17 +20,21 @@ import faster_coco_eval
 import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
-from pycocotools import mask as cocoapi
 
-from maskrcnn.data.coco_file import complete_for_evaluation, read_coco_json
-from maskrcnn.errors import InputError
+from maskrcnn.evaluation.preparation import (
+    IouType,
+    check_references,
+    coco_detections,
+    coco_objects,
+    measurable,
+    read_ground_truth,
+)
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["faster", "pycocotools"]
-IouType = Literal["bbox", "segm"]
 
-SHOWN = 10  # ids or categories that a message lists before it only counts them
+SHOWN = 10  # categories that a message lists before it only counts them
 
 
 @dataclass(frozen=True)
@@ -144,56 +148,13 @@ def evaluate(
         InputError: the file is not COCO, or the results do not fit it.
     """
     assert list(max_detections) == sorted(max_detections), max_detections
-    data = _read(ground_truth)
-    _check_references(data, results)
+    data = read_ground_truth(ground_truth)
+    check_references(data, results)
     figures = {
         kind: _figures(*_tables(kind, data, results, list(max_detections), backend), data["categories"], max_detections)
-        for kind in _measurable(iou_types, results)
+        for kind in measurable(iou_types, results)
     }
     return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"))
-
-
-def _read(ground_truth: dict[str, Any] | Path) -> dict[str, Any]:
-    if isinstance(ground_truth, dict):
-        return complete_for_evaluation(ground_truth)
-    return complete_for_evaluation(read_coco_json(ground_truth))
-
-
-def _check_references(data: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Refuse results of unknown images and masks of another size than their image; warn of unknown categories."""
-    sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
-    if unknown := sorted({result["image_id"] for result in results} - sizes.keys()):
-        raise InputError(
-            f"the results name {len(unknown)} images that the ground truth lacks (image_id {_listed(unknown)}); "
-            "are they of another split?"
-        )
-    for result in results:
-        size = sizes[result["image_id"]]
-        if "segmentation" in result and list(result["segmentation"]["size"]) != size:
-            raise InputError(
-                f"the results have a mask of size {list(result['segmentation']['size'])} for image "
-                f"{result['image_id']}, whose height and width are {size}"
-            )
-    categories = {category["id"] for category in data["categories"]}
-    if unknown := sorted({result["category_id"] for result in results} - categories):
-        logger.warning("results of categories that the ground truth lacks do not count: %s", _listed(unknown))
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
-
-
-def _measurable(iou_types: Sequence[IouType], results: Sequence[dict[str, Any]]) -> list[IouType]:
-    """Leave out masks where results are boxes alone."""
-    masks = sum("segmentation" in result for result in results)
-    if "segm" not in iou_types or masks == len(results):
-        return list(iou_types)
-    if masks > 0:
-        raise InputError(f"{len(results) - masks} of {len(results)} results have no 'segmentation'")
-    if "bbox" not in iou_types:
-        raise InputError("the results have no 'segmentation', so there are no masks to measure")
-    logger.info("the results have no masks: boxes are measured alone")
-    return ["bbox"]
 
 
 def _tables(
@@ -210,7 +171,7 @@ def _tables(
         coco, coco_eval = pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
         sides = []
-        for annotations in (_objects(kind, data["annotations"]), _detections(kind, results)):
+        for annotations in (coco_objects(kind, data["annotations"]), coco_detections(kind, results)):
             side = coco()
             side.dataset = {**data, "annotations": annotations}
             side.createIndex()
@@ -221,65 +182,6 @@ def _tables(
         evaluator.evaluate()
         evaluator.accumulate()
     return evaluator.eval["precision"], evaluator.eval["recall"]
-
-
-def _objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the annotations, because COCO's code writes into them, and with ids from 1 on.
-
-    COCO takes a match with id 0 for none.
-    """
-    if kind == "segm":
-        annotations = _with_masks(annotations)
-    return [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
-
-
-def _with_masks(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out what has no mask, and polygons of fewer than three points, some of which COCO's code reads as boxes."""
-    usable, maskless = [], []
-    for annotation in annotations:
-        mask = annotation.get("segmentation")
-        if isinstance(mask, list):
-            mask = [polygon for polygon in mask if len(polygon) >= 6]
-        if mask:
-            usable.append({**annotation, "segmentation": mask})
-        else:
-            maskless.append(annotation["id"])
-    if maskless:
-        logger.warning("annotations without a mask are left out of the mask figures: %s", _listed(maskless))
-    return usable
-
-
-def _detections(kind: IouType, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results in the form of annotations: ids from 1 on, and the area that COCO counts them by."""
-    if kind == "segm":
-        masks = [_compressed(result["segmentation"]) for result in results]
-        shapes = [{"segmentation": mask, "area": float(cocoapi.area(mask))} for mask in masks]
-    else:
-        boxes = [_box(result) for result in results]
-        shapes = [{"bbox": box, "area": box[2] * box[3]} for box in boxes]
-    return [
-        {
-            "id": number,
-            "image_id": result["image_id"],
-            "category_id": result["category_id"],
-            "score": result["score"],
-            "iscrowd": 0,
-            **shape,
-        }
-        for number, (result, shape) in enumerate(zip(results, shapes, strict=True), 1)
-    ]
-
-
-def _compressed(mask: dict[str, Any]) -> dict[str, Any]:
-    return mask if isinstance(mask["counts"], (str, bytes)) else cocoapi.frPyObjects(mask, *mask["size"])
-
-
-def _box(result: dict[str, Any]) -> list[float]:
-    if "bbox" in result:
-        return list(result["bbox"])
-    if "segmentation" not in result:
-        raise InputError(f"a result of image {result['image_id']} has neither 'bbox' nor 'segmentation'")
-    return cocoapi.toBbox(_compressed(result["segmentation"])).tolist()
 
 
 def _figures(
@@ -327,7 +229,7 @@ def diagnose(ground_truth: dict[str, Any] | Path, results: Sequence[dict[str, An
     """
     if not results:
         return None
-    data = _read(ground_truth)
+    data = read_ground_truth(ground_truth)
     objects = Counter(annotation["category_id"] for annotation in data["annotations"])
     found = Counter(result["category_id"] for result in results)
     names = {category["id"]: category["name"] for category in data["categories"]}
