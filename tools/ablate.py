@@ -52,7 +52,10 @@ def main() -> None:
             sys.exit(stop.status)
         except RunsFailed as error:
             failure = error
-    write_report(plan, analyse(plan))
+    results = analyse(plan)
+    write_report(plan, results)
+    print("\n".join([*results.sentences, *(f"not finished: {name}" for name in results.unfinished)]))
+    print(f"report.html, report.md and results.json are in {plan.out}")
     if failure is not None:
         print(failure, file=sys.stderr)
         sys.exit(1)

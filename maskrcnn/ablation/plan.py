@@ -88,7 +88,8 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
         overrides: `KEY=VALUE` each, for the experiment of every variant, below what the variant itself sets.
 
     Raises:
-        InputError: the ablation or a variant's experiment is wrong, or two variants are the same experiment.
+        InputError: the ablation or a variant's experiment is wrong, or two variants are the same experiment, or are
+            not measured on the same images.
     """
     config = load_config(path, AblationConfig)
     runs = []
@@ -98,6 +99,7 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
             runs.append(Run(name, seed, resolved, RunDirectory(out.parent / TRAINED / _digest(resolved))))
     plan = Plan(config, out, tuple(runs))
     _require_distinct(path, plan)
+    _require_same_images(path, plan)
     return plan
 
 
@@ -124,3 +126,14 @@ def _require_distinct(path: Path, plan: Plan) -> None:
         if folder in seen:
             raise InputError(f"{path}: variants.{run.variant} is the same experiment as variants.{seen[folder]}")
         seen[folder] = run.variant
+
+
+def _require_same_images(path: Path, plan: Plan) -> None:
+    """A paired comparison needs the same images on both sides."""
+    first = plan.runs[0].config.data
+    for run in plan.runs:
+        if (run.config.data.root, run.config.data.validation) != (first.root, first.validation):
+            raise InputError(
+                f"{path}: variants.{run.variant} has another data.validation than variants.{plan.runs[0].variant}: "
+                "variants are compared on the same images"
+            )

@@ -80,8 +80,8 @@ def train(
     """Train `model`, which is on `device`, from iteration `start` to `iterations`.
 
     `loader` yields batches without end, the first for the step after `start`. `save(iteration)` writes a checkpoint:
-    every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` measures the
-    model; it may leave the model in any mode, but must not draw from the global random generators.
+    every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` measures
+    the model; it may leave the model in any mode, but must not draw from the global random generators.
 
     Raises whatever `loader` raises, the steps so far saved; FloatingPointError if a loss or gradient is not finite,
     before it reaches a weight; Interrupted after SIGINT or SIGTERM.

@@ -155,13 +155,15 @@ def last_record(path: Path) -> Record | None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(_without_nan(record), allow_nan=False) + "\n"
+    return json.dumps(without_nan(record), allow_nan=False) + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Replace numbers that JSON cannot hold by None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -89,6 +89,7 @@ def test_an_ablation_may_build_upon_another(tmp_path: Path) -> None:
         ("experiment: experiment.yaml", "experiment: missing.yaml", "missing.yaml: cannot read the file"),
         ("pool: {set", "../pool: {set", "variants"),
         ("mask/AP: 30.3", "mask/PA: 30.3", "mask/PA"),
+        ("sampling_ratio=1", "sampling_ratio=1, data.validation.seed=2", "align has another data.validation than"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:

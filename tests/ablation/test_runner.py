@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from maskrcnn.ablation.runner import RunsFailed, check_runs, is_finished, train_
 from maskrcnn.errors import InputError
 from maskrcnn.training.checkpoint import load_checkpoint
 from maskrcnn.training.metrics import last_record
+
+REPOSITORY = Path(__file__).parents[2]
 
 EXPERIMENT = """
 model:
@@ -82,7 +87,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
     # A folder where the checkpoint should be: the run starts, and cannot save.
     (broken.directory.checkpoints / "last.pt").mkdir(parents=True)
     with pytest.raises(RunsFailed, match=r"pool/seed_3 failed with status [12] \(.*console.txt\):\n"):
-        train_missing(plan, jobs=1)
+        train_missing(plan, jobs=2)
     assert [is_finished(run) for run in plan.runs] == [False, True]
 
 
@@ -95,14 +100,31 @@ def wait_for_steps(plan: Plan, steps: int) -> None:
     pytest.fail("the runs did not start")
 
 
+def test_the_tool_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    plan = plan_of(tmp_path)
+    arguments = ["ablate.py", str(tmp_path / "ablation.yaml"), "--out", str(plan.out), "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / "tools" / "ablate.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert all(map(is_finished, plan.runs))
+    assert {path.name for path in plan.out.iterdir()} == {"report.md", "report.html", "results.json", "tensorboard"}
+    numbers = json.loads((plan.out / "results.json").read_text())
+    for name in ("pool", "align"):
+        (run,) = plan.runs_of(name)
+        measured = json.loads((run.directory.evaluation / "metrics.json").read_text())
+        assert numbers["variants"][name]["mean"]["mask/AP"] == measured["mask/AP"]
+        assert numbers["variants"][name]["cost"]["memory"] > 2**20
+    assert "mask AP" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path: Path, end: signal.Signals) -> None:
     """Also where it was killed: its workers notice, save and stop."""
     plan = plan_of(tmp_path, steps=200)
-    repository = Path(__file__).parents[2]
     command = [sys.executable, "tools/ablate.py", str(tmp_path / "ablation.yaml"), "--out", str(plan.out), "--jobs=2"]
-    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     wait_for_steps(plan, 3)
     process.send_signal(end)
     _, told = process.communicate()

@@ -3,7 +3,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, Step, read_records
+from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, Step, last_record, read_records
 
 
 def step(iteration, objectness=0.25):
@@ -109,3 +109,17 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
 
 def test_step_in_one_line():
     assert str(step(20)) == "loss 0.750, lr 2.00e-02, 4.00 images/s, data 12%, 1.5 GiB; objectness 0.250, mask 0.500"
+
+
+def test_the_last_record_is_the_last_complete_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_record(path) is None
+    path.write_text("")
+    assert last_record(path) is None
+    with MetricsWriter(tmp_path) as writer:
+        for iteration in range(1, 1001):  # more than is read at once
+            writer.log_step(step(iteration))
+    with path.open("a") as file:
+        file.write('{"kind": "train", "itera')
+    assert last_record(path) == read_records(path)[-1]
+    assert last_record(path)["iteration"] == 1000

@@ -1,0 +1,187 @@
+"""The tables of a report, as text that Markdown and HTML write alike: figures in percent, differences in points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from maskrcnn.ablation.comparison import Difference, share, signed_points
+from maskrcnn.ablation.measurement import PARTS
+from maskrcnn.ablation.results import AblationResults, VariantResult
+from maskrcnn.evaluation.matches import FIGURES
+
+NOTHING = "\N{EN DASH}"
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one place, and whether it is set in bold."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: its name first. The baseline's is marked."""
+
+    cells: tuple[Cell, ...]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; the first column is text, the others are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, with its title as a heading."""
+        lines = [
+            f"## {self.title}",
+            "",
+            _line(self.columns),
+            _line(["---", *["---:"] * (len(self.columns) - 1)]),
+            *(_line([_bold(cell) for cell in row.cells]) for row in self.rows),
+        ]
+        return "\n".join([*lines, "", self.note] if self.note else lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _bold(cell: Cell) -> str:
+    return f"**{cell.text}**" if cell.strong else cell.text
+
+
+def report_tables(results: AblationResults) -> list[Table]:
+    """Return every table that the results fill, in the order of a report."""
+    tables = [figure_table(results, part) for part in PARTS]
+    if results.compared:
+        tables += [*(difference_table(results, part) for part in PARTS), seed_table(results)]
+    if any(variant.paper for variant in results.variants):
+        tables.append(paper_table(results))
+    return [*tables, cost_table(results)]
+
+
+def figure_table(results: AblationResults, part: str) -> Table:
+    """The figures of each variant for masks or boxes: mean and standard deviation over the seeds, in percent."""
+    keys = [f"{part}/{figure}" for figure in FIGURES]
+    columns = [[variant.mean[key] for variant in results.variants] for key in keys]
+    best = [max((value for value in column if not math.isnan(value)), default=math.nan) for column in columns]
+    rows = [
+        _row(
+            results,
+            variant,
+            [Cell(str(len(variant.runs)))]
+            + [Cell(_spread(variant, key), variant.mean[key] == top) for key, top in zip(keys, best, strict=True)],
+        )
+        for variant in results.variants
+    ]
+    note = "In percent; mean ± standard deviation over the seeds; the best in bold."
+    return Table(f"{part.capitalize()} figures", ("variant", "seeds", *FIGURES), tuple(rows), note)
+
+
+def _spread(variant: VariantResult, key: str) -> str:
+    if math.isnan(variant.mean[key]):
+        return NOTHING
+    deviation = variant.std[key]
+    return _percent(variant.mean[key]) + ("" if math.isnan(deviation) else f" ± {_percent(deviation)}")
+
+
+def difference_table(results: AblationResults, part: str) -> Table:
+    """What each variant changes against the baseline, with its interval, in points."""
+    rows = [
+        _row(results, variant, [_difference(variant.differences[f"{part}/{figure}"]) for figure in FIGURES])
+        for variant in results.compared
+    ]
+    note = (
+        f"In points, with the {share(results.confidence)} interval of a paired bootstrap over the images; bold where "
+        "it excludes zero."
+    )
+    title = f"{part.capitalize()} figures minus those of {results.baseline}"
+    return Table(title, ("variant", *FIGURES), tuple(rows), note)
+
+
+def _difference(difference: Difference) -> Cell:
+    interval = difference.interval
+    if math.isnan(interval.value):
+        return Cell(NOTHING)
+    value, low, high = (signed_points(number) for number in (interval.value, interval.low, interval.high))
+    return Cell(f"{value} [{low}, {high}]", interval.verdict != "not told apart")
+
+
+def seed_table(results: AblationResults) -> Table:
+    """The differences of the deciding figure, seed by seed."""
+    seeds = sorted({seed for variant in results.compared for seed in variant.differences[results.metric].by_seed})
+    rows = []
+    for variant in results.compared:
+        by_seed = variant.differences[results.metric].by_seed
+        cells = [Cell(signed_points(by_seed[seed]) if seed in by_seed else NOTHING) for seed in seeds]
+        rows.append(_row(results, variant, cells))
+    title = f"{results.metric_name} minus that of {results.baseline}, seed by seed"
+    note = (
+        "In points. The intervals above cover the choice of the images, not the luck of the seeds: how far the seeds "
+        "lie apart here shows that. Of intervals around differences that are truly zero, about "
+        f"{share(1 - results.confidence)} exclude zero all the same."
+    )
+    return Table(title, ("variant", *(f"seed {seed}" for seed in seeds)), tuple(rows), note)
+
+
+def paper_table(results: AblationResults) -> Table:
+    """The paper's own figures beside those measured here, and both differences."""
+    papers = {variant.name: variant.paper for variant in results.variants}
+    rows = []
+    for variant in results.variants:
+        for key, theirs in variant.paper.items():
+            ours = variant.mean[key]
+            here = variant.differences[key].interval.value if variant.differences else math.nan
+            there = theirs - papers.get(results.baseline, {}).get(key, math.nan)
+            marked = variant.name == results.baseline
+            changes = [NOTHING, NOTHING] if marked else [_signed(here), _signed(there / 100)]
+            cells = [variant.name, key.replace("/", " "), _percent(ours), f"{theirs:.1f}", *changes]
+            rows.append(Row(tuple(map(Cell, cells)), marked))
+    columns = ("variant", "figure", "here", "paper", "here minus baseline", "paper minus baseline")
+    return Table("Beside the paper", columns, tuple(rows), "In percent; the paper measured on COCO.")
+
+
+def cost_table(results: AblationResults) -> Table:
+    """Speed of training and inference, and the memory that training takes."""
+    numbers: list[tuple[str, Callable[[VariantResult], str]]] = [
+        ("training, images/s", lambda variant: _three_digits(variant.cost.training)),
+        ("inference, images/s", lambda variant: _three_digits(variant.cost.inference)),
+        ("peak memory, MiB", lambda variant: _whole(variant.cost.memory / MEBIBYTE)),
+    ]
+    rows = [_row(results, variant, [Cell(text(variant)) for _, text in numbers]) for variant in results.variants]
+    note = (
+        "Training speed is the median over the steps on record, inference that of the last evaluation, both averaged "
+        "over the seeds; the memory is the largest of any seed."
+    )
+    return Table("Cost", ("variant", *(name for name, _ in numbers)), tuple(rows), note)
+
+
+def _row(results: AblationResults, variant: VariantResult, cells: Sequence[Cell]) -> Row:
+    marked = variant.name == results.baseline
+    return Row((Cell(variant.name + (" (baseline)" if marked else "")), *cells), marked)
+
+
+def _percent(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return NOTHING if math.isnan(value) else signed_points(value)
+
+
+def _three_digits(value: float) -> str:
+    return _whole(value) if value >= 100 else NOTHING if math.isnan(value) else f"{value:.3g}"
+
+
+def _whole(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.0f}"

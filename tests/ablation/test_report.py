@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from maskrcnn.ablation import pictures
+from maskrcnn.ablation.charts import COLOURS, WIDTH, ticks, variant_style
+from maskrcnn.ablation.pictures import galleries
+from maskrcnn.ablation.plan import Plan
+from maskrcnn.ablation.report import write_report
+from maskrcnn.ablation.results import AblationResults, analyse
+from maskrcnn.ablation.tables import Cell, Row, Table, report_tables
+
+VOID = {"meta", "img", "path", "circle", "rect"}
+
+
+class Page(HTMLParser):
+    """Reads a page, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def results(ablation: Plan) -> AblationResults:
+    return analyse(ablation)
+
+
+@pytest.fixture(scope="module")
+def out(ablation: Plan, results: AblationResults) -> Path:
+    write_report(ablation, results)
+    write_report(ablation, results)  # again: it replaces the first
+    return ablation.out
+
+
+@pytest.fixture(scope="module")
+def page(out: Path) -> Page:
+    return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+# report.html.
+
+
+def test_the_page_loads_nothing(out: Path, page: Page) -> None:
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r'"data:[^"]*"', "", (out / "report.html").read_text()))
+    loading = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert loading
+    assert all(value and value.startswith("data:image/jpeg;base64,") for value in loading)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert (out / "report.html").stat().st_size < 3e6
+
+
+def test_the_page_names_every_variant_and_escapes_the_title(page: Page, results: AblationResults) -> None:
+    text = " ".join(page.texts)
+    for name in ("pool (baseline)", "align", "same", "coarse", "align/seed_2", "device: toy", *results.sentences):
+        assert name in text
+    assert page.texts.count("Shapes & masks, a <b>small</b> ablation") == 2  # title and heading
+    assert "small" not in page.texts
+
+
+def test_the_best_is_bold_and_the_baseline_is_marked(page: Page, out: Path) -> None:
+    source = (out / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr(.*?)</tr>", source)
+    figures = [row for row in rows if " ± " in row]
+    assert [("baseline" in row, "<b>" in row) for row in figures[:4]] == [
+        (True, False), (False, True), (False, False), (False, False)
+    ]  # fmt: skip
+
+
+def test_the_charts_show_every_variant(page: Page) -> None:
+    labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes]
+    assert labels == ["differences to pool", "training loss", "mask AP75, percent"]
+    strokes = [attributes.get("stroke") for tag, attributes in page.tags if attributes.get("class") == "line"]
+    assert all(strokes.count(colour) == 3 for colour in COLOURS[:4])  # a key and two curves
+    intervals = [attributes for _, attributes in page.tags if attributes.get("class") == "interval"]
+    assert len(intervals) == 3 * 6  # variants, figures
+    numbers = [float(number) for one in intervals for number in re.findall(r"[\d.]+", str(one["d"]))]
+    assert min(numbers) >= 0
+    assert max(numbers) < WIDTH
+
+
+def test_pictures_show_the_images_that_differ_most(results: AblationResults) -> None:
+    found = {gallery.variant: gallery for gallery in galleries(results)}
+    assert found.keys() == {"align", "same", "coarse"}
+    assert not found["align"].losses
+    assert len(found["align"].gains) == len(found["coarse"].losses) == 4
+    assert [strip.caption.split(":")[0] for strip in found["same"].gains] == ["image 4"]
+    assert [strip.caption.split(":")[0] for strip in found["same"].losses] == ["image 5"]
+    gains = [float(strip.caption.split("+")[1].split()[0]) for strip in found["align"].gains]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_a_strip_has_the_truth_and_every_variant(results: AblationResults) -> None:
+    strip = galleries(results)[0].gains[0]
+    assert strip.titles == ("ground truth", "pool, seed 0", "align, seed 0", "same, seed 0", "coarse, seed 0")
+    images = [read_picture(uri) for uri in strip.pictures]
+    assert {image.shape for image in images} == {(320, 320, 3)}
+    apart = [np.abs(images[0].astype(int) - image).mean() for image in images[1:]]
+    assert apart[1] < apart[0] < apart[3]  # align moves the objects by 1 pixel, pool by 3, coarse by 7
+
+
+def test_the_number_of_pictures_is_bounded(results: AblationResults, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MOST", 60)
+    assert max(len(gallery.gains) for gallery in galleries(results)) == 2
+
+
+def test_large_images_are_made_smaller_before_drawing(results: AblationResults) -> None:
+    classes = results.variants[0].runs[0].run.config.data.build_validation().classes
+    mask = np.zeros((480, 640), dtype=bool)
+    mask[100:200, 300:400] = True
+    drawn = pictures._draw(
+        np.zeros((480, 640, 3), np.uint8), np.array([[300, 100, 400, 200]]), [1], [mask], None, classes
+    )
+    assert drawn.shape == (240, 320, 3)
+    assert drawn[75, 175].any()
+    assert not drawn[75, 145].any()
+    assert not drawn[:, 250:].any()  # where box and caption would be without their share of the reduction
+
+
+def read_picture(uri: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(-0.013, 0.052) == [-0.01, 0.0, 0.01, 0.02, 0.03, 0.04, 0.05]
+    assert ticks(0, 160000, 4) == [0, 50000, 100000, 150000]
+
+
+def test_a_ninth_variant_is_dashed(results: AblationResults) -> None:
+    many = replace(results, variants=tuple(replace(results.variants[0], name=str(place)) for place in range(9)))
+    assert variant_style(many, "0") == 'stroke="#0072b2" stroke-dasharray="none"'
+    assert variant_style(many, "8") == 'stroke="#0072b2" stroke-dasharray="6 3"'
+
+
+def test_a_report_without_comparisons_is_written(ablation: Plan, tmp_path: Path) -> None:
+    alone = replace(ablation, out=tmp_path, runs=tuple(run for run in ablation.runs if run.variant == "align"))
+    write_report(alone, analyse(alone))
+    text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts)
+    assert "align" in text
+    assert "Differences" not in text
+    assert "minus those" not in text
+    assert "Mask figures" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+# report.md.
+
+
+def test_the_markdown_has_sentences_and_tables(out: Path, results: AblationResults) -> None:
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Shapes & masks, a <b>small</b> ablation\n")
+    assert all(f"- {sentence}\n" in text for sentence in results.sentences)
+    assert "Not finished, and left out: coarse/seed_1, align/seed_2." in text
+    assert "coarse is compared with pool over the seeds that both have finished: 0, 2." in text
+    tables = dict(re.findall(r"## (.*)\n\n((?:\|.*\n)+)", text))
+    assert list(tables) == [
+        "Mask figures", "Box figures", "Mask figures minus those of pool", "Box figures minus those of pool",
+        "mask AP75 minus that of pool, seed by seed", "Beside the paper", "Cost",
+    ]  # fmt: skip
+    for table in tables.values():
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    mean, deviation = (100 * part["mask/AP"] for part in (results.variants[1].mean, results.variants[1].std))
+    assert f"| align | 2 | **{mean:.1f} ± {deviation:.1f}** |" in tables["Mask figures"]
+    assert "| pool (baseline) | 35 | 140 | 302 |" in tables["Cost"]
+
+
+def test_the_paper_stands_beside(results: AblationResults) -> None:
+    table = next(table for table in report_tables(results) if table.title == "Beside the paper")
+    change = 100 * results.variants[1].differences["mask/AP75"].interval.value
+    row = next(row for row in table.rows if [cell.text for cell in row.cells[:2]] == ["align", "mask AP75"])
+    assert [cell.text for cell in row.cells[3:]] == ["32.1", f"{change:+.1f}", "+10.5"]
+
+
+def test_a_table_in_markdown() -> None:
+    rows = (Row((Cell("a"), Cell("1", strong=True))), Row((Cell("b"), Cell("0")), marked=True))
+    assert Table("T", ("name", "AP"), rows, "A note.").markdown() == (
+        "## T\n\n| name | AP |\n| --- | ---: |\n| a | **1** |\n| b | 0 |\n\nA note.\n"
+    )
+
+
+# results.json and TensorBoard.
+
+
+def test_the_numbers_are_stored(out: Path, results: AblationResults) -> None:
+    stored = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert stored["unfinished"] == ["coarse/seed_1", "align/seed_2"]
+    assert list(stored["variants"]) == ["pool", "align", "same", "coarse"]
+    align: dict[str, Any] = stored["variants"]["align"]
+    assert align["mean"]["mask/AP"] == results.variants[1].mean["mask/AP"]
+    assert align["mean"]["mask/APl"] is None
+    assert align["paper"] == {"mask/AP": 30.9, "mask/AP75": 32.1}
+    interval = results.variants[1].differences["mask/AP75"].interval
+    assert align["minus_baseline"]["mask/AP75"] == {
+        "value": interval.value, "low": interval.low, "high": interval.high, "verdict": "better",
+        "by_seed": {str(seed): value for seed, value in results.variants[1].differences["mask/AP75"].by_seed.items()},
+    }  # fmt: skip
+    assert align["seeds"].keys() == {"0", "1"}
+    assert align["seeds"]["0"]["metric"] == [[20, 0.2], [40, 0.4]]
+    assert align["seeds"]["0"]["cost"]["memory"] == 200 * 2**20
+    assert "device: toy" in stored["made_by"]
+    assert "device: old" not in stored["made_by"]
+
+
+def test_tensorboard_reads_the_events(out: Path, results: AblationResults) -> None:
+    for variant in results.variants:
+        events = EventAccumulator(str(out / "tensorboard" / variant.name)).Reload()
+        [figure] = events.Scalars("mask/AP")
+        assert figure.value == pytest.approx(variant.mean["mask/AP"], rel=1e-6)
+        assert "mask/APl" not in events.Tags()["scalars"]
+        assert [point.step for point in events.Scalars("training loss")] == [10, 20, 30, 40]
+        assert [point.step for point in events.Scalars("course of mask AP75")] == [20, 40]
+        assert events.PluginTagToContent("hparams")
+    root = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert root.Tags()["tensors"] == ["report/text_summary"]
+    assert len(list((out / "tensorboard").glob("events*"))) == 1  # the second report replaced the first
