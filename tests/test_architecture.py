@@ -21,8 +21,11 @@ FLOORS = (
     {"ops"},
     {"data", "training"},
     {"models", "evaluation", "visualization"},
-    {"run_directory"},
+    {"run_directory", "roi_picture"},
     {"experiment"},
+    {"inference"},
+    {"training_run"},
+    {"ablation"},
     {"tools"},
 )
 

@@ -15,23 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from maskrcnn import experiment
+from maskrcnn import inference
 from maskrcnn.config import load_config
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import (
-    ExperimentConfig,
-    Predictor,
-    choose_device,
-    evaluate_checkpoint,
-    evaluate_predictor,
-    load_predictor,
-    predict_images,
-    train_experiment,
-)
+from maskrcnn.experiment import ExperimentConfig, choose_device
+from maskrcnn.inference import Predictor, evaluate_checkpoint, evaluate_predictor, load_predictor, predict_images
 from maskrcnn.structures import ClassTable
 from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint
-from maskrcnn.training.metrics import read_records
+from maskrcnn.training.metrics import TIMING_KEYS, read_records
+from maskrcnn.training_run import train_experiment
 
 CPU = torch.device("cpu")
 LAST = 4
@@ -151,9 +144,8 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(run: Path, tmp_path: Path) -
     one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (run, other))
     assert two.iteration == LAST
     assert all(torch.equal(value, two.model[name]) for name, value in one.model.items())
-    timing = {"images_per_second", "data_share"}
     first, second = (
-        [{key: value for key, value in record.items() if key not in timing} for record in read_records(path)]
+        [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in read_records(path)]
         for path in (run / "metrics.jsonl", other / "metrics.jsonl")
     )
     assert first == second
@@ -172,7 +164,7 @@ def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path
 def test_a_finished_run_does_nothing_more(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    monkeypatch.setattr(experiment, "evaluate_predictor", None)  # calling it fails
+    monkeypatch.setattr(inference, "evaluate_predictor", None)  # calling it fails
     train(load(tmp_path), other, resume=True)
     assert read_records(other / "metrics.jsonl") == read_records(run / "metrics.jsonl")
 

@@ -32,7 +32,8 @@ def main() -> None:
 
     from maskrcnn.config import load_config
     from maskrcnn.evaluation.results import read_results
-    from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, report
+    from maskrcnn.experiment import ExperimentConfig, choose_device
+    from maskrcnn.inference import evaluate_checkpoint, report
 
     setup_logging()
     if from_files:

@@ -24,7 +24,8 @@ def main() -> None:
 
     from maskrcnn.config import load_config
     from maskrcnn.data.statistics import summarize
-    from maskrcnn.experiment import ExperimentConfig, draw_ground_truth
+    from maskrcnn.experiment import ExperimentConfig
+    from maskrcnn.inference import draw_ground_truth
 
     setup_logging()
     data = load_config(args.config, ExperimentConfig, args.overrides).data

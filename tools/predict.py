@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from maskrcnn.config import load_config
-    from maskrcnn.experiment import ExperimentConfig, choose_device, load_predictor, predict_images
+    from maskrcnn.experiment import ExperimentConfig, choose_device
+    from maskrcnn.inference import load_predictor, predict_images
 
     setup_logging()
     config = load_config(args.config, ExperimentConfig, args.overrides)

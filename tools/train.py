@@ -26,8 +26,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from maskrcnn.config import load_config
-    from maskrcnn.experiment import ExperimentConfig, choose_device, train_experiment
+    from maskrcnn.experiment import ExperimentConfig, choose_device
     from maskrcnn.training.loop import Interrupted
+    from maskrcnn.training_run import train_experiment
 
     out = args.out or Path("runs") / args.config.stem
     setup_logging()

@@ -17,9 +17,10 @@ import torch
 
 from maskrcnn.cli import run
 from maskrcnn.config import load_config
-from maskrcnn.experiment import ExperimentConfig, choose_device, train_experiment
+from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.training.loop import Interrupted
+from maskrcnn.training_run import train_experiment
 
 
 def main() -> None:

@@ -127,17 +127,20 @@ def rounded_cells(boxes: Tensor, stride: float) -> Tensor:
     """Return the cells that RoIPool makes of boxes: (R, 4) pixels -> (R, 4) whole numbers, ends exclusive.
 
     Corners are rounded to the nearest cell, halves away from zero as torchvision's kernel does, and the last cell
-    belongs to the box, which has at least one.
+    belongs to the box.
     """
     corners = boxes * (1.0 / stride)
     corners = corners.trunc() + (2 * corners.frac()).trunc()  # torch.round would send halves to the even cell
-    return _at_least_one_cell(corners[:, :2], corners[:, 2:] + 1)
+    return torch.cat((corners[:, :2], corners[:, 2:] + 1), dim=1)
 
 
 def cut_cells(boxes: Tensor, stride: float) -> Tensor:
-    """Return the cells of boxes whose corners are cut: (R, 4) pixels -> (R, 4) whole numbers, ends exclusive."""
+    """Return the cells of boxes with cut corners: (R, 4) pixels -> (R, 4) whole numbers, ends exclusive.
+
+    A box has at least one cell.
+    """
     corners = (boxes / stride).floor()
-    return _at_least_one_cell(corners[:, :2], corners[:, 2:])
+    return torch.cat((corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1)), dim=1)
 
 
 def cut_bins(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -271,10 +274,6 @@ def _precise(features: Tensor) -> Tensor:
 def _numbered(boxes: Tensor, images: Tensor, features: Tensor) -> Tensor:
     """Return the boxes as torchvision's kernels take them: (R, 5), the number of the image in front."""
     return torch.cat((images[:, None].to(features.dtype), boxes.to(features.dtype)), dim=1)
-
-
-def _at_least_one_cell(starts: Tensor, ends: Tensor) -> Tensor:
-    return torch.cat((starts, torch.maximum(ends, starts + 1)), dim=1)
 
 
 def _maximum_of_cut_bins(features: Tensor, boxes: Tensor, images: Tensor, stride: float, size: int) -> Tensor:

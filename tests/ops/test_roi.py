@@ -5,6 +5,7 @@ Shapes: B images, C channels, H and W of a feature map, R regions, S size of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -20,8 +21,10 @@ from maskrcnn.ops.roi import (
     RoIPoolConfig,
     RoIPooler,
     RoIWarpConfig,
+    Rounding,
     roi_align,
     roi_pool,
+    roi_warp,
 )
 
 CHOICES = [
@@ -114,17 +117,59 @@ def test_8x8_roi_pool_of_exactly_5_by_7_cells_shares_the_middle_row_and_column()
     assert cells_read(features, region, size=2) == [[0, 1, 2, 3], [3, 4, 5, 6]]
 
 
-def cells_read(features: Tensor, box: Tensor, size: int, stride: float = 1) -> list[list[int]]:
+def test_8x8_roi_pool_floor_has_exactly_5_by_7_cells_in_disjoint_bins():
+    features = 10 * ramp(8, 8, "row") + ramp(8, 8)
+    # 7 columns: 7 / 2 = 3.5 is cut to 3; 5 rows: 5 / 2 = 2.5 is cut to 2. Columns 0..2 and 3..6, rows 3..4 and 5..7.
+    pooled = roi_pool(features, REGION, FIRST, stride=1, size=2, rounding="floor")
+    assert pooled[0, 0].tolist() == [[42.0, 46.0], [72.0, 76.0]]
+    assert cells_read(features, REGION, size=2, rounding="floor") == [[0, 1, 2], [3, 4, 5, 6]]
+
+
+def test_8x8_roi_warp_reads_the_box_of_roi_pool_at_points():
+    rows, columns = (
+        roi_warp(ramp(8, 8, of), REGION, FIRST, stride=1, size=4, sampling_ratio=1)[0, 0] for of in ("row", "column")
+    )
+    # Columns 0..8 and rows 3..9, bins of 4 x 3, quarters of 2 x 1.5 with centres at x = 1, 3, 5, 7 and y = 3.75, 5.25,
+    # 6.75, 8.25, less 0.5. The last of them, row index 7.75, lies outside the map and reads its border, row 7.
+    assert columns[0].tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert rows[:, 0].tolist() == [3.25, 4.75, 6.25, 7.0]
+    features = 10 * ramp(8, 8, "row") + ramp(8, 8)
+    average = roi_warp(features, REGION, FIRST, stride=1, size=2)
+    maximum = roi_warp(features, REGION, FIRST, stride=1, size=2, aggregate="maximum")
+    assert average[0, 0].tolist() == [[41.5, 45.5], [67.75, 71.75]]
+    assert maximum[0, 0].tolist() == [[50.0, 54.0], [72.5, 76.5]]
+
+
+def test_8x8_the_box_of_one_region_of_the_command_line():
+    box = torch.tensor([[1.0, 1.0, 6.0, 8.0]])  # `tools/explain_roi.py --map 8x8 --box 1,1,6,8 --output 2x2`
+    features = 10 * ramp(8, 8, "row") + ramp(8, 8)
+    layers = (roi_pool, functools.partial(roi_pool, rounding="floor"), roi_warp, roi_align)
+    assert [layer(features, box, FIRST, stride=1, size=2)[0, 0].tolist() for layer in layers] == [
+        [[43.0, 46.0], [73.0, 76.0]],
+        [[32.0, 35.0], [72.0, 75.0]],
+        [[27.0, 30.0], [64.5, 67.5]],
+        [[24.25, 26.75], [59.25, 61.75]],
+    ]
+
+
+def cells_read(
+    features: Tensor, box: Tensor, size: int, stride: float = 1, rounding: Rounding = "round"
+) -> list[list[int]]:
     """Return the columns that each column of RoIPool's bins reads: those where a bright cell shows in it."""
     found: list[list[int]] = [[] for _ in range(size)]
     row = int(box[0, 1] / stride)
     for column in range(features.shape[3]):
         single = torch.zeros_like(features)
         single[0, 0, row, column] = 1.0
-        pooled = roi_pool(single, box, FIRST, stride=stride, size=size)[0, 0, 0]
+        pooled = roi_pool(single, box, FIRST, stride=stride, size=size, rounding=rounding)[0, 0, 0]
         for index in pooled.nonzero().flatten().tolist():
             found[index].append(column)
     return found
+
+
+def test_the_kernel_gives_a_cell_more_to_bins_whose_border_is_no_binary_fraction():
+    box = torch.tensor([[0.0, 0.0, 56.0, 0.0]])  # 57 cells in 7 bins: the last border is 57, in float32 a little more
+    assert cells_read(torch.zeros(1, 1, 1, 64), box, size=7)[-1] == list(range(48, 58))
 
 
 # The worked example of an 800 px image and a 665 px object, at stride 32: 25 cells and 20.78 cells.
@@ -152,11 +197,43 @@ def test_665_px_roi_pool_rounds_to_cell_21_and_shares_cells_between_bins():
     ]
 
 
-def test_665_px_roi_pool_cannot_tell_boxes_that_round_alike_and_roi_align_can():
+def test_665_px_roi_pool_floor_reads_20_cells_once_each():
+    features = ramp(25, 25)
+    assert [index * 20 // 7 for index in range(8)] == [0, 2, 5, 8, 11, 14, 17, 20]
+    assert 20 * 32 == 640 == 665 - 25
+    pooled = roi_pool(features, OBJECT, FIRST, stride=32, size=7, rounding="floor")
+    assert pooled[0, 0, 0].tolist() == [1, 4, 7, 10, 13, 16, 19]
+    assert cells_read(features, OBJECT, size=7, stride=32, rounding="floor") == [
+        [0, 1],
+        [2, 3, 4],
+        [5, 6, 7],
+        [8, 9, 10],
+        [11, 12, 13],
+        [14, 15, 16],
+        [17, 18, 19],
+    ]
+
+
+def test_665_px_roi_warp_stretches_22_cells_over_the_grid():
+    features = ramp(25, 25)
+    pooled = roi_warp(features, OBJECT, FIRST, stride=32, size=7)[0, 0, 0]
+    expected = [(index + 0.5) * 22 / 7 - 0.5 for index in range(7)]
+    assert expected == pytest.approx([1.0714, 4.2143, 7.3571, 10.5, 13.6429, 16.7857, 19.9286], abs=1e-4)
+    torch.testing.assert_close(pooled, torch.tensor(expected))
+    points = roi_warp(features, OBJECT, FIRST, stride=32, size=14, sampling_ratio=1)[0, 0, 0]
+    assert points[:2].tolist() == pytest.approx([0.2857, 1.8571], abs=1e-4)  # 11 / 14 and 33 / 14, less 0.5
+    exact = roi_align(features, OBJECT, FIRST, stride=32, size=7)[0, 0, 0]
+    # Further from the box's place in each bin: 3 px of the image in the first, 36 px in the last.
+    assert (32 * (pooled - exact)).tolist() == pytest.approx([2.79, 8.36, 13.93, 19.5, 25.07, 30.64, 36.21], abs=5e-3)
+
+
+def test_665_px_what_rounds_cannot_tell_boxes_that_round_alike_and_roi_align_can():
     features = ramp(25, 25)
     moved = OBJECT + torch.tensor([[10.0, 0.0, 10.0, 0.0]])  # 0.3125 cells to the right
-    pools = [roi_pool(features, box, FIRST, stride=32, size=7) for box in (OBJECT, moved)]
-    assert torch.equal(*pools)
+    for layer in (roi_pool, roi_warp):
+        assert torch.equal(*(layer(features, box, FIRST, stride=32, size=7) for box in (OBJECT, moved)))
+    cut = functools.partial(roi_pool, rounding="floor")  # 675 px would be in cell 21; 671 px are in cell 20
+    assert torch.equal(*(cut(features, box, FIRST, stride=32, size=7) for box in (OBJECT, OBJECT + 6)))
     aligns = [roi_align(features, box, FIRST, stride=32, size=7) for box in (OBJECT, moved)]
     # Away from the map's border, where the first sample point is clamped, everything moves along.
     torch.testing.assert_close((aligns[1] - aligns[0])[..., 1:], torch.full((1, 1, 7, 6), 0.3125))
@@ -257,22 +334,33 @@ def test_config_chooses_by_kind():
     assert reader.validate_python({"kind": "roi_pool"}) == RoIPoolConfig()
     align = reader.validate_python({"kind": "roi_align", "aggregate": "maximum", "aligned": False})
     assert align == RoIAlignConfig(aggregate="maximum", aligned=False)
+    warp = reader.validate_python({"kind": "roi_warp", "sampling_ratio": 3})
+    assert warp == RoIWarpConfig(sampling_ratio=3)
+    assert list(warp.model_dump()) == ["kind", "aggregate", "sampling_ratio"]
+    assert RoIPoolConfig().build() is roi_pool
 
 
-def test_config_passes_its_values_to_the_layer(random_case: Case):
+@pytest.mark.parametrize(
+    ("config", "layer", "values"),
+    [
+        (RoIAlignConfig, roi_align, {"aggregate": "maximum", "sampling_ratio": 3, "aligned": False}),
+        (RoIWarpConfig, roi_warp, {"aggregate": "maximum", "sampling_ratio": 3}),
+        (RoIPoolConfig, roi_pool, {"rounding": "floor"}),
+    ],
+)
+def test_config_passes_its_values_to_the_layer(random_case: Case, config, layer, values):
     features, boxes, images = random_case
-    config = RoIAlignConfig(aggregate="maximum", sampling_ratio=3, aligned=False)
-    expected = roi_align(
-        features, boxes, images, stride=4, size=2, aggregate="maximum", sampling_ratio=3, aligned=False
-    )
-    assert torch.equal(config.build()(features, boxes, images, stride=4, size=2), expected)
+    found = config(**values).build()(features, boxes, images, stride=4, size=2)
+    assert torch.equal(found, layer(features, boxes, images, stride=4, size=2, **values))
+    assert not torch.equal(found, layer(features, boxes, images, stride=4, size=2))
 
 
-def test_config_refuses_an_adaptive_maximum():
+@pytest.mark.parametrize("config", [RoIAlignConfig, RoIWarpConfig])
+def test_config_refuses_an_adaptive_maximum(config):
     with pytest.raises(ValidationError, match="sampling_ratio of at least 1"):
-        RoIAlignConfig(aggregate="maximum", sampling_ratio=0)
+        config(aggregate="maximum", sampling_ratio=0)
     with pytest.raises(ValidationError):
-        RoIAlignConfig(sampling_ratio=-1)
+        config(sampling_ratio=-1)
 
 
 # The pooler

@@ -1,0 +1,205 @@
+"""The picture of the RoI layers and the tool that draws it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskrcnn.config import load_config
+from maskrcnn.errors import InputError
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.roi_picture import BINS, BOX, HIGH, LOW, POINT, Shades, View, draw_box, draw_roi_layers, plain, shade_map
+from maskrcnn.structures import ClassTable
+from maskrcnn.training.checkpoint import CheckpointFolder
+
+TOOL = Path(__file__).parents[1] / "tools" / "explain_roi.py"
+
+EXPERIMENT = """
+model:
+  backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 4}, norm: bn, freeze: 0, weights: none}
+  rpn: {anchor_sizes: [[8], [16], [32], [48], [64]]}
+  box_head: {kind: fc, width: 8}
+data:
+  train: {kind: shapes}
+  validation: {kind: shapes}
+  validation_transforms: {short_side: [96], long_side: 128, flip: 0.0}
+"""
+
+Explain = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Explain:
+    """Runs the tool in this process and returns the picture, (h, w, 3)."""
+
+    def call(*arguments: object) -> np.ndarray:
+        out = tmp_path / "new folder" / "roi.png"
+        monkeypatch.setattr(sys, "argv", ["explain_roi.py", "--out", str(out), *map(str, arguments)])
+        runpy.run_path(str(TOOL))["main"]()
+        return np.array(Image.open(out).convert("RGB"))
+
+    return call
+
+
+def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
+    """How many pixels have a colour; the tool may have reduced the colours a little."""
+    return int((np.abs(picture.astype(int) - colour).max(axis=2) <= 6).sum())
+
+
+def test_a_map_is_drawn_with_box_bins_and_points(explain: Explain):
+    picture = explain("--map", "8x8", "--box", "1,1,6,8", "--output", "2x2")
+    assert min(picture.shape[:2]) > 600
+    assert min(count(picture, colour) for colour in (BOX, BINS, POINT)) > 500
+
+
+def test_it_draws_the_same_picture_again(explain: Explain):
+    arguments = ("--map", "6x6", "--stride", 32, "--box", "0,0,100,50")
+    assert np.array_equal(explain(*arguments), explain(*arguments, "--output", "7x7"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--map", "8x8", "--box", "1,1,6"), "--box 1,1,6: expected four numbers"),
+        (("--map", "8x8", "--box", "1,1,6,x"), "--box 1,1,6,x: expected four numbers"),
+        (("--map", "8x8", "--box", "1,1,6,inf"), "must be finite"),
+        (("--map", "8x8", "--box", "1,1,1,8"), "--box 1,1,1,8: the box has no area"),
+        (("--map", "8x8", "--box", "6,8,1,1"), "the box has no area"),
+        (("--map", "8x8", "--box", "8,0,9,9"), "--box 8,0,9,9: it lies outside the map of 8 x 8 pixels"),
+        (("--map", "4x8", "--stride", "2", "--box=-4,-4,0,5"), "--box -4,-4,0,5: it lies outside the map of 16 x 8"),
+        (("--map", "8", "--box", "1,1,6,8"), "--map 8: expected two whole numbers HxW"),
+        (("--map", "0x8", "--box", "1,1,6,8"), "--map 0x8: both numbers must be from 1 to 100"),
+        (("--map", "8x8", "--box", "1,1,6,8", "--output", "2x3"), "--output 2x3: the RoI layers make square grids"),
+        (("--map", "8x8", "--box", "1,1,6,8", "--stride", "0"), "--stride 0: it must be greater than 0"),
+        (("--map", "8x8", "--box", "1,1,6,8", "--out", "x.gif"), "--out x.gif: the picture is a PNG"),
+        (("--box", "1,1,6,8"), "give either --map HxW or --image FILE"),
+        (("--map", "8x8", "--image", "x.jpg", "--box", "1,1,6,8"), "give either --map HxW or --image FILE"),
+        (("--map", "8x8", "--config", "x.yaml", "--box", "1,1,6,8"), "need --image FILE"),
+        (("--image", "x.jpg", "--box", "1,1,6,8"), "--image needs --config FILE"),
+        (("--image", "no.jpg", "--config", "x.yaml", "--box", "1,1,6,8"), "no.jpg: no such image file"),
+    ],
+)
+def test_wrong_input_gives_one_clear_message(explain: Explain, arguments: tuple[str, ...], message: str):
+    with pytest.raises(InputError) as raised:
+        explain(*arguments)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> tuple[Path, Path]:
+    """An image of 80 x 120 pixels, and the experiment."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    (tmp_path / "experiment.yaml").write_text(EXPERIMENT)
+    return tmp_path / "photo.png", tmp_path / "experiment.yaml"
+
+
+def test_an_image_is_read_by_the_configs_backbone(explain: Explain, photograph: tuple[Path, Path]):
+    image, config = photograph
+    picture = explain("--image", image, "--config", config, "--box", "10,10,60,50", "--output", "2x2")
+    assert min(count(picture, colour) for colour in (BOX, BINS, POINT)) > 100
+
+
+def test_the_map_is_the_one_that_the_box_head_reads(photograph: tuple[Path, Path]):
+    parts = runpy.run_path(str(TOOL))
+    model, transform, origin = parts["_load_model"](photograph[1], [], None)
+    assert origin == "RANDOM WEIGHTS"
+    pixels = torch.zeros(3, 80, 120, dtype=torch.uint8)
+    # 80 x 120 becomes 85 x 128, padded to 96 x 128.
+    features, stride, box = parts["_feature_map"](model, transform, pixels, (0.0, 0.0, 60.0, 40.0))
+    assert stride == 4
+    assert features.shape == (4, 24, 32)
+    assert box == pytest.approx((0.0, 0.0, 64.0, 42.5))
+    _, stride, _ = parts["_feature_map"](model, transform, pixels, (-400.0, -400.0, 400.0, 400.0))
+    assert stride == 32  # 850 x 853 px
+
+
+def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path: Path):
+    load_model = runpy.run_path(str(TOOL))["_load_model"]
+    config = load_config(photograph[1], ExperimentConfig)
+    model = config.model.build(2)
+    optimizer = config.training.optimizer.build(model, batch_size=1)
+    classes = ClassTable(("cat", "dog"), (1, 2))
+    CheckpointFolder(tmp_path, model=model, optimizer=optimizer, classes=classes, config={}, metric="mask/AP").save(1)
+    loaded, _, origin = load_model(photograph[1], [], tmp_path / "last.pt")
+    assert origin == "weights of last.pt"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(InputError, match=r"no\.pt"):
+        load_model(photograph[1], [], tmp_path / "no.pt")
+
+
+def test_a_box_outside_the_image_is_wrong_input(explain: Explain, photograph: tuple[Path, Path]):
+    image, config = photograph
+    with pytest.raises(InputError, match=r"it lies outside .* of 120 x 80 pixels"):
+        explain("--image", image, "--config", config, "--box", "120,0,130,10")
+
+
+# The drawing
+
+
+def draw(features: torch.Tensor, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    return draw_roi_layers(features, box, stride=1, size=size, title="title", notes=["note"])
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (-500.0, -500.0, 900.0, 900.0),  # huge
+        (3.0, 3.0, 3.1, 3.1),  # much smaller than a cell
+        (7.9, 7.9, 30.0, 30.0),  # over the corner
+        (0.0, 0.0, 8.0, 0.2),  # a line
+    ],
+)
+@pytest.mark.parametrize("size", [1, 5])
+def test_awkward_boxes_can_be_drawn(box: tuple[float, float, float, float], size: int):
+    picture = draw(torch.randn(8, 8), box, size)
+    assert max(picture.shape) < 4000
+    assert count(picture, BOX) > 50
+
+
+def test_a_constant_map_can_be_drawn():
+    assert draw(torch.zeros(4, 4), (0.0, 0.0, 2.0, 2.0), 2).shape[2] == 3
+
+
+def test_a_view_cuts_off_what_lies_beyond_it():
+    view = View(left=-1, top=2, columns=10, rows=4, cell=20)
+    assert view.size == (200, 80)
+    assert view.rectangle((0, 1.5), (2, 3)) == (20, 0, 50, 20)
+    assert view.rectangle((-5, 50), (-5, 50)) == (0, 0, 200, 80)
+
+
+def test_numbers_are_as_short_as_they_can_be():
+    assert [plain(value) for value in (2.5, 3.0, 20.78125, -0.001, 0.0, -1.5)] == [
+        "2.5",
+        "3",
+        "20.78",
+        "0",
+        "0",
+        "-1.5",
+    ]
+    assert Shades(0, 77).text(38.75) == "38.75"
+    assert Shades(-0.003, 0.001).text(0.00123456) == "0.00123"
+
+
+def test_low_values_are_light_and_high_values_dark():
+    shades = Shades.of(torch.tensor([0.0, 10.0]))
+    assert [shades.colour(value)[0] for value in (-5.0, 0.0, 10.0)] == [LOW, LOW, HIGH]
+
+
+def test_a_map_is_shaded_from_black_to_white():
+    assert shade_map(torch.tensor([[-1.0, 0.0], [1.0, 1.0]]))[:, :, 0].tolist() == [[0, 128], [255, 255]]
+
+
+def test_a_picture_of_context_has_the_box_where_it_is():
+    picture = draw_box(np.zeros((10, 20, 3), dtype=np.uint8), (10.0, 0.0, 20.0, 10.0), "title")
+    rows, columns = np.nonzero((picture == BOX).all(axis=2))
+    assert (columns.min(), columns.max()) == (16 + 210, 16 + 419)
+    assert rows.min() == 56
