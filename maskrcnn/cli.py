@@ -52,15 +52,16 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def setup_logging(log_file: Path | None = None) -> None:
+def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
     """Send log records to stderr as plain lines and, with times, to the end of `log_file`.
 
     The console shows the package from INFO on, the file from DEBUG on; other libraries speak from WARNING on. A
-    second call replaces the first.
+    second call replaces the first. Of several processes, numbered from 0, the first speaks for all: the others show
+    warnings alone, with their number.
     """
     console = _ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(logging.INFO)
+    console.setFormatter(logging.Formatter(f"process {process}: %(message)s" if process else "%(message)s"))
+    console.setLevel(logging.WARNING if process else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if log_file is not None:
         file = logging.FileHandler(log_file, encoding="utf-8")

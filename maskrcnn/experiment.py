@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from maskrcnn.config import Section
 from maskrcnn.data import DatasetConfig
@@ -21,6 +21,12 @@ from maskrcnn.structures import ClassTable
 from maskrcnn.training.loop import TrainingConfig
 
 Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
+# fmt: off
+AnyMetric = Literal[  # ema/: of the averaged weights
+    "box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75",
+    "ema/box/AP", "ema/box/AP50", "ema/box/AP75", "ema/mask/AP", "ema/mask/AP50", "ema/mask/AP75",
+]
+# fmt: on
 
 
 class DataConfig(Section):
@@ -63,7 +69,8 @@ class EvaluationConfig(Section):
 
     batch_size: PositiveInt = 1
     backend: Backend = "faster"
-    best_metric: Metric = "mask/AP"  # by which the best checkpoint is chosen
+    best_metric: AnyMetric = "mask/AP"  # by which the best checkpoint is chosen
+    losses: bool = False  # compute the losses on the validation set, too
     pictures: int = Field(12, ge=0)  # images to draw after training, ground truth beside prediction
     picture_score: float = 0.5  # detections below it are not drawn
 
@@ -76,6 +83,15 @@ class ExperimentConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="after")
+    def _the_average_exists(self) -> ExperimentConfig:
+        if self.evaluation.best_metric.startswith("ema/") and self.training.ema_decay is None:
+            raise ValueError(
+                f"evaluation.best_metric is {self.evaluation.best_metric}, but there are no averaged weights: set "
+                "training.ema_decay"
+            )
+        return self
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU if there is one. Raises InputError for a device that torch does not have here."""
@@ -83,9 +99,12 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type != "cuda":  # of several processes, each would take memory of the first GPU
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
 
 

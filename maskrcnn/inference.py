@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ from maskrcnn.experiment import ExperimentConfig, require_same_classes
 from maskrcnn.memory import keep_freed_memory
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import PasteConvention
-from maskrcnn.structures import Batch, ClassTable, Example
+from maskrcnn.structures import Batch, ClassTable, Example, Losses
 from maskrcnn.training.checkpoint import load_checkpoint, load_weights
-from maskrcnn.visualization import contact_sheet, draw_objects, save_image, side_by_side
+from maskrcnn.training.distributed import Processes
+from maskrcnn.visualization import contact_sheet, draw_objects, save_image, shrink, side_by_side
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]  # one detection in COCO's results format
+
+# At COCO's sizes, these 4 pictures take some 5 MB at each evaluation.
+FILMED_IMAGES = 4
+FILMED_SIDE = 1280  # px, of the two pictures beside each other
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -60,19 +66,29 @@ class Predictor:
         return coco_results(detections, batch, self.classes, paste=self.paste)
 
 
-def load_predictor(config: ExperimentConfig, weights: Path, device: torch.device) -> Predictor:
-    """The predictor of a checkpoint, whose every tensor must fit the configuration's model."""
+def load_predictor(
+    config: ExperimentConfig, weights: Path, device: torch.device, *, average: bool = False
+) -> Predictor:
+    """The predictor of a checkpoint, with its averaged weights if `average`.
+
+    Raises InputError unless every tensor fits the configuration's model.
+    """
     keep_freed_memory()
     checkpoint = load_checkpoint(weights)
+    if average and not checkpoint.average:
+        raise InputError(f"{weights}: it holds no averaged weights (training.ema_decay keeps them); leave --ema away")
     model = config.model.build(len(checkpoint.classes), pretrained=False)
-    load_weights(model, checkpoint.model, source=str(weights)).require_complete()
+    chosen = checkpoint.average if average else checkpoint.model
+    load_weights(model, chosen, source=str(weights)).require_complete()
     return Predictor.of(config, model.to(device), checkpoint.classes, device)
 
 
-def evaluate_checkpoint(config: ExperimentConfig, weights: Path, out: Path, device: torch.device) -> Evaluation:
+def evaluate_checkpoint(
+    config: ExperimentConfig, weights: Path, out: Path, device: torch.device, *, average: bool = False
+) -> Evaluation:
     """Evaluate a checkpoint on the validation set; figures, results and pictures go to folder `out`."""
     dataset = config.data.build_validation()
-    predictor = load_predictor(config, weights, device)
+    predictor = load_predictor(config, weights, device, average=average)
     require_same_classes(predictor.classes, dataset.classes, str(weights), "data.validation")
     found, _ = evaluate_predictor(config, predictor, dataset, out)
     draw_predictions(config, predictor, dataset, out / "predictions")
@@ -80,22 +96,64 @@ def evaluate_checkpoint(config: ExperimentConfig, weights: Path, out: Path, devi
 
 
 def evaluate_predictor(
-    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, out: Path
+    config: ExperimentConfig,
+    predictor: Predictor,
+    dataset: DetectionDataset,
+    out: Path,
+    processes: Processes | None = None,
 ) -> tuple[Evaluation, float]:
     """Run over `dataset`, write `results.json` and `metrics.json` to folder `out`, and log the tables.
 
+    Several processes share the images; the main one measures and writes. With the same threads and kind of device the
+    results are those of one process. Every process must call this, and gets what is returned.
+
     Returns the figures, and the images per second that it took to find the objects.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    processes = processes or Processes(predictor.device)
+    processes.share_buffers(predictor.model)
     # The class names agree; the ids are those of the annotations that the results are compared with.
     predictor = replace(predictor, classes=dataset.classes)
-    results: list[Result] = []
     began = time.perf_counter()
-    for batch in tqdm(_batches(config, predictor, dataset), desc="evaluating", leave=False, disable=None):
-        results += predictor(batch)
+    results = _find_all(config, predictor, dataset, processes)
     images_per_second = len(dataset) / (time.perf_counter() - began)
-    write_results(out / "results.json", results)
-    return report(dataset.ground_truth(), results, out, backend=config.evaluation.backend), images_per_second
+
+    def measure() -> Evaluation:
+        out.mkdir(parents=True, exist_ok=True)
+        write_results(out / "results.json", results)
+        return report(dataset.ground_truth(), results, out, backend=config.evaluation.backend)
+
+    return processes.from_main(measure), images_per_second
+
+
+def _find_all(
+    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, processes: Processes
+) -> list[Result]:
+    """What is found in all images, in their order, on the main process; nothing on others."""
+    hidden = None if processes.is_main else True  # None: where there is no terminal
+    batches = tqdm(_batches(config, predictor, dataset, processes), desc="evaluating", leave=False, disable=hidden)
+    shares = processes.gather([predictor(batch) for batch in batches]) or []
+    # The first batch is the first process's first, the second one the second process's first, and so on.
+    turns = zip_longest(*shares, fillvalue=[])
+    return [result for turn in turns for found in turn for result in found]
+
+
+@torch.no_grad()
+def validation_losses(
+    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, processes: Processes
+) -> dict[str, float]:
+    """The terms of the loss by name, means over the images of `dataset`, with the model as it is for inference.
+
+    Several processes share the images. Every one must call this, and gets what is returned.
+    """
+    processes.share_buffers(predictor.model)
+    predictor.model.eval()
+    sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
+    for batch in _batches(config, predictor, dataset, processes):
+        losses = predictor.model(batch.images.to(predictor.device), batch.targets.to(predictor.device))
+        sums += torch.stack(tuple(losses)).double().cpu() * len(batch.images)
+    gathered = processes.gather(sums)
+    means = processes.broadcast((torch.stack(gathered or [sums]).sum(dim=0) / len(dataset)).tolist())
+    return dict(zip(Losses._fields, means, strict=True))
 
 
 def report(
@@ -112,13 +170,17 @@ def report(
     return found
 
 
-def _batches(config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset) -> Iterable[Batch]:
+def _batches(
+    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, processes: Processes
+) -> Iterable[Batch]:
     return evaluation_loader(
         dataset,
         predictor.transform,
         batch_size=config.evaluation.batch_size,
         workers=config.training.workers,
         size_divisor=predictor.model.size_divisor,
+        rank=processes.rank,
+        world=processes.world,
     )
 
 
@@ -138,16 +200,32 @@ def draw_predictions(config: ExperimentConfig, predictor: Predictor, dataset: De
     """Draw the first images of `dataset`, ground truth beside prediction: one PNG each, and all in `overview.png`."""
     out.mkdir(parents=True, exist_ok=True)
     pairs = []
-    for index in range(min(config.evaluation.pictures, len(dataset))):
+    for image_id, pair in _pairs(config, predictor, dataset, config.evaluation.pictures):
+        pairs.append(pair)
+        save_image(out / f"{image_id}.png", pair)
+    if pairs:
+        save_image(out / "overview.png", contact_sheet(pairs, columns=2))
+
+
+def filmed_predictions(
+    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset
+) -> dict[str, np.ndarray]:
+    """Draw the first few of what `draw_predictions` draws, small enough to be kept at every evaluation, by image id."""
+    count = min(FILMED_IMAGES, config.evaluation.pictures)
+    return {str(image_id): shrink(pair, FILMED_SIDE) for image_id, pair in _pairs(config, predictor, dataset, count)}
+
+
+def _pairs(
+    config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, count: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the id of each of the first `count` images, and a picture: its ground truth beside the prediction."""
+    for index in range(min(count, len(dataset))):
         example = dataset[index]
         results = predictor(_batch_of_one(predictor, example))
         found = draw_results(
             _as_picture(example), results, predictor.classes, min_score=config.evaluation.picture_score
         )
-        pairs.append(side_by_side(_draw_truth(example, dataset.classes), found))
-        save_image(out / f"{example.image_id}.png", pairs[-1])
-    if pairs:
-        save_image(out / "overview.png", contact_sheet(pairs, columns=2))
+        yield example.image_id, side_by_side(_draw_truth(example, dataset.classes), found)
 
 
 def draw_results(image: np.ndarray, results: Sequence[Result], classes: ClassTable, *, min_score: float) -> np.ndarray:

@@ -10,21 +10,35 @@ metrics.jsonl    one JSON object a record          tensorboard/   events
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-import yaml
 
-from maskrcnn.config import Section, differences, to_dict, to_yaml
+from maskrcnn.config import Section, load_config, to_dict, to_yaml
 from maskrcnn.errors import InputError
+from maskrcnn.resume_rules import Changes, changes
+from maskrcnn.training.checkpoint import Checkpoint, load_checkpoint, temporary_of, write_atomically
 from maskrcnn.training.metrics import FILE_NAME as METRICS_FILE
 
+# What decides how many threads compute, on which GPUs, and whether GPU libraries may choose algorithms freely.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over quota, too large, read-only
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "faster-coco-eval", "pydantic")
 
 
@@ -42,48 +56,97 @@ class RunDirectory:
         self.evaluation = root / "evaluation"
         self.predictions = root / "predictions"
 
-    def claim(self, config: Section, *, resume: bool) -> None:
+    def claim(self, config: Section, *, resume: bool) -> str:
         """Make the folder this experiment's. A run that never took a step leaves it free for another.
+
+        Returns:
+            What a run that goes on has otherwise than before, by the keys of its configuration; empty if nothing.
 
         Raises:
             InputError: it holds another experiment, or this one and `resume` is false, or nothing that `resume` could
-                go on with, or it cannot be written.
+                go on with, or cannot go on under this configuration (`resume_rules`), or it cannot be written.
         """
         try:
-            self._claim(config, resume=resume)
+            return self._claim(config, resume=resume)
         except OSError as error:
             raise InputError(f"{self.root}: cannot write the run here ({error.strerror})") from error
 
-    def _claim(self, config: Section, *, resume: bool) -> None:
+    def _claim(self, config: Section, *, resume: bool) -> str:
+        found = ""
         if self.started:
-            self._check_same(config)
-            if not resume:
-                raise InputError(
-                    f"{self.root} already holds this experiment: add --resume to go on with it, or name another "
-                    "folder with --out"
-                )
+            found = self._go_on(config) if resume else self._refuse_to_start_again(config)
         elif resume and not self.config.exists():
             raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); leave --resume away")
-        elif not self.config.exists() and self.root.exists() and any(self.root.iterdir()):
+        elif not self.config.exists() and self._holds_foreign_files():
             raise InputError(f"{self.root} is not empty and no run of ours: name another folder with --out")
+        # At first, so that a run that is killed from here on is known for ours; it must not be lost in the middle.
+        write_atomically(self.config, lambda file: file.write(to_yaml(config).encode()))
         for folder in (self.checkpoints, self.evaluation, self.predictions):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(to_yaml(config), encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+        return found
+
+    def _holds_foreign_files(self) -> bool:
+        ours = temporary_of(self.config)  # of a run that was killed at its very start
+        return self.root.exists() and any(path != ours for path in self.root.iterdir())
 
     @property
     def started(self) -> bool:
         """Whether there is something to lose: a checkpoint, or records of steps on the way to one."""
         return self.last.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
-    def _check_same(self, config: Section) -> None:
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        changed = differences(stored, to_dict(config))
-        if changed:
-            listed = "\n  ".join(changed)
+    def _go_on(self, config: Section) -> str:
+        """Describe what changed since the run was last started; InputError where that would corrupt it."""
+        found = self._changes(config)
+        if found.refused:
             raise InputError(
-                f"{self.root} holds another experiment; its {self.config.name} differs from this one in\n  {listed}\n"
+                f"{self.root}: the run cannot go on under another configuration than its {self.config.name}:\n"
+                f"{found.describe()}\nkeep what may not change as it was, or begin another run with --out, "
+                f"if you like from the weights of this one: --init {self.last}"
+            )
+        return found.describe()
+
+    def _refuse_to_start_again(self, config: Section) -> NoReturn:
+        found = self._changes(config).describe()
+        if found:
+            raise InputError(
+                f"{self.root} holds another experiment; its {self.config.name} differs from this one:\n{found}\n"
                 "name another folder with --out"
             )
+        raise InputError(
+            f"{self.root} already holds this experiment: add --resume to go on with it, or name another folder with "
+            "--out"
+        )
+
+    def _changes(self, config: Section) -> Changes:
+        """What differs from the stored configuration, in which keys that are newer than it have their defaults."""
+        return changes(to_dict(load_config(self.config, type(config))), to_dict(config))
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """Read the checkpoint to go on from; None before there is one.
+
+        Raises:
+            InputError: it is damaged; the message names those that could take its place.
+        """
+        if not self.last.exists():
+            return None
+        try:
+            return load_checkpoint(self.last)
+        except InputError as error:
+            files = sorted(self.checkpoints.glob("*.pt"), reverse=True)
+            others = [file.name for file in files if not file.samefile(self.last)]  # one is but a name of the same file
+            advice = f"copy one of these over it: {', '.join(others)}; or " if others else ""
+            raise InputError(f"{error}\nTo go on, {advice}delete it to begin the run anew") from error
+
+    @contextmanager
+    def explaining_full_disks(self) -> Iterator[None]:
+        """Name the run, or the file, where a write fails in this block: not every library does."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            advice = f"{error.strerror}; make room, then go on from the last checkpoint with --resume"
+            raise OSError(error.errno, advice, str(error.filename or self.root)) from error
 
     def contents(self) -> str:
         """Where everything lies, for people to read."""
@@ -109,11 +172,16 @@ class RunDirectory:
 
 
 def environment(device: torch.device) -> list[str]:
-    """Commit, hardware and versions, one line each."""
+    """Commit, hardware, versions and what else decides the numbers, one line each."""
     return [
         f"commit: {_commit()}",
-        f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()}",
+        f"device: {_gpu(device) if device.type == 'cuda' else _cpu_name()}",
+        *(_gpu_software() if device.type == "cuda" else [f"cpu kernels: {torch.backends.cpu.get_cpu_capability()}"]),
+        f"processes: {os.environ.get('WORLD_SIZE', '1')}",  # torchrun sets it
         f"threads: {torch.get_num_threads()}",
+        f"deterministic: {str(torch.are_deterministic_algorithms_enabled()).lower()}",
+        f"float32 products: {torch.get_float32_matmul_precision()}",
+        *(f"{name}: {os.environ[name]}" for name in VARIABLES if name in os.environ),
         f"python: {platform.python_version()} on {platform.system()} {platform.machine()}",
         *(f"{library}: {version(library)}" for library in LIBRARIES),
     ]
@@ -126,6 +194,22 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (the code is not in a git checkout)"
+
+
+def _gpu(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name} ({found.total_memory / 2**30:.1f} GiB, compute capability {found.major}.{found.minor})"
+
+
+def _gpu_software() -> list[str]:
+    """Driver, CUDA and cuDNN, and how cuDNN chooses."""
+    driver = Path("/proc/driver/nvidia/version")  # Linux alone
+    cudnn = torch.backends.cudnn
+    return [
+        f"driver: {driver.read_text().splitlines()[0] if driver.exists() else 'unknown'}",
+        f"cuda: {torch.version.cuda}",
+        f"cudnn: {cudnn.version()} (benchmark: {str(cudnn.benchmark).lower()})",
+    ]
 
 
 def _cpu_name() -> str:

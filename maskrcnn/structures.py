@@ -139,6 +139,16 @@ class Losses(NamedTuple):
         return torch.stack(self).sum()
 
 
+class Diagnostics(NamedTuple):
+    """How well the first stages feed the heads in one batch: figures for people, without gradient.
+
+    A figure is nan where there is nothing to measure.
+    """
+
+    proposal_recall: Tensor  # scalar: share of the objects that a proposal of the RPN overlaps with IoU 0.5 or more
+    positive_share: Tensor  # scalar: share of positives among the regions that train the heads
+
+
 class MaskCrop(NamedTuple):
     """A binary mask cut to a box of whole pixels: row 0, column 0 of `pixels` is pixel `(x, y)` of the image."""
 

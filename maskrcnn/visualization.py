@@ -117,6 +117,15 @@ def save_image(path: Path, image: np.ndarray) -> None:
     Image.fromarray(image).save(path)
 
 
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """Resize a picture so that no side is longer than `longest` pixels; a small one comes back as it is."""
+    factor = longest / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     """Repeat every pixel `scale` times along both axes; always a copy."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)

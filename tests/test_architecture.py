@@ -20,7 +20,7 @@ FLOORS = (
     {"structures", "config", "cli", "memory"},
     {"ops"},
     {"data", "training"},
-    {"models", "evaluation", "visualization"},
+    {"models", "evaluation", "visualization", "resume_rules"},
     {"run_directory", "roi_picture"},
     {"experiment"},
     {"inference"},

@@ -118,3 +118,11 @@ def test_a_line_does_not_run_into_the_progress_bar(monkeypatch: pytest.MonkeyPat
         logging.getLogger("maskrcnn").info("step 1")
     shown = screen.getvalue()
     assert re.search(r"\r +\rstep 1\n", shown)  # the bar was wiped before the line was written
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_of_several_processes_the_first_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(process=3)
+    logging.getLogger("maskrcnn.something").info("unheard")
+    logging.getLogger("maskrcnn.something").warning("careful")
+    assert capsys.readouterr().err == "process 3: careful\n"

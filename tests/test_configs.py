@@ -19,7 +19,9 @@ from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.models.norms import FrozenBatchNorm2d
 from maskrcnn.structures import Batch
-from maskrcnn.training.loop import training_step
+from maskrcnn.training.checkpoint import TrainingState
+from maskrcnn.training.distributed import Processes
+from maskrcnn.training.step import TrainingStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -76,7 +78,8 @@ def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> B
         workers=0,
         size_divisor=model.size_divisor,
     )
-    return next(iter(loader))
+    (batch,) = next(iter(loader))
+    return batch
 
 
 def learning_parts(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -110,22 +113,26 @@ def _check_step(text: str) -> None:
     batch = first_batch(config, model, 2)
     before = {part: [value.clone() for value in values] for part, values in learning_parts(model).items()}
 
-    losses, norm = training_step(
-        model, batch, optimizer, 1, torch.device("cpu"), config.training.clip_norm, config.training.precision
+    step = TrainingStep(
+        TrainingState(model, optimizer),
+        Processes(torch.device("cpu")),
+        precision=config.training.precision,
+        clip_norm=config.training.clip_norm,
     )
+    found = step([batch], 1)
 
-    assert len(losses) == 5
-    assert min(losses.values()) >= 0
-    assert norm > 0
+    assert len(found.losses) == 5
+    assert min(found.losses.values()) >= 0
+    assert found.gradient_norm > 0
     assert not [key for key, p in model.named_parameters() if p.requires_grad == (p.grad is None)]
     after = learning_parts(model)
     assert after.keys() >= {"backbone", "rpn", "box_head", "mask_head"}
     for part, values in after.items():
         assert not all(map(torch.equal, values, before[part])), f"{part} did not move"
 
-    found = model.eval().detect(batch.images)
-    assert found.valid.any()
-    assert all(tensor.isfinite().all() for tensor in (found.boxes, found.scores[found.valid], found.masks))
+    detected = model.eval().detect(batch.images)
+    assert detected.valid.any()
+    assert all(t.isfinite().all() for t in (detected.boxes, detected.scores[detected.valid], detected.masks))
 
 
 def test_there_are_files() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskrcnn import inference
+from maskrcnn import training_run
 from maskrcnn.config import load_config
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.errors import InputError
@@ -23,6 +23,7 @@ from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.inference import Predictor, evaluate_checkpoint, evaluate_predictor, load_predictor, predict_images
 from maskrcnn.structures import ClassTable
 from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint
+from maskrcnn.training.distributed import Processes
 from maskrcnn.training.metrics import TIMING_KEYS, read_records
 from maskrcnn.training_run import train_experiment
 
@@ -77,7 +78,7 @@ def load(folder: Path, *overrides: str) -> ExperimentConfig:
 
 
 def train(config: ExperimentConfig, out: Path, *, resume: bool = False, init: Path | None = None) -> None:
-    train_experiment(config, out, resume=resume, init=init, device=CPU)
+    train_experiment(config, out, resume=resume, init=init, processes=Processes(CPU))
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +117,12 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
 def test_steps_and_evaluations_are_on_record(run: Path) -> None:
     records = read_records(run / "metrics.jsonl")
     assert [(record["kind"], record["iteration"]) for record in records] == [
-        ("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("train", 4), ("evaluation", 4)
+        ("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("train", 4), ("evaluation", 4),
+        ("end", 4),
     ]  # fmt: skip
-    assert records[-1]["metrics"].keys() >= {"box/AP", "mask/AP", "mask/AP50", "mask/APs"}
+    assert records[-2]["metrics"].keys() >= {"box/AP", "mask/AP", "mask/AP50", "mask/APs"}
     stored = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert stored["mask/AP"] == records[-1]["metrics"]["mask/AP"]
+    assert stored["mask/AP"] == records[-2]["metrics"]["mask/AP"]
     assert stored["classes"].keys() == {"disc", "cross", "star"}
 
 
@@ -164,7 +166,7 @@ def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path
 def test_a_finished_run_does_nothing_more(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    monkeypatch.setattr(inference, "evaluate_predictor", None)  # calling it fails
+    monkeypatch.setattr(training_run, "evaluate_predictor", None)  # calling it fails
     train(load(tmp_path), other, resume=True)
     assert read_records(other / "metrics.jsonl") == read_records(run / "metrics.jsonl")
 

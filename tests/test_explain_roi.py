@@ -17,7 +17,7 @@ from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.roi_picture import BINS, BOX, HIGH, LOW, POINT, Shades, View, draw_box, draw_roi_layers, plain, shade_map
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.checkpoint import CheckpointFolder
+from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState
 
 TOOL = Path(__file__).parents[1] / "tools" / "explain_roi.py"
 
@@ -128,7 +128,8 @@ def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path:
     model = config.model.build(2)
     optimizer = config.training.optimizer.build(model, batch_size=1)
     classes = ClassTable(("cat", "dog"), (1, 2))
-    CheckpointFolder(tmp_path, model=model, optimizer=optimizer, classes=classes, config={}, metric="mask/AP").save(1)
+    state = TrainingState(model, optimizer)
+    CheckpointFolder(tmp_path, state=state, classes=classes, config={}, metric="mask/AP").save(1)
     loaded, _, origin = load_model(photograph[1], [], tmp_path / "last.pt")
     assert origin == "weights of last.pt"
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +15,24 @@ import yaml
 
 from maskrcnn.config import Section
 from maskrcnn.errors import InputError
-from maskrcnn.run_directory import RunDirectory
+from maskrcnn.run_directory import RunDirectory, environment
 
 
 class Inner(Section):
     lr: float = 0.1
 
 
+class Training(Section):
+    batch_size: int = 2
+    seed: int = 0
+    precision: str = "fp32"
+    workers: int = 0
+
+
 class Config(Section):
     inner: Inner = Inner()
     steps: tuple[int, ...] = (1, 2)
+    training: Training = Training()
 
 
 CONFIG = Config()
@@ -57,7 +68,8 @@ def refusal(root: Path, config: Config = CONFIG, *, resume: bool = False) -> str
 def test_a_new_folder_is_made(tmp_path: Path) -> None:
     run = claimed(tmp_path / "runs" / "a")
     assert all(folder.is_dir() for folder in (run.checkpoints, run.evaluation, run.predictions))
-    assert yaml.safe_load(run.config.read_text()) == {"inner": {"lr": 0.1}, "steps": [1, 2]}
+    stored = yaml.safe_load(run.config.read_text())
+    assert (stored["inner"], stored["steps"]) == ({"lr": 0.1}, [1, 2])
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -70,16 +82,91 @@ def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [started, saved])
+@pytest.mark.parametrize("resume", [False, True])
 def test_another_experiment_is_refused_and_its_differences_listed(
-    make: Callable[[Path], RunDirectory], tmp_path: Path
+    make: Callable[[Path], RunDirectory], resume: bool, tmp_path: Path
 ) -> None:
     make(tmp_path)
-    for resume in (False, True):
-        message = refusal(tmp_path, OTHER, resume=resume)
-        assert f"{tmp_path} holds another experiment" in message
-        assert "inner.lr: 0.1 -> 0.5" in message
-        assert "steps: [1, 2] -> [1]" in message
-        assert "--out" in message
+    message = refusal(tmp_path, OTHER, resume=resume)
+    assert ("cannot go on under another configuration" if resume else "holds another experiment") in message
+    assert str(tmp_path) in message
+    assert "inner.lr: 0.1 -> 0.5" in message
+    assert "steps: [1, 2] -> [1]" in message
+    assert "--out" in message
+
+
+def changed(**keys: object) -> Config:
+    return Config(training=Training(**keys))
+
+
+def test_resuming_lists_what_may_change_and_what_may_not(tmp_path: Path) -> None:
+    started(tmp_path)
+    lines = refusal(tmp_path, changed(batch_size=4, seed=1, precision="bf16", workers=2), resume=True).splitlines()
+    groups = [index for index, line in enumerate(lines) if line.startswith("  ") and line.endswith(":")]
+    refused, warned, harmless = (lines[first + 1 :] for first in groups)
+    assert [line.split(" (")[0].strip() for line in refused[:2]] == [
+        "training.batch_size: 2 -> 4",
+        "training.seed: 0 -> 1",
+    ]
+    assert warned[0].startswith("    training.precision: fp32 -> bf16 (sums are rounded otherwise")
+    assert harmless[0].startswith("    training.workers: 0 -> 2 (")
+    assert f"--init {tmp_path / 'checkpoints' / 'last.pt'}" in lines[-1]
+
+
+def test_resuming_under_a_change_that_does_no_harm_tells_and_stores_it(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    told = run.claim(changed(workers=2), resume=True)
+    assert "training.workers: 0 -> 2" in told
+    assert "may not change" not in told
+    assert yaml.safe_load(run.config.read_text())["training"]["workers"] == 2
+    assert run.claim(changed(workers=2), resume=True) == ""
+    assert run.claim(changed(workers=2, precision="bf16"), resume=True).startswith("  changes what is learnt")
+
+
+def test_a_key_newer_than_the_run_does_not_block_it(tmp_path: Path) -> None:
+    """A new version of the code has keys whose defaults do what the old one did."""
+    run = started(tmp_path)
+    stored = yaml.safe_load(run.config.read_text())
+    del stored["training"]["seed"], stored["inner"]
+    run.config.write_text(yaml.safe_dump(stored))
+    assert "training.seed: 0 -> 1" in refusal(tmp_path, changed(seed=1), resume=True)
+    assert run.claim(CONFIG, resume=True) == ""
+
+
+@pytest.mark.parametrize("text", ["steps: [1, 2", "gone: 1\n"])
+def test_a_stored_configuration_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    run = started(tmp_path)
+    run.config.write_text(text)
+    assert str(run.config) in refusal(tmp_path, resume=True)
+
+
+def test_a_kill_while_first_claiming_leaves_the_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("os.replace", die)
+    child = os.fork()
+    if child == 0:
+        RunDirectory(tmp_path).claim(CONFIG, resume=False)
+    os.waitpid(child, 0)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml.tmp"]
+    assert "holds no run to resume" in refusal(tmp_path, resume=True)
+    claimed(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_kill_while_claiming_leaves_the_old_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = started(tmp_path)
+    before = run.config.read_text()
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.claim(changed(workers=2), resume=True)
+    assert run.config.read_text() == before
 
 
 @pytest.mark.parametrize("make", [started, saved])
@@ -126,6 +213,41 @@ def test_the_environment_is_described_at_each_start(tmp_path: Path, monkeypatch:
     assert {"commit", "threads", "python", "torchvision", "numpy", "pycocotools"} <= lines.keys()
 
 
+def test_the_environment_names_what_decides_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("HOME", "a secret")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    lines = dict(line.split(": ", 1) for line in environment(torch.device("cpu")))
+    assert (lines["OMP_NUM_THREADS"], lines["processes"], lines["deterministic"]) == ("3", "4", "true")
+    assert not lines.keys() & {"CUDA_VISIBLE_DEVICES", "HOME", "cuda", "driver"}
+
+
+@pytest.mark.gpu
+def test_the_environment_names_the_gpu() -> None:
+    lines = dict(line.split(": ", 1) for line in environment(torch.device("cuda")))
+    assert lines["device"].startswith(torch.cuda.get_device_name())
+    assert "GiB" in lines["device"]
+    assert lines["cuda"] == torch.version.cuda
+    assert {"driver", "cudnn"} <= lines.keys()
+
+
 def test_the_contents_are_named(tmp_path: Path) -> None:
     run = claimed(tmp_path)
     assert all(str(path) in run.contents() for path in (run.metrics, run.predictions, run.evaluation, run.checkpoints))
+
+
+def test_a_full_disk_names_the_run_and_the_way_on(tmp_path: Path) -> None:
+    run = claimed(tmp_path)
+    with (
+        pytest.raises(OSError, match=r"No space left on device; make room.*--resume") as error,
+        run.explaining_full_disks(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path)
+    with pytest.raises(OSError, match="make room") as error, run.explaining_full_disks():
+        raise OSError(errno.EROFS, "Read-only file system", str(run.last))
+    assert error.value.filename == str(run.last)
+    with pytest.raises(ConnectionError, match="gone"), run.explaining_full_disks():
+        raise ConnectionError("gone")

@@ -188,11 +188,11 @@ def test_a_run_goes_on_with_resume_alone(tool: Run, dataset: Dataset, tmp_path: 
     outcome = tool(*train, "--resume")
     assert outcome.status == 0
     assert "resuming after iteration 1" in outcome.err
-    assert_refused(
-        tool(*train[:-1], "training.schedule.iterations=2", "--resume"),
-        "holds another experiment",
-        "training.schedule.iterations: 1 -> 2",
-    )
+    assert_refused(tool(*train, "--set", "training.batch_size=1", "--resume"), "training.batch_size: 2 -> 1 (")
+    outcome = tool(*train[:-1], "training.schedule.iterations=2", "--resume")
+    assert outcome.status == 0
+    assert "training.schedule.iterations: 1 -> 2 (the learning rate follows" in outcome.err
+    assert "training.schedule.iterations: 1 -> 2" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_the_run_directory_has_the_name_of_the_config(

@@ -20,6 +20,7 @@ from maskrcnn.visualization import (
     draw_objects,
     enlarge,
     save_image,
+    shrink,
     side_by_side,
 )
 
@@ -79,6 +80,13 @@ def test_small_images_are_enlarged_and_large_ones_are_not():
     assert draw_objects(grey(20, LEGIBLE_SIDE), [], [], [], NAMES).shape == (20, LEGIBLE_SIDE, 3)
     checks = np.arange(4, dtype=np.uint8).reshape(2, 2)
     assert enlarge(checks, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+
+def test_large_pictures_are_shrunk_and_small_ones_are_not():
+    picture = grey(50, 200)
+    assert shrink(picture, 200) is picture
+    assert (shrink(picture, 80) == grey(20, 80)).all()
+    assert shrink(grey(1000, 1), 10).shape == (10, 1, 3)
 
 
 def test_nothing_to_draw_leaves_the_image():

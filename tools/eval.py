@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser, optional=True)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint; its model is CONFIG's")
+    parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth in COCO's format")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="results in COCO's format")
     parser.add_argument("--backend", choices=("faster", "pycocotools"), help="default: the configuration's, or faster")
@@ -41,8 +42,8 @@ def main() -> None:
         return
     backend = [f"evaluation.backend={args.backend}"] if args.backend else []
     config = load_config(args.config, ExperimentConfig, [*args.overrides, *backend])
-    out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}"
-    evaluate_checkpoint(config, args.weights, out, choose_device(args.device))
+    out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}{'_ema' if args.ema else ''}"
+    evaluate_checkpoint(config, args.weights, out, choose_device(args.device), average=args.ema)
     print(f"metrics.json, results.json and pictures are in {out}")
 
 

@@ -19,6 +19,7 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="a checkpoint of CONFIG's model")
+    parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and results.json")
     parser.add_argument("--min-score", type=float, default=0.5, help="leave out detections below it (default 0.5)")
     add_device_argument(parser)
@@ -30,7 +31,7 @@ def main() -> None:
 
     setup_logging()
     config = load_config(args.config, ExperimentConfig, args.overrides)
-    predictor = load_predictor(config, args.weights, choose_device(args.device))
+    predictor = load_predictor(config, args.weights, choose_device(args.device), average=args.ema)
     predict_images(predictor, args.inputs, args.out, min_score=args.min_score)
 
 

@@ -1,6 +1,7 @@
 """Train a model, evaluate it, and leave a run directory.
 
     python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out runs/shapes
+    torchrun --standalone --nproc-per-node 8 tools/train.py configs/coco/mask_rcnn_r50_fpn_1x.yaml --out runs/r50_fpn
 
 Exit status: 0 done, 1 the run failed, 2 wrong input, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
 """
@@ -27,6 +28,7 @@ def main() -> None:
 
     from maskrcnn.config import load_config
     from maskrcnn.experiment import ExperimentConfig, choose_device
+    from maskrcnn.training.distributed import processes
     from maskrcnn.training.loop import Interrupted
     from maskrcnn.training_run import train_experiment
 
@@ -34,7 +36,9 @@ def main() -> None:
     setup_logging()
     config = load_config(args.config, ExperimentConfig, args.overrides)
     try:
-        train_experiment(config, out, resume=args.resume, init=args.init, device=choose_device(args.device))
+        with processes(choose_device(args.device)) as joined:
+            setup_logging(process=joined.rank)
+            train_experiment(config, out, resume=args.resume, init=args.init, processes=joined)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)

@@ -55,8 +55,9 @@ def check_runs(plan: Plan) -> None:
 def is_finished(run: Run) -> bool:
     """Whether the run is trained to its end, and evaluated there."""
     record = last_record(run.directory.metrics)
-    end = run.config.training.schedule.iterations
-    return record is not None and record["kind"] == "evaluation" and record["iteration"] == end
+    if record is None or record["kind"] == "train":
+        return False
+    return record["kind"] == "end" or record["iteration"] == run.config.training.schedule.iterations
 
 
 def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
@@ -159,7 +160,7 @@ class Progress:
         done = sum(map(_iterations_done, runs))
         self._bar = tqdm(
             initial=done,
-            total=sum(run.config.training.schedule.iterations for run in runs),
+            total=sum(map(_iterations, runs)),
             unit="it",
             dynamic_ncols=True,
             disable=None,
@@ -180,6 +181,15 @@ class Progress:
         finished = sum(map(is_finished, self._runs))
         self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs done; " + ", ".join(states), refresh=False)
         self._bar.update(sum(map(_iterations_done, self._runs)) - self._bar.n)
+
+
+def _iterations(run: Run) -> int:
+    """How many iterations the run is to have."""
+    training = run.config.training
+    if training.schedule.epochs is None:
+        return training.schedule.num_iterations
+    images = len(run.config.data.build_train())
+    return training.schedule.resolve(max(1, images // training.batch_size)).num_iterations
 
 
 def _iterations_done(run: Run) -> int:

@@ -19,6 +19,7 @@ from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
+from maskrcnn.training.distributed import Processes
 from maskrcnn.training.loop import Interrupted
 from maskrcnn.training_run import train_experiment
 
@@ -35,7 +36,7 @@ def main() -> None:
     config = load_config(args.config, ExperimentConfig)
     resume = RunDirectory(args.out).started
     try:
-        train_experiment(config, args.out, resume=resume, init=None, device=choose_device("auto"))
+        train_experiment(config, args.out, resume=resume, init=None, processes=Processes(choose_device("auto")))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)

@@ -68,17 +68,29 @@ class TrainingStream:
         seed: not negative.
         start: the iteration to begin with.
         rank, world: this process takes the `rank`-th of `world` equal pieces of each batch.
+        parts: into how many equal parts it cuts its piece; each is yielded by itself.
     """
 
     def __init__(
-        self, sizes: np.ndarray, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        sizes: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
     ) -> None:
         assert len(sizes) > 0
         assert 0 <= rank < world
-        if batch_size % world:
-            raise InputError(f"a batch of {batch_size} images cannot be shared equally by {world} processes")
+        if batch_size % (world * parts):
+            raise InputError(
+                f"training.batch_size: {batch_size} images cannot be shared equally by {world} processes that compute "
+                f"them in {parts} parts (training.accumulate)"
+            )
         self.batch_size, self.seed, self.start = batch_size, seed, start
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.parts = rank, world, parts
         self._num_images = len(sizes)
         repeats = -(-batch_size // len(sizes))
         self._broad = np.tile(sizes[:, 1] >= sizes[:, 0], repeats)
@@ -86,15 +98,15 @@ class TrainingStream:
     @property
     def batches_per_epoch(self) -> int:
         """Iterations that make an epoch."""
-        return len(self._broad) // self.batch_size
+        return batches_per_epoch(self._num_images, self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         first, skipped = divmod(self.start, self.batches_per_epoch)
-        piece = self.batch_size // self.world
+        mine = slice(self.rank * self.parts, (self.rank + 1) * self.parts)
         for epoch in itertools.count(first):
             for batch in self._batches(epoch)[skipped:]:
-                mine = batch[self.rank * piece : (self.rank + 1) * piece]
-                yield [self._draw(epoch, position) for position in mine.tolist()]
+                for part in batch.reshape(self.world * self.parts, -1)[mine]:
+                    yield [self._draw(epoch, position) for position in part.tolist()]
             skipped = 0
 
     def _batches(self, epoch: int) -> np.ndarray:
@@ -111,6 +123,11 @@ class TrainingStream:
         # The batch plays no part, so a rearranged epoch changes no image's augmentation. The epoch's order has key 0.
         state = np.random.SeedSequence((self.seed, epoch, position + 1)).generate_state(1, np.uint64)
         return Draw(position % self._num_images, int(state[0]) >> 1)  # 63 bits: seeds travel as int64
+
+
+def batches_per_epoch(num_images: int, batch_size: int) -> int:
+    """Return how many iterations make an epoch: images beyond whole batches are left out, few are repeated."""
+    return max(num_images // batch_size, 1)
 
 
 def collate(examples: Sequence[Example], seeds: Sequence[int], size_divisor: int) -> Batch:
@@ -152,24 +169,37 @@ def training_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> Iterable[Batch]:
-    """Return the endless batches of a training, from iteration `start` on; see `TrainingStream`.
+    parts: int = 1,
+) -> Iterable[tuple[Batch, ...]]:
+    """Return the endless batches of a training, `parts` for each iteration from `start` on; see `TrainingStream`.
 
     Iterating raises InputError, as the dataset worded it, where an image cannot be used.
     """
     stream = TrainingStream(
-        dataset.image_sizes(), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world
+        dataset.image_sizes(), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world, parts=parts
     )
-    return _Batches(dataset, transform, stream, workers=workers, size_divisor=size_divisor)
+    batches = iter(_Batches(dataset, transform, stream, workers=workers, size_divisor=size_divisor))
+    return zip(*[batches] * parts, strict=True)
 
 
 def evaluation_loader(
-    dataset: DetectionDataset, transform: Transform, *, batch_size: int, workers: int, size_divisor: int
+    dataset: DetectionDataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int,
+    size_divisor: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterable[Batch]:
-    """Return each image of the dataset once, in order; it can be iterated again. The last batch may be smaller."""
+    """Return each image of the dataset once, in order; it can be iterated again. The last batch may be smaller.
+
+    Of several processes, the `rank`-th takes every `world`-th batch: the same batches as one process has, so that an
+    image shares its padding with the same others.
+    """
     draws = [Draw(image, seed=image) for image in range(len(dataset))]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
-    return _Batches(dataset, transform, batches, workers=workers, size_divisor=size_divisor)
+    return _Batches(dataset, transform, batches[rank::world], workers=workers, size_divisor=size_divisor)
 
 
 class _Batches:

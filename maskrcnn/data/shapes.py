@@ -398,9 +398,9 @@ class ShapesDataset:
 
     def _annotations(self, index: int) -> list[dict[str, Any]]:
         layout = self._arrange(self._generator(index))
-        numbers = np.arange(1, len(layout.labels) + 1)
-        # One plane per object, in column order, as the encoder wants it.
-        encoded = rle.encode(np.asfortranarray(layout.owner[:, :, None] == numbers).astype(np.uint8, order="F"))
+        by_column = np.asfortranarray(layout.owner)  # the order that the encoder wants
+        # One object at a time: the planes of 2,000 together would take as many images.
+        encoded = [rle.encode((by_column == number).view(np.uint8)) for number in range(1, len(layout.labels) + 1)]
         return [
             {
                 "image_id": self.image_id(index),

@@ -83,13 +83,18 @@ class Evaluation:
             for figure, value in figures.summary().items()
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: the summary, and `classes` with the AP of each class; None in place of nan."""
-        classes: dict[str, dict[str, float | None]] = {}
+    def class_summary(self) -> dict[str, dict[str, float]]:
+        """Return `box/AP` and `mask/AP` of each class, by its name; nan where there is nothing to measure."""
+        classes: dict[str, dict[str, float]] = {}
         for name, figures in self._parts().items():
             for label, value in figures.class_ap.items():
-                classes.setdefault(label, {})[f"{name}/AP"] = _none_for_nan(value)
-        return {**{key: _none_for_nan(value) for key, value in self.summary().items()}, "classes": classes}
+                classes.setdefault(label, {})[f"{name}/AP"] = value
+        return classes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: the summary, and `classes` with the AP of each class; None in place of nan."""
+        classes = {label: _none_for_nan(figures) for label, figures in self.class_summary().items()}
+        return {**_none_for_nan(self.summary()), "classes": classes}
 
     def format_table(self) -> str:
         """Return the figures as a table for people to read, a line for boxes and one for masks."""
@@ -109,8 +114,8 @@ class Evaluation:
         return {name: figures for name, figures in parts.items() if figures is not None}
 
 
-def _none_for_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _none_for_nan(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in figures.items()}
 
 
 def _format_rows(title: str, header: Iterable[str], rows: Sequence[tuple[str, list[float]]]) -> str:

@@ -5,9 +5,9 @@ Shapes: B images, H x W pixels, N regions of all images, C channels, S cells alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.backbones import BackboneConfig
+from maskrcnn.models.backbones.parts import Backbone
 from maskrcnn.models.backbones.resnet import ResNetConfig
 from maskrcnn.models.box_head import BoxHead, BoxTrunkConfig, FCTrunkConfig
 from maskrcnn.models.losses import Normalizer
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfig, MaskTarget
 from maskrcnn.models.pretrained import load_pretrained
 from maskrcnn.models.rpn import RPN, RPNConfig
-from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig
+from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
 from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
-from maskrcnn.structures import ClassRows, Detections, ImageBatch, Losses, RoISamples, Targets
+from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
 
 
 class PixelConfig(Section):
@@ -145,7 +146,7 @@ class MaskRCNN(nn.Module):
         self,
         *,
         pixels: nn.Module,
-        backbone: nn.Module,
+        backbone: Backbone,
         rpn: RPN,
         sampler: RegionSampler,
         res5: nn.Module | None,
@@ -178,12 +179,16 @@ class MaskRCNN(nn.Module):
         """The sides of `ImageBatch.pixels` must be multiples of this."""
         return max(self.box_pooler.strides)  # not P6's: it is every second cell of P5, rounded up
 
-    def forward(self, images: ImageBatch, targets: Targets) -> Losses:
-        """The losses of a batch, each an average over its images."""
+    def forward(
+        self, images: ImageBatch, targets: Targets, observe: Callable[[Diagnostics], None] | None = None
+    ) -> Losses:
+        """The losses of a batch, each an average over its images; `observe`, if any, is told how the batch went."""
         features = self.backbone(self.pixels(images))
         proposals = self.rpn.propose(features, images.sizes, self.rpn.training_counts)
         objectness, proposal_box = self.rpn.losses(features, targets, images.seeds)
         samples = self.sampler(proposals, targets, images.seeds)
+        if observe is not None:
+            observe(diagnose(proposals, targets, samples))
 
         image, slot = samples.valid.nonzero(as_tuple=True)  # the N regions: padding is dropped, to save its work
         labels = samples.labels[image, slot]
@@ -237,6 +242,26 @@ class MaskRCNN(nn.Module):
             height, width = images.pixels.shape[-2:]
             return mask_targets_torchvision(targets.masks, boxes, matched, side, height, width)
         return mask_targets(targets.masks, boxes, matched, side)
+
+    def compile_dense(self, **options: Any) -> None:
+        """Compile in place what is dense: backbone, RPN head, stage 5 and heads; parameters keep their names.
+
+        What lies between (proposals, sampling, RoI layers) is left as it is. `options` go to `torch.compile`. The
+        backbone is compiled for one size of images, and when another one comes, once more for any size; the other
+        parts for any size of maps and any number of regions at once, because these always differ. Batches of one
+        image, or with one region or none, are compiled apart.
+        """
+        self.backbone.compile(**options)
+        heads = (self.rpn, self.res5, self.box_head, self.mask_head)
+        for head in (head for head in heads if head is not None):
+            head.compile(**{"dynamic": True, **options})
+
+    def stages(self) -> list[nn.Module]:
+        """The backbone's stages, from the image on: see `training.optimizer.parameter_groups`.
+
+        Stage 5 is one of them also where it runs on regions: it has the same weights to start from.
+        """
+        return [*self.backbone.stages(), *([] if self.res5 is None else [self.res5])]
 
     def class_rows(self) -> Mapping[str, ClassRows]:
         """The parameters whose rows belong to classes, and how: see `training.checkpoint.load_weights`."""

@@ -154,7 +154,7 @@ class RPN(nn.Module):
         """
         boxes, scores, levels = [], [], []
         for index, (level, anchors) in enumerate(zip(features, self.anchors(features), strict=True)):
-            logits, deltas = self.score_all(level)
+            logits, deltas = self(level.detach())  # one kind of input in training and inference: compiled once
             highest, chosen = logits.topk(min(counts.before_nms, logits.shape[1]), dim=1)
             deltas = deltas.gather(1, chosen[..., None].expand(-1, -1, 4))
             boxes.append(decode_deltas(deltas, anchors[chosen], weights=self.box_weights))
@@ -171,7 +171,7 @@ class RPN(nn.Module):
         )
         return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), best)
 
-    def score_all(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, H * W * A)` and deltas `(B, H * W * A, 4)` of every anchor of a level."""
         hidden = F.relu_(self.conv(level))
         # (B, A, H, W) -> (B, H, W, A): the anchors of a cell come together.
@@ -215,7 +215,7 @@ class RPN(nn.Module):
         """Logits `(B, S)` and deltas `(B, S, 4)` of the anchors `indices` `(B, S)` alone.
 
         The loss touches at most S anchors of an image, so the 3x3 convolution is evaluated on their neighbourhoods
-        only, as one matrix product. Values and gradients equal those of `score_all` at these anchors, but there is
+        only, as one matrix product. Values and gradients equal those of `forward` at these anchors, but there is
         no backward pass over all positions (a sixth of the training step on a CPU) and no map to keep for it.
         """
         number, channels = self.base.shape[1], features[0].shape[1]

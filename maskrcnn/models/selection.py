@@ -10,12 +10,13 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from maskrcnn.config import Section
-from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas
-from maskrcnn.ops.matching import match_boxes, sample_balanced
+from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, pairwise_iou
+from maskrcnn.ops.matching import PAIRS_AT_ONCE, match_boxes, sample_balanced
 from maskrcnn.ops.nms import batched_nms
-from maskrcnn.structures import Detections, Proposals, RoISamples, Targets
+from maskrcnn.structures import Detections, Diagnostics, Proposals, RoISamples, Targets
 
 HEAD_STREAM = 1  # of the random keys that draw regions; the RPN has 0
+RECALLED = 0.5  # IoU from which a proposal finds an object
 
 
 class SamplingConfig(Section):
@@ -78,6 +79,20 @@ class RegionSampler:
             labels=torch.where(drawn, labels.gather(1, indices), -1),
             matched=matches.matched.gather(1, indices),
         )
+
+
+@torch.no_grad()
+def diagnose(proposals: Proposals, targets: Targets, samples: RoISamples) -> Diagnostics:
+    """How well the RPN found the objects of a batch, and what the heads got to learn from."""
+    step = max(1, PAIRS_AT_ONCE // targets.labels.numel())  # many objects: fewer proposals at once
+    chunks = zip(proposals.boxes.split(step, dim=1), proposals.valid.split(step, dim=1), strict=True)
+    overlaps = [(pairwise_iou(boxes, targets.boxes) * valid[..., None]).amax(dim=1) for boxes, valid in chunks]
+    best = torch.stack(overlaps).amax(dim=0)  # (B, G): of all proposals with each object
+    found = (best >= RECALLED) & targets.valid
+    return Diagnostics(
+        proposal_recall=found.sum() / targets.valid.sum(),
+        positive_share=(samples.labels > 0).sum() / samples.valid.sum(),
+    )
 
 
 class DetectionSelector:

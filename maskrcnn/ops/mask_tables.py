@@ -14,6 +14,9 @@ from torchvision.ops import roi_align
 
 from maskrcnn.structures import MaskCrop, MaskTables
 
+# Pixels of full masks that are made at once: each takes about 40 bytes on the way, so 2^23 take a third of a gigabyte.
+PIXELS_AT_ONCE = 2**23
+
 
 def tabulate(
     crops: Sequence[Sequence[MaskCrop]], scales: Sequence[tuple[float, float]], objects_per_image: int
@@ -139,16 +142,33 @@ def mask_targets_torchvision(
 ) -> Tensor:
     """The targets of torchvision's `project_masks_on_boxes`: RoIAlign of the full mask, not rounded to 0 and 1.
 
-    RoIAlign reads with scale 1, adaptive sampling and without the half-pixel shift. It needs B x G full masks in
-    float32. See `mask_coverage` for the arguments; `height` and `width` are those of the resized image.
+    RoIAlign reads with scale 1, adaptive sampling and without the half-pixel shift. It needs full masks in float32,
+    of which `PIXELS_AT_ONCE` are held at a time. See `mask_coverage` for the arguments; `height` and `width` are those
+    of the resized image.
 
     Returns:
         (B, R, M, M) float32 in 0..1.
     """
-    images, regions = matched.shape
-    masks = full_masks(tables, height, width).float().reshape(-1, 1, height, width)
-    objects = tables.starts.shape[1]
-    first = objects * torch.arange(images, device=boxes.device)[:, None]
-    rois = torch.cat(((matched + first)[..., None].to(boxes.dtype), boxes), dim=-1).reshape(-1, 5)
-    aligned = roi_align(masks, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=False)
-    return aligned.reshape(images, regions, size, size)
+    number = tables.starts.shape[1]
+    first = number * torch.arange(len(matched), device=boxes.device)[:, None]
+    objects, owners = (matched + first).flatten().unique(return_inverse=True)  # (U,), (B * R,): index into them
+    targets = boxes.new_zeros(owners.numel(), size, size)
+    step = max(1, PIXELS_AT_ONCE // (height * width))
+    for start in range(0, len(objects), step):
+        masks = full_masks(_each_alone(tables, objects[start : start + step]), height, width).float()
+        here = ((owners >= start) & (owners < start + step)).nonzero()[:, 0]
+        rois = torch.cat(((owners[here] - start)[:, None].to(boxes.dtype), boxes.flatten(0, 1)[here]), dim=1)
+        aligned = roi_align(masks, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=False)
+        targets[here] = aligned[:, 0]
+    return targets.view(*matched.shape, size, size)
+
+
+def _each_alone(tables: MaskTables, objects: Tensor) -> MaskTables:
+    """Each of `objects` (U,), numbered through the batch, as the only object of an image of its own."""
+    return MaskTables(
+        sums=tables.sums,
+        starts=tables.starts.flatten()[objects, None],
+        sizes=tables.sizes.flatten(0, 1)[objects, None],
+        origins=tables.origins.flatten(0, 1)[objects, None],
+        scales=tables.scales[objects // tables.starts.shape[1]],
+    )

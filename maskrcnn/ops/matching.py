@@ -45,34 +45,57 @@ def match_boxes(boxes: Tensor, targets: Targets, *, foreground: float, backgroun
     """
     boxes = boxes.expand(len(targets.labels), *boxes.shape[-2:])
     step = max(1, PAIRS_AT_ONCE // targets.labels.numel())  # many objects: fewer boxes at once
-    chunks = boxes.split(step, dim=1)
+    chunks = [(chunk, _rivals(chunk, targets)) for chunk in boxes.split(step, dim=1)]
+    best_of_object = torch.full_like(targets.boxes[..., 0], 0 if low_quality else torch.inf)
     if low_quality:  # a first pass over all boxes finds each object's largest IoU
-        best_of_object = torch.stack([_overlaps(chunk, targets)[0].amax(dim=1) for chunk in chunks]).amax(dim=0)
-    else:
-        best_of_object = torch.full_like(targets.boxes[..., 0], torch.inf)
-    parts = [_match_chunk(chunk, targets, best_of_object, foreground, background) for chunk in chunks]
+        for chunk, rivals in chunks:
+            best = _overlaps(chunk, rivals)[0].amax(dim=1)
+            best_of_object[:, rivals.columns] = torch.maximum(best_of_object[:, rivals.columns], best)
+    parts = [_match_chunk(chunk, rivals, best_of_object, foreground, background) for chunk, rivals in chunks]
     labels, matched = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return Matches(labels, matched)
 
 
+class _Rivals(NamedTuple):
+    """The objects with which a chunk of boxes is compared: all, or those that any of the boxes can touch."""
+
+    columns: Tensor  # (g,) int64, ascending: which of the G objects
+    boxes: Tensor  # (B, g, 4)
+    labels: Tensor  # (B, g)
+
+
+def _rivals(boxes: Tensor, targets: Targets) -> _Rivals:
+    """Choose the objects for a chunk `(B, n, 4)`.
+
+    Anchors come row by row, so that a chunk covers a strip of the image: on a CPU, leaving out the objects beyond it
+    makes matching 2,000 objects four times as fast. A GPU is fast enough, and would have to wait for their number.
+    """
+    columns = torch.arange(targets.labels.shape[1], device=boxes.device)
+    if boxes.device.type == "cpu" and boxes.numel() > 0:
+        low, high = boxes[..., :2].amin(dim=1, keepdim=True), boxes[..., 2:].amax(dim=1, keepdim=True)
+        beyond = ((targets.boxes[..., 2:] <= low) | (targets.boxes[..., :2] >= high)).any(dim=-1).all(dim=0)
+        columns = columns[:1] if bool(beyond.all()) else columns[~beyond]
+    return _Rivals(columns, targets.boxes[:, columns], targets.labels[:, columns])
+
+
 def _match_chunk(
-    boxes: Tensor, targets: Targets, best_of_object: Tensor, foreground: float, background: float
+    boxes: Tensor, rivals: _Rivals, best_of_object: Tensor, foreground: float, background: float
 ) -> tuple[Tensor, Tensor]:
-    iou, in_ignored = _overlaps(boxes, targets)
-    best, matched = iou.max(dim=2)  # (B, N, G) -> (B, N)
-    ties = ((iou == best_of_object[:, None]) & (iou > 0)).any(dim=2)
+    iou, in_ignored = _overlaps(boxes, rivals)
+    best, matched = iou.max(dim=2)  # (B, N, g) -> (B, N)
+    ties = ((iou == best_of_object[:, None, rivals.columns]) & (iou > 0)).any(dim=2)
     positive = (best >= foreground) | ties
     unused = (best >= background) | in_ignored
-    labels = torch.where(positive, targets.labels.gather(1, matched), torch.where(unused, -1, 0))
-    return labels, matched
+    labels = torch.where(positive, rivals.labels.gather(1, matched), torch.where(unused, -1, 0))
+    return labels, torch.where(best > 0, rivals.columns[matched], 0)
 
 
-def _overlaps(boxes: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """IoU with each object `(B, N, G)` (0 for padding), and whether a box lies in an ignored region `(B, N)`."""
-    shared = pairwise_intersection(boxes, targets.boxes)
+def _overlaps(boxes: Tensor, rivals: _Rivals) -> tuple[Tensor, Tensor]:
+    """IoU with each object `(B, N, g)` (0 for padding), and whether a box lies in an ignored region `(B, N)`."""
+    shared = pairwise_intersection(boxes, rivals.boxes)
     area = box_area(boxes)
-    iou = iou_from_intersection(shared, area, box_area(targets.boxes)) * targets.valid[:, None]
-    in_ignored = (shared * (targets.labels < 0)[:, None]).amax(dim=2) > IGNORED_SHARE * area
+    iou = iou_from_intersection(shared, area, box_area(rivals.boxes)) * (rivals.labels > 0)[:, None]
+    in_ignored = (shared * (rivals.labels < 0)[:, None]).amax(dim=2) > IGNORED_SHARE * area
     return iou, in_ignored
 
 

@@ -11,20 +11,34 @@ import os
 import platform
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassRows, ClassTable
+from maskrcnn.training.ema import ExponentialAverage
 from maskrcnn.training.optimizer import load_optimizer_state
 
 FORMAT = "maskrcnn checkpoint 1"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What training changes, besides the iteration, from which the place in the data and the learning rate follow."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler = field(default_factory=partial(GradScaler, enabled=False))  # of the loss, enabled under fp16
+    average: ExponentialAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,9 @@ class Checkpoint:
 
     iteration: int
     model: dict[str, Tensor]  # the model's state dict
+    average: dict[str, Tensor]  # the averaged weights under the same names; empty without an average
     optimizer: dict[str, Any]  # the optimizer's state dict
+    scaler: dict[str, Any]  # the loss scaler's state dict; empty unless the precision is fp16
     random_states: dict[str, Any]
     classes: ClassTable
     config: dict[str, Any]  # resolved, in plain types
@@ -42,8 +58,7 @@ class Checkpoint:
 
 
 def capture(
-    model: nn.Module,
-    optimizer: Optimizer,
+    state: TrainingState,
     *,
     iteration: int,
     classes: ClassTable,
@@ -53,8 +68,10 @@ def capture(
     """Collect the state of a run; the tensors are the live ones, so save it before the next step."""
     return Checkpoint(
         iteration=iteration,
-        model=dict(model.state_dict()),
-        optimizer=optimizer.state_dict(),
+        model=dict(state.model.state_dict()),
+        average=dict(state.average.state_dict()) if state.average else {},
+        optimizer=state.optimizer.state_dict(),
+        scaler=state.scaler.state_dict(),
         random_states=random_states(),
         classes=classes,
         config=dict(config),
@@ -64,13 +81,21 @@ def capture(
     )
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, *, source: str) -> None:
+def restore(checkpoint: Checkpoint, state: TrainingState, *, source: str) -> None:
     """Put a run back to where `checkpoint` was taken. Raises InputError, which names `source`, where it does not fit.
 
     Learning rates and decay come from the optimizer, that is from the configuration, not from the checkpoint.
     """
-    load_weights(model, checkpoint.model, source=source).require_complete()
-    load_optimizer_state(optimizer, checkpoint.optimizer, source=source)
+    load_weights(state.model, checkpoint.model, source=source).require_complete()
+    load_optimizer_state(state.optimizer, checkpoint.optimizer, source=source)
+    if checkpoint.scaler:
+        state.scaler.load_state_dict(checkpoint.scaler)
+    if state.average is not None and not checkpoint.average:
+        raise InputError(
+            f"{source}: it holds no averaged weights; leave training.ema_decay away to go on with this run"
+        )
+    if state.average is not None:
+        state.average.load(checkpoint.average)
     set_random_states(checkpoint.random_states)
 
 
@@ -82,7 +107,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     # asdict() would copy every tensor.
     content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     content["classes"] = dataclasses.asdict(checkpoint.classes)
-    _write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -92,7 +117,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"{path}: this is not a checkpoint of this project (backbone weights go to model.backbone.weights)"
         )
-    fields: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Checkpoint)}
+    newer: dict[str, Any] = {"average": {}, "scaler": {}}  # than the first files of this format
+    fields: dict[str, Any] = {
+        field.name: content.get(field.name, newer.get(field.name)) for field in dataclasses.fields(Checkpoint)
+    }
     absent = [name for name, value in fields.items() if value is None]
     if absent:
         raise InputError(f"{path}: the checkpoint is damaged: it lacks {', '.join(absent)}")
@@ -118,19 +146,33 @@ def read_tensors(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file through a temporary one in the same folder; `path` holds the old content or the new, whole.
+
+    Raises OSError, which names the file, where the disk is full or cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder: a rename across file systems is a copy
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # of a folder that has become read-only; the first error is the one to tell of
+            temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what went wrong
+        if isinstance(reason, OSError):
+            kept = f"{reason.strerror}; what was there before is kept"
+            raise OSError(reason.errno, kept, str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """The file that `write_atomically` writes first; a kill may leave it behind, and the next write replaces it."""
+    return path.with_name(path.name + ".tmp")  # in the same folder: a rename across file systems is a copy
 
 
 def _sync_folder(folder: Path) -> None:
@@ -148,42 +190,62 @@ def _first_line(error: Exception) -> str:
 
 
 class CheckpointFolder:
-    """A run's `last.pt`, to resume from, and `best.pt`, the weights of the best evaluation so far."""
+    """A run's checkpoints.
+
+    `last.pt` to resume from, `best.pt` of the best evaluation so far, and `iteration_N.pt` for the newest of those
+    before the last, as many as the run keeps.
+    """
 
     def __init__(
         self,
         folder: Path,
         *,
-        model: nn.Module,
-        optimizer: Optimizer,
+        state: TrainingState,
         classes: ClassTable,
         config: Mapping[str, Any],
         metric: str,
+        keep: int = 0,
     ) -> None:
-        """`metric` names the value, higher is better, that `best.pt` is chosen by; one already there stays in play."""
+        """Take over a folder.
+
+        Args:
+            folder: where the files are, or will be.
+            state: what is saved.
+            classes, config: what is saved with it.
+            metric: names the value, higher is better, that `best.pt` is chosen by; one already there stays in play.
+            keep: how many `iteration_N.pt` to keep.
+        """
+        self.folder = folder
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
-        self._model, self._optimizer = model, optimizer
+        self._state, self._keep = state, keep
         self._classes, self._config, self._metric = classes, config, metric
-        before = load_checkpoint(self.best).metrics if self.best.exists() else {}
-        self._record = before.get(metric, -math.inf)
+        before = load_checkpoint(self.best) if self.best.exists() else None
+        self.best_iteration = before.iteration if before else 0
+        self._record = before.metrics.get(metric, -math.inf) if before else -math.inf
 
     def save(self, iteration: int) -> None:
         """Write `last.pt`."""
         save_checkpoint(self.last, self._capture(iteration, metrics={}))
+        if self._keep:
+            # A second name for the same file: it costs nothing, and outlives the next `last.pt`.
+            copy = self.folder / f"iteration_{iteration:08d}.pt"
+            copy.unlink(missing_ok=True)
+            os.link(self.last, copy)
+            for old in sorted(self.folder.glob("iteration_*.pt"))[: -self._keep]:
+                old.unlink()
 
     def keep_best(self, iteration: int, metrics: Mapping[str, float]) -> bool:
         """Write `best.pt` if these metrics beat all before; return whether they do. NaN beats nothing."""
         improved = metrics[self._metric] > self._record
         if improved:
             save_checkpoint(self.best, self._capture(iteration, metrics=metrics))
-            self._record = metrics[self._metric]
+            self._record, self.best_iteration = metrics[self._metric], iteration
         return improved
 
     def _capture(self, iteration: int, *, metrics: Mapping[str, float]) -> Checkpoint:
         return capture(
-            self._model,
-            self._optimizer,
+            self._state,
             iteration=iteration,
             classes=self._classes,
             config=self._config,
@@ -204,6 +266,13 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
+
+
+def seed_generators(seed: int) -> None:
+    """Start all global generators from `seed`: Python's, NumPy's, torch's. Ours have seeds of their own anyway."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # it takes no more
+    torch.manual_seed(seed)
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:

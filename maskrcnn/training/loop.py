@@ -7,31 +7,31 @@ three from a checkpoint and passing a loader that starts at that iteration.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import nn
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from maskrcnn.config import Section
+from maskrcnn.errors import InputError
 from maskrcnn.memory import peak_memory
-from maskrcnn.structures import Batch, Losses
+from maskrcnn.structures import Batch
+from maskrcnn.training.distributed import Processes
 from maskrcnn.training.metrics import Measurement, MetricsWriter, Step
-from maskrcnn.training.optimizer import OptimizerConfig, SGDConfig, clip_gradients, set_learning_rate
+from maskrcnn.training.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
+from maskrcnn.training.profiler import Profiler
 from maskrcnn.training.schedule import MultiStepConfig, Schedule, ScheduleConfig
+from maskrcnn.training.step import Outcome, Precision, TrainingStep
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16"]
 Save = Callable[[int], None]
 Evaluate = Callable[[int], Measurement]
 
@@ -39,16 +39,38 @@ Evaluate = Callable[[int], Measurement]
 class TrainingConfig(Section):
     """How to train: by default the reference 1x recipe."""
 
-    batch_size: PositiveInt = Field(16, description="images of one step")
+    batch_size: PositiveInt = Field(16, description="images of one step, of all processes together")
+    accumulate: PositiveInt = Field(1, description="parts in which a process computes its share of a batch")
     optimizer: OptimizerConfig = SGDConfig()
     schedule: ScheduleConfig = MultiStepConfig()
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = Field(4, description="processes that load data; 0 loads in the training process")
-    precision: Precision = Field("fp32", description="bf16 runs matrix products in bfloat16 (autocast)")
+    precision: Precision = Field(
+        "fp32", description="of matrix products: bf16 or fp16 (with a loss scaler) by autocast"
+    )
     clip_norm: PositiveFloat | None = Field(None, description="longest gradient allowed; null leaves it")
+    skip_non_finite: NonNegativeInt = Field(
+        0, description="steps in a row that may be left out because a loss or gradient is not finite"
+    )
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep and evaluate a running average of the weights")
+    compile: bool = Field(False, description="torch.compile the dense parts")
+    deterministic: bool = Field(False, description="refuse operations whose result may differ from run to run")
+    profile: bool = Field(False, description="write a profiler trace of steps 10 to 20")
     evaluate_every: PositiveInt = Field(5000, description="iterations between evaluations; one more comes at the end")
+    patience: PositiveInt | None = Field(
+        None, description="evaluations without a better best_metric after which training ends; null goes on"
+    )
     checkpoint_every: PositiveInt = Field(5000, description="iterations between checkpoints")
+    keep_checkpoints: NonNegativeInt = Field(0, description="how many of them to keep, besides the last and the best")
     log_every: PositiveInt = Field(20, description="iterations between records in metrics.jsonl")
+
+
+class Rhythm(NamedTuple):
+    """How many iterations lie between two of a kind; each also comes at the end."""
+
+    evaluate: int
+    save: int
+    log: int
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -60,106 +82,101 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 def train(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    optimizer: Optimizer,
+    step: TrainingStep,
+    loader: Iterable[Sequence[Batch]],
     schedule: Schedule,
     *,
     start: int,
     iterations: int,
-    device: torch.device,
+    rhythm: Rhythm,
     writer: MetricsWriter,
     save: Save,
     evaluate: Evaluate,
-    evaluate_every: int,
-    checkpoint_every: int,
-    log_every: int,
-    clip_norm: float | None = None,
-    precision: Precision = "fp32",
+    is_over: Callable[[], bool] = lambda: False,
+    profiler: Profiler | None = None,
 ) -> None:
-    """Train `model`, which is on `device`, from iteration `start` to `iterations`.
+    """Train from iteration `start` to `iterations`.
 
-    `loader` yields batches without end, the first for the step after `start`. `save(iteration)` writes a checkpoint:
-    every `checkpoint_every` steps, before each evaluation, at the end and on a signal. `evaluate(iteration)` measures
-    the model; it may leave the model in any mode, but must not draw from the global random generators.
+    `loader` yields the batches of each iteration, without end, the first for the step after `start`. `save(iteration)`
+    writes a checkpoint; it is called before each evaluation and on a signal, too. `evaluate(iteration)` measures the
+    model; it may leave the model in any mode, but must not draw from the global random generators. `is_over()` is asked
+    after each evaluation whether training has come to its end early. `profiler` is told of each step.
 
-    Raises whatever `loader` raises, the steps so far saved; FloatingPointError if a loss or gradient is not finite,
-    before it reaches a weight; Interrupted after SIGINT or SIGTERM.
+    Raises whatever `loader` raises, the steps so far saved, and whatever `step` raises: that may leave norms with
+    broken statistics, so nothing is saved then. Interrupted after SIGINT or SIGTERM.
     """
-    speed = Speedometer()
-    with StopRequest() as stop, _progress_bar(start, iterations) as bar:
-        _evaluate_once(start, writer, evaluate, due=_is_due(start, evaluate_every, iterations))
+    speed, processes = Speedometer(), step.processes
+    with (
+        StopRequest(insistent=processes.world == 1) as stop,
+        _progress_bar(start, iterations, shown=processes.is_main) as bar,
+    ):
+        _evaluate_once(start, writer, evaluate, due=_is_due(start, rhythm.evaluate, iterations))
         batches = iter(loader)
         level = logging.INFO if bar.disable else logging.DEBUG  # a progress line tells the user already
         for iteration in range(start + 1, iterations + 1):
-            with speed.waiting(), _kept_safe(save, iteration - 1, start):
-                batch = next(batches)
-            with speed.working(images=len(batch.images)):
-                lr = set_learning_rate(optimizer, schedule(iteration - 1))
-                losses, norm = training_step(model, batch, optimizer, iteration, device, clip_norm, precision)
-            step = Step(iteration, losses, lr, norm, speed.images_per_second, speed.data_share, peak_memory(device))
-            bar.set_postfix_str(str(step), refresh=False)
+            if _is_due(iteration - 1, rhythm.evaluate, iterations) and is_over():
+                logger.info("no better evaluation for a while: training ends after iteration %d", iteration - 1)
+                break
+            log_due = _is_due(iteration, rhythm.log, iterations)
+            with speed.waiting():
+                parts = _fetch(batches, processes, save, iteration - 1, start)
+            with speed.working(images=sum(len(batch.images) for batch in parts) * processes.world):
+                lr = set_learning_rate(step.state.optimizer, schedule(iteration - 1))
+                found = step(parts, iteration, diagnose=log_due)
+            if profiler is not None:
+                profiler.step()
+            shown = _shown(found, iteration, lr, speed, processes, whole=log_due)
+            bar.set_postfix_str(shown.brief, refresh=False)
             bar.update()
-            if _is_due(iteration, log_every, iterations):
-                logger.log(level, "iteration %d of %d: %s", iteration, iterations, step)
-                writer.log_step(step)
+            if log_due:
+                logger.log(level, "iteration %d of %d: %s", iteration, iterations, shown)
+                writer.log_step(shown)
                 speed.reset()
-            if stop.signal is not None:
+            if number := processes.max(stop.signal or 0):
                 save(iteration)
+                processes.wait()  # the end of one process is the end of all: not before the main one has saved
                 message = f"stopped after iteration {iteration}, which is saved; --resume goes on"
-                raise Interrupted(stop.signal, message)
-            evaluation_due = _is_due(iteration, evaluate_every, iterations)
-            if evaluation_due or _is_due(iteration, checkpoint_every, iterations):
+                raise Interrupted(signal.Signals(number), message)
+            evaluation_due = _is_due(iteration, rhythm.evaluate, iterations)
+            if evaluation_due or _is_due(iteration, rhythm.save, iterations):
                 save(iteration)
             _evaluate_once(iteration, writer, evaluate, due=evaluation_due)
+    writer.log_end()
 
 
-def training_step(
-    model: nn.Module,
-    batch: Batch,
-    optimizer: Optimizer,
-    iteration: int,
-    device: torch.device,
-    clip_norm: float | None,
-    precision: Precision,
-) -> tuple[dict[str, float], float]:
-    """Take one step; return the terms of the loss by name, and the norm of the gradient before clipping."""
-    model.train()
-    images = batch.images.to(device, non_blocking=device.type == "cuda")
-    targets = batch.targets.to(device, non_blocking=device.type == "cuda")
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        losses: Losses = model(images, targets)
-    optimizer.zero_grad()
-    losses.total.backward()
-    norm = clip_gradients(optimizer, clip_norm)
-    # On a GPU this waits for the backward pass, once a step: the price of never stepping on a bad gradient.
-    *terms, length = torch.stack([*losses, norm]).tolist()
-    values = dict(zip(Losses._fields, terms, strict=True))
-    if not all(map(math.isfinite, (*terms, length))):
-        raise FloatingPointError(_what_is_not_finite(iteration, batch.image_ids, values, length))
-    optimizer.step()
-    return values, length
-
-
-def _what_is_not_finite(iteration: int, image_ids: Sequence[int], losses: Mapping[str, float], norm: float) -> str:
-    terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-    images = ", ".join(map(str, image_ids))
-    return (
-        f"iteration {iteration}: a loss or the gradient is not finite: {terms}; gradient norm {norm:g}; image ids "
-        f"{images}. The step was not taken. A lower learning rate, a longer warm-up or training.clip_norm often helps"
+def _shown(found: Outcome, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool) -> Step:
+    """The step as it is recorded; `whole` takes the means over all processes."""
+    terms = torch.tensor(list(found.losses.values()), device=processes.device)
+    means = processes.mean(terms).tolist() if whole else found.losses.values()
+    return Step(
+        iteration=iteration,
+        losses=dict(zip(found.losses, means, strict=True)),
+        lr=lr,
+        gradient_norm=found.gradient_norm,
+        images_per_second=speed.images_per_second,
+        data_share=speed.data_share,
+        peak_memory=peak_memory(processes.device),
+        diagnostics=found.diagnostics,
     )
 
 
-@contextmanager
-def _kept_safe(save: Save, iteration: int, start: int) -> Iterator[None]:
-    """Save the state after `iteration` if an image cannot be read, or a worker dies: the weights are not to blame."""
+def _fetch(
+    batches: Iterator[Sequence[Batch]], processes: Processes, save: Save, iteration: int, start: int
+) -> Sequence[Batch]:
+    """Return the next batches; where a process cannot have its own, save the state after `iteration`, and raise."""
+    parts: Sequence[Batch] = ()
+    error: Exception | None = None
     try:
-        yield
-    except Exception:
-        if iteration > start:
-            save(iteration)
-            logger.warning("the state after iteration %d is saved; --resume goes on", iteration)
-        raise
+        parts = next(batches)
+    except Exception as caught:  # an image cannot be read, or a worker died: the weights are not to blame
+        error = caught
+    if not processes.any(error is not None):
+        return parts
+    if iteration > start:
+        save(iteration)
+        logger.warning("the state after iteration %d is saved; --resume goes on", iteration)
+    processes.wait()
+    raise error or InputError("another process could not read its images, and said why")
 
 
 def _is_due(iteration: int, every: int, iterations: int) -> bool:
@@ -215,15 +232,15 @@ class Speedometer:
         return self._waited / max(self._waited + self._worked, 1e-9)
 
 
-def _progress_bar(start: int, iterations: int) -> tqdm:
+def _progress_bar(start: int, iterations: int, *, shown: bool) -> tqdm:
     """Return the progress line on standard error; where that is no terminal, there is none."""
     return tqdm(
         initial=start,
         total=iterations,
-        disable=None,
+        disable=None if shown else True,
         dynamic_ncols=True,
         smoothing=0,  # the mean speed so far, evaluations included, tells the time left best
-        bar_format="{n_fmt}/{total_fmt} {elapsed}, {remaining} left{postfix}",
+        bar_format="{n_fmt}/{total_fmt} {remaining} left{postfix}",
     )
 
 
@@ -233,12 +250,14 @@ def _progress_bar(start: int, iterations: int) -> tqdm:
 class StopRequest:
     """Notes SIGINT and SIGTERM inside a `with` block, instead of dying from them; works in the main thread alone.
 
-    The first signal is noted in `signal`; a second one acts at once, as if there were no block. Ctrl-C and SLURM
-    signal the data loader's workers too; these must ignore it, or the next batch never comes.
+    The first signal is noted in `signal`; a second one acts at once, as if there were no block, unless `insistent` is
+    false: of several processes each may be signalled by SLURM and by torchrun alike. Ctrl-C and SLURM signal the data
+    loader's workers too; these must ignore it, or the next batch never comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, insistent: bool = True) -> None:
         self.signal: signal.Signals | None = None
+        self._insistent = insistent
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -251,9 +270,11 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        self._put_back()
+        if self._insistent:
+            self._put_back()
         # Not print(): the signal may have come in the middle of one.
-        os.write(2, f"\n{self.signal.name}: finishing this step, then saving; another stops at once\n".encode())
+        hint = "; another stops at once" if self._insistent else ""
+        os.write(2, f"\n{self.signal.name}: finishing this step, then saving{hint}\n".encode())
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -1,7 +1,7 @@
-"""What a run measured: `metrics.jsonl` for programs, TensorBoard for people.
+"""What a run measured: `metrics.jsonl` for programs, TensorBoard for people (docs/metrics.md explains the curves).
 
 `metrics.jsonl` holds one JSON object a line. Each has `kind` and `iteration`, the number of steps done. A number that
-is not finite is stored as null.
+is not finite is stored as null, and its curve in TensorBoard has no point there.
 
 `"kind": "train"`, every `log_every` iterations, about the last step alone (a mean over steps would have to survive
 an interruption, and TensorBoard smooths anyway):
@@ -12,10 +12,23 @@ an interruption, and TensorBoard smooths anyway):
     images_per_second   since the record before
     data_share          share of the time since then that was spent waiting for data, 0 to 1
     peak_memory         bytes: the most that the process held so far, or on a GPU, that tensors took up there
+    proposal_recall     share of the objects that a proposal of the RPN overlaps with IoU 0.5 or more, 0 to 1; the
+                        objects' own boxes, which are added to the proposals, do not count
+    positive_share      share of positives among the regions that train the heads, 0 to 1
+                        (either is absent where there was nothing to measure: a step without objects, or regions)
 
 `"kind": "evaluation"`:
-    metrics             object: each metric by name
+    metrics             object: each metric by name, such as "mask/AP"; "ema/mask/AP" is that of the averaged weights
     images_per_second   of inference, results and their masks included, without comparing them with the ground truth
+    classes             object: by name of the class an object with its "box/AP", "mask/AP", "ema/mask/AP", ...
+    loss                sum of the terms, over the validation images; absent where it was not measured, like
+    losses              object: each term by name
+
+`"kind": "end"` is the last record of a training that came to its end, by its schedule or by running out of patience.
+
+TensorBoard has each number under its path, `train/losses/mask` or `evaluation/mask/AP`; but for the classes it has
+`class_AP/mask/NAME`. Besides, it has the pictures of some validation images at each evaluation, `pictures/IMAGE_ID`,
+and the resolved configuration as text, `config`, of each start.
 
 A resumed run drops the records of the steps that it repeats, so that its file equals an undisturbed one's but for
 `TIMING_KEYS`.
@@ -27,16 +40,19 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+from maskrcnn.config import Section, to_yaml
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-LONGEST_RECORD = 2**16  # bytes; a record of COCO's 80 classes has a tenth of them
+LONGEST_RECORD = 2**20  # bytes; an evaluation of LVIS's 1203 classes, with averaged weights, has a fifth of them
 TIMING_KEYS = frozenset({"images_per_second", "data_share", "peak_memory"})
 
 Record = dict[str, Any]
@@ -53,6 +69,7 @@ class Step:
     images_per_second: float
     data_share: float
     peak_memory: int  # bytes
+    diagnostics: Mapping[str, float] = field(default_factory=dict)  # `proposal_recall`, `positive_share`
 
     @property
     def loss(self) -> float:
@@ -69,15 +86,19 @@ class Step:
             "images_per_second": self.images_per_second,
             "data_share": self.data_share,
             "peak_memory": self.peak_memory,
+            **self.diagnostics,
         }
 
-    def __str__(self) -> str:
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
-        # The terms come last: a narrow terminal cuts the end.
+    @property
+    def brief(self) -> str:
+        """What the progress line says; at most 50 characters or so, to be seen whole in a terminal of 80 columns."""
         return (
-            f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.images_per_second:.2f} images/s, "
-            f"data {self.data_share:.0%}, {self.peak_memory / 2**30:.1f} GiB; {terms}"
+            f"loss {self.loss:.3f} lr {self.lr:.2g} {self.images_per_second:.3g} img/s "
+            f"data {self.data_share:.0%} {self.peak_memory / 2**30:.1f} GiB"
         )
+
+    def __str__(self) -> str:
+        return f"{self.brief}; " + ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
 
 
 class Measurement(NamedTuple):
@@ -85,6 +106,36 @@ class Measurement(NamedTuple):
 
     metrics: Mapping[str, float]
     images_per_second: float
+    classes: Mapping[str, Mapping[str, float]] = {}
+    losses: Mapping[str, float] = {}  # empty: not measured
+    pictures: Mapping[str, np.ndarray] = {}  # for TensorBoard alone: (H, W, 3) uint8 RGB by image id
+
+    def with_average(self, average: Measurement) -> Measurement:
+        """Return this together with the figures of the averaged weights, whose names begin with `ema/`."""
+        classes = {
+            name: {**figures, **_prefixed("ema/", average.classes.get(name, {}))}
+            for name, figures in self.classes.items()
+        }
+        return self._replace(metrics={**self.metrics, **_prefixed("ema/", average.metrics)}, classes=classes)
+
+    def measured(self) -> dict[str, Any]:
+        """Return what `metrics.jsonl` keeps, by key."""
+        found = {
+            "metrics": dict(self.metrics),
+            "images_per_second": self.images_per_second,
+            "classes": {name: dict(figures) for name, figures in self.classes.items()},
+        }
+        return found | ({"loss": sum(self.losses.values()), "losses": dict(self.losses)} if self.losses else {})
+
+    def curves(self) -> dict[str, float]:
+        """Return each number with its name in TensorBoard."""
+        classes = {
+            f"class_AP/{figure.removesuffix('/AP')}/{name}": value
+            for name, figures in self.classes.items()
+            for figure, value in figures.items()
+        }
+        whole = {name: value for name, value in self.measured().items() if name not in ("metrics", "classes")}
+        return _prefixed("evaluation/", {**self.metrics, **_flat(whole)}) | classes
 
 
 class MetricsWriter:
@@ -97,29 +148,39 @@ class MetricsWriter:
         """Open the run that goes on after `start` iterations; what is on record about later ones is dropped."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
-        kept = [record for record in read_records(path) if record["iteration"] <= start] if path.exists() else []
+        past = read_records(path) if path.exists() else []
+        kept = [record for record in past if record["iteration"] <= start and record["kind"] != "end"]
         evaluations = [record["iteration"] for record in kept if record["kind"] == "evaluation"]
         self.last_evaluation = max(evaluations, default=None)
         _replace(path, "".join(_line(record) for record in kept))
         # Line-buffered: what is logged survives a kill.
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._start = start
         self._events = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=start + 1)
+
+    def log_config(self, config: Section) -> None:
+        """Put the resolved configuration into TensorBoard: its run directory may be elsewhere, or gone."""
+        # Not `add_hparams`: it begins another run each time that training resumes.
+        self._events.add_text("config", f"```yaml\n{to_yaml(config)}```", self._start)
 
     def log_step(self, step: Step) -> None:
         """Record one training step."""
         measured = step.measured()
         self._append({"kind": "train", "iteration": step.iteration, **measured})
-        for name, value in _flat(measured):
-            self._events.add_scalar(f"train/{name}", value, step.iteration)
+        self._draw(_prefixed("train/", _flat(measured)), step.iteration)
 
     def log_evaluation(self, iteration: int, found: Measurement) -> None:
         """Record one evaluation, and make sure that it is on disk."""
-        measured = {"metrics": dict(found.metrics), "images_per_second": found.images_per_second}
-        self._append({"kind": "evaluation", "iteration": iteration, **measured})
-        for name, value in {**found.metrics, "images_per_second": found.images_per_second}.items():
-            self._events.add_scalar(f"evaluation/{name}", value, iteration)
+        self._append({"kind": "evaluation", "iteration": iteration, **found.measured()})
+        self._draw(found.curves(), iteration)
+        for name, picture in found.pictures.items():
+            self._events.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
         self._events.flush()
         self.last_evaluation = iteration
+
+    def log_end(self) -> None:
+        """Record that the training came to its end, which is an evaluation."""
+        self._append({"kind": "end", "iteration": self.last_evaluation})
 
     def close(self) -> None:
         """Write what is left and close the files."""
@@ -136,6 +197,35 @@ class MetricsWriter:
 
     def _append(self, record: Record) -> None:
         self._file.write(_line(record))
+
+    def _draw(self, curves: Mapping[str, float], iteration: int) -> None:
+        """Add a point to each curve."""
+        for name, value in curves.items():
+            if math.isfinite(value):
+                self._events.add_scalar(name, value, iteration)
+
+
+class SilentWriter(MetricsWriter):
+    """Writes nothing: for all processes of a training but the main one."""
+
+    def __init__(self) -> None:
+        self.last_evaluation = None
+
+    def log_config(self, config: Section) -> None:
+        """Do nothing."""
+
+    def log_step(self, step: Step) -> None:
+        """Do nothing."""
+
+    def log_evaluation(self, iteration: int, found: Measurement) -> None:
+        """Remember that there was one."""
+        self.last_evaluation = iteration
+
+    def log_end(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -167,15 +257,16 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(measured: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return each number with its name, those of an inner mapping as `outer/inner`."""
-    pairs: list[tuple[str, float]] = []
+def _flat(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Return each number by its name, those of an inner mapping as `outer/inner`."""
+    numbers: dict[str, float] = {}
     for name, value in measured.items():
-        if isinstance(value, Mapping):
-            pairs += [(f"{name}/{inner}", number) for inner, number in value.items()]
-        else:
-            pairs.append((name, value))
-    return pairs
+        numbers |= _prefixed(f"{name}/", value) if isinstance(value, Mapping) else {name: value}
+    return numbers
+
+
+def _prefixed(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in numbers.items()}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -11,51 +11,128 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
 
 from maskrcnn.config import Section
+from maskrcnn.errors import InputError
 
 Schedule = Callable[[int], float]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _WarmUpConfig(Section):
-    """What all schedules share: a length, and a linear rise at the start (Detectron2's defaults)."""
+def _plain(length: float) -> float:
+    """A whole number as an int, so that a stored configuration says 60000, not 60000.0."""
+    return int(length) if length == int(length) else length
 
-    iterations: PositiveInt = 90_000
+
+Length = Annotated[
+    float, Field(gt=0, allow_inf_nan=False), AfterValidator(_plain), PlainSerializer(_plain, return_type=Any)
+]
+
+DEFAULT_ITERATIONS = 90_000  # the reference 1x schedule
+
+
+class _WarmUpConfig(Section):
+    """What all schedules share: a length, and a linear rise at the start (Detectron2's defaults).
+
+    The length is stated in `iterations` or in `epochs`, and `steps` are in the same unit; the warm-up is always in
+    iterations. What an epoch is, the dataset says: `resolve` turns epochs into iterations.
+    """
+
+    epochs: Length | None = Field(None, description="length in passes over the dataset, instead of `iterations`")
+    iterations: PositiveInt | None = Field(
+        None, description="length in optimizer steps; 90000 without `epochs`", validate_default=True
+    )
     warmup_iterations: NonNegativeInt = 1000
     warmup_factor: Share = 0.001
 
+    @field_validator("iterations")
+    @classmethod
+    def _one_unit(cls, iterations: int | None, info: ValidationInfo) -> int | None:
+        epochs = info.data.get("epochs")
+        if epochs is None:
+            return DEFAULT_ITERATIONS if iterations is None else iterations
+        if iterations is not None:
+            raise ValueError(f"iterations is {iterations}, and epochs is {epochs}: set one of the two to null")
+        return None
+
     @model_validator(mode="after")
-    def _warmup_ends(self) -> _WarmUpConfig:
-        if self.warmup_iterations > self.iterations:
+    def _warmup_ends(self) -> Self:
+        if self.iterations is not None and self.warmup_iterations > self.iterations:
             raise ValueError(
                 f"warmup_iterations is {self.warmup_iterations}, but training ends after {self.iterations} iterations"
             )
         return self
+
+    @property
+    def num_iterations(self) -> int:
+        """After how many iterations training ends; only a schedule in iterations knows it."""
+        assert self.iterations is not None, "resolve() the schedule first"
+        return self.iterations
+
+    def resolve(self, iterations_per_epoch: int) -> Self:
+        """Return the schedule in iterations; one that is in iterations already returns itself.
+
+        Raises InputError if the epochs are too few for the warm-up, or too short for the steps.
+        """
+        if self.epochs is None:
+            return self
+        changes = self._in_iterations(iterations_per_epoch)
+        try:
+            return type(self).model_validate({**self.model_dump(), "epochs": None, **changes})
+        except ValidationError as error:
+            problems = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+            raise InputError(
+                f"training.schedule: epochs is {self.epochs}, and an epoch has {iterations_per_epoch} iterations: "
+                f"{problems}"
+            ) from error
+
+    def _in_iterations(self, iterations_per_epoch: int) -> dict[str, Any]:
+        """The values that change with the unit, by key."""
+        assert self.epochs is not None
+        return {"iterations": max(1, round(self.epochs * iterations_per_epoch))}
 
 
 class MultiStepConfig(_WarmUpConfig):
     """The rate falls by `gamma` at each of `steps`; by default the reference 1x schedule."""
 
     kind: Literal["multi_step"] = "multi_step"
-    steps: tuple[PositiveInt, ...] = (60_000, 80_000)
+    steps: tuple[Length, ...] = Field((60_000, 80_000), description="in iterations, or with `epochs`, in epochs")
     gamma: PositiveFloat = 0.1
 
     @model_validator(mode="after")
-    def _steps_are_in_order(self) -> MultiStepConfig:
+    def _steps_are_in_order(self) -> Self:
+        unit, end = ("iterations", self.iterations) if self.epochs is None else ("epochs", self.epochs)
+        assert end is not None
+        if unit == "iterations" and any(step != int(step) for step in self.steps):
+            raise ValueError(f"steps must be whole iterations, but are {list(self.steps)}")
         if any(later <= earlier for earlier, later in pairwise(self.steps)):
             raise ValueError(f"steps must ascend, but are {list(self.steps)}")
-        if self.steps and self.steps[-1] >= self.iterations:
-            raise ValueError(
-                f"steps must lie below iterations, which is {self.iterations}, but the last is {self.steps[-1]}"
-            )
+        if self.steps and self.steps[-1] >= end:
+            raise ValueError(f"steps must lie below {unit}, which is {end}, but the last is {self.steps[-1]}")
         return self
 
+    def _in_iterations(self, iterations_per_epoch: int) -> dict[str, Any]:
+        steps = tuple(round(step * iterations_per_epoch) for step in self.steps)
+        return {**super()._in_iterations(iterations_per_epoch), "steps": steps}
+
     def build(self) -> Schedule:
-        """Return the schedule as a function of the iteration."""
+        """Return the schedule, which must be in iterations, as a function of the iteration."""
+        assert self.epochs is None, "resolve() the schedule first"
         return partial(
             multi_step_factor,
             steps=self.steps,
@@ -72,10 +149,10 @@ class CosineConfig(_WarmUpConfig):
     final_factor: Share = 0.0
 
     def build(self) -> Schedule:
-        """Return the schedule as a function of the iteration."""
+        """Return the schedule, which must be in iterations, as a function of the iteration."""
         return partial(
             cosine_factor,
-            iterations=self.iterations,
+            iterations=self.num_iterations,
             final_factor=self.final_factor,
             warmup_iterations=self.warmup_iterations,
             warmup_factor=self.warmup_factor,
@@ -93,7 +170,7 @@ def warmup(iteration: int, *, iterations: int, factor: float) -> float:
 
 
 def multi_step_factor(
-    iteration: int, *, steps: Sequence[int], gamma: float, warmup_iterations: int, warmup_factor: float
+    iteration: int, *, steps: Sequence[float], gamma: float, warmup_iterations: int, warmup_factor: float
 ) -> float:
     """Return `gamma` to the power of the steps passed, times the warm-up."""
     rise = warmup(iteration, iterations=warmup_iterations, factor=warmup_factor)

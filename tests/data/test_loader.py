@@ -187,8 +187,23 @@ def test_workers_change_nothing(workers: int) -> None:
     options: dict[str, Any] = {"batch_size": 3, "seed": 0, "size_divisor": 8}
     alone = list(islice(training_loader(Small(10), TRANSFORM, workers=0, **options), 7))
     helped = training_loader(Small(10), TRANSFORM, workers=workers, start=2, **options)
-    for one, other in zip(alone[2:], islice(helped, 5), strict=True):
+    for (one,), (other,) in zip(alone[2:], islice(helped, 5), strict=True):
         assert_same(one, other)
+
+
+def test_the_parts_of_a_batch_are_the_batch() -> None:
+    options: dict[str, Any] = {"batch_size": 6, "seed": 0, "size_divisor": 8, "workers": 0}
+    wholes = training_loader(Small(10), TRANSFORM, **options)
+    halves = training_loader(Small(10), TRANSFORM, parts=2, start=1, **options)
+    (whole,), parts = list(islice(wholes, 2))[1], next(iter(halves))
+    assert [len(part.images) for part in parts] == [3, 3]
+    assert sum((part.image_ids for part in parts), ()) == whole.image_ids
+    assert torch.equal(torch.cat([part.images.seeds for part in parts]), whole.images.seeds)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
+    with pytest.raises(InputError, match=r"batch_size: 6 images cannot be shared equally by 2 processes .* in 2 parts"):
+        TrainingStream(Small(10).image_sizes(), batch_size=6, seed=0, world=2, parts=2)
 
 
 def test_training_draws_nothing_from_the_global_generator() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -276,6 +277,72 @@ def test_bodies_are_modules_of_the_backbone() -> None:
     pyramid = resnet(18, "fpn")
     assert isinstance(pyramid.backbone, FPN)
     assert pyramid.backbone.body is pyramid.body
+
+
+# Activation checkpointing.
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+@pytest.mark.parametrize(
+    "kind", [lambda **s: resnet(18, "fpn", **s), lambda **s: vgg(11, "pool5", **s)], ids=["resnet", "vgg"]
+)
+@pytest.mark.parametrize("count", [0, 2])
+def test_checkpointing_saves_memory_and_changes_nothing(kind: Any, norm: NormKind, count: int) -> None:
+    """Neither features, nor gradients, nor the statistics of batch norms, which see each batch twice."""
+    found = []
+    for checkpoint_activations in (False, True):
+        torch.manual_seed(1)
+        parts = kind(norm=norm, freeze=count, checkpoint_activations=checkpoint_activations)
+        saved = SavedBytes(parts.backbone)
+        with saved:
+            features = parts.backbone.train()(pixels(2)[:, :, :, :64])
+        sum(level.square().mean() for level in features).backward()
+        gradients = {name: p.grad for name, p in parts.backbone.named_parameters() if p.requires_grad}
+        found.append((saved.count, {**gradients, **dict(parts.backbone.named_buffers())}))
+    (plain, expected), (less, values) = found
+    assert less < 0.75 * plain
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_stage_5_on_regions_is_checkpointed() -> None:
+    counts = []
+    for checkpoint_activations in (False, True):
+        res5 = resnet(18, "c4", checkpoint_activations=checkpoint_activations).res5
+        assert res5 is not None
+        saved = SavedBytes(res5)
+        with saved:
+            res5(torch.randn(2, 256, 14, 14))
+        counts.append(saved.count)
+    assert counts[1] < 0.5 * counts[0]
+
+
+def test_frozen_stages_are_not_run_twice() -> None:
+    backbone = resnet(18, "c5", freeze=3, checkpoint_activations=True).backbone
+    runs: Counter[str] = Counter()
+    for name, module in backbone.named_children():
+        for block in module.children():
+            block.register_forward_pre_hook(lambda *_, stage=name: runs.update([stage]))
+    backbone(pixels())[0].sum().backward()
+    assert runs == {"layer1": 2, "layer2": 2, "layer3": 4, "layer4": 4}  # two blocks each
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of what is kept for the backward pass inside a `with` block, without the parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._storages = {parameter.untyped_storage().data_ptr(): 0 for parameter in module.parameters()}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    @property
+    def count(self) -> int:
+        return sum(self._storages.values())
 
 
 # Norms.

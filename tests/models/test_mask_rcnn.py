@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn.data.loader import collate
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
@@ -265,6 +268,63 @@ def test_a_compiled_backbone_is_compiled_once(kind: str) -> None:
         made = batch(model, other, divisor=SIDE)  # padded to the same size
         model(made.images, made.targets).total.backward()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["fpn", pytest.param("c4", marks=pytest.mark.slow), pytest.param("conv5", marks=pytest.mark.slow)]
+)
+def test_compiled_parts_say_the_same_and_serve_other_sizes(kind: str) -> None:
+    models = plain, compiled = build(kind), build(kind)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled.compile_dense(backend=counter, fullgraph=True)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    counts = []
+    for height, width in ((96, 128), (128, 192), (160, 96)):
+        examples = [example(key=1, height=height), example(SOME[1:], key=2, width=width)]
+        found = [losses(model, *examples) for model in models]
+        gradients = [torch.autograd.grad(f.total, _learning(model)) for f, model in zip(found, models, strict=True)]
+        for one, other in zip((*found[0], *gradients[0]), (*found[1], *gradients[1]), strict=True):
+            torch.testing.assert_close(one, other)
+        counts.append(counter.frame_count)
+    parts = 4 if compiled.res5 is None else 5
+    assert counts == [parts, parts + 1, parts + 1]  # only the backbone was compiled for one size at first
+
+
+def _learning(model: MaskRCNN) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.slow
+def test_compiled_parts_work_under_ddp(tmp_path: Path) -> None:
+    plain, compiled = build("fpn"), build("fpn")
+    torch._dynamo.reset()
+    compiled.compile_dense(backend="aot_eager")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    wrapped = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    made = batch(plain, example(key=1), example((), key=2))
+    for model in (plain, wrapped):
+        model(made.images, made.targets).total.backward()
+    dist.destroy_process_group()
+    for one, other in zip(_learning(plain), _learning(compiled), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+# Memory.
+
+
+def test_the_memory_format_stays(pyramid: MaskRCNN) -> None:
+    """Also with weights from a file in another format, and in gradients and momenta."""
+    state = {name: value.contiguous().clone() for name, value in pyramid.state_dict().items()}
+    pyramid.load_state_dict(state)
+    optimizer = torch.optim.SGD(_learning(pyramid), lr=1e-9, momentum=0.9)
+    losses(pyramid, example()).total.backward()
+    optimizer.step()
+    kernels = [parameter for parameter in _learning(pyramid) if parameter.dim() == 4]
+    assert any(parameter.shape[2] > 1 for parameter in kernels)
+    for parameter in kernels:
+        for tensor in (parameter, parameter.grad, optimizer.state[parameter]["momentum_buffer"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 # Pixels.

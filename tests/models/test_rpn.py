@@ -36,7 +36,7 @@ def test_scoring_the_drawn_anchors_equals_scoring_all_and_choosing() -> None:
     indices = torch.randint(0, number, (2, 50))
     indices[0, :4] = torch.tensor([0, 8 * 12 * 6 - 1, 8 * 12 * 6, number - 1])  # corners of both maps
 
-    scored = [head.score_all(level) for level in dense_maps]
+    scored = [head(level) for level in dense_maps]
     logits = torch.cat([part for part, _ in scored], dim=1).gather(1, indices)
     deltas = torch.cat([part for _, part in scored], dim=1).gather(1, indices[..., None].expand(-1, -1, 4))
     drawn_logits, drawn_deltas = head.score_drawn(sparse_maps, indices)

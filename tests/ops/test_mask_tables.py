@@ -6,10 +6,12 @@ Shapes: B images, R regions, G objects, H x W image, M mask side.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
+from maskrcnn.ops import mask_tables
 from maskrcnn.ops.mask_tables import full_masks, mask_coverage, mask_targets, mask_targets_torchvision, tabulate
 from maskrcnn.ops.masks import paste_masks
 from maskrcnn.structures import MaskCrop, MaskTables
@@ -178,10 +180,14 @@ def test_full_masks_of_a_shrunken_image_are_read_at_pixel_centres() -> None:
     assert masks.tolist() == [[[[1, 1], [1, 1]]]]
 
 
-def test_torchvisions_targets() -> None:
+@pytest.mark.parametrize("masks_at_once", [100, 2])
+def test_torchvisions_targets(monkeypatch: pytest.MonkeyPatch, masks_at_once: int) -> None:
+    """Full masks are made a few at a time: all of 2,000 objects would take 80 GB."""
+    monkeypatch.setattr(mask_tables, "PIXELS_AT_ONCE", masks_at_once * 50 * 66)
     tables, _, boxes, matched = random_batch()
     targets = mask_targets_torchvision(tables, boxes, matched, 14, 50, 66)
     masks = full_masks(tables, 50, 66)
     for b in range(2):
         expected = project_masks_on_boxes(masks[b], boxes[b], matched[b], 14)
         torch.testing.assert_close(targets[b], expected)
+    assert mask_targets_torchvision(tables, boxes[:, :0], matched[:, :0], 14, 50, 66).shape == (2, 0, 14, 14)

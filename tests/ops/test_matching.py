@@ -71,6 +71,34 @@ def test_against_a_loop_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(in_chunks.matched, found.matched)
 
 
+@pytest.mark.parametrize("low_quality", [False, True])
+def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, low_quality: bool) -> None:
+    """Chunks that leave out the objects beyond them find what all pairs at once do; ignored regions and padding too."""
+    corners = torch.cartesian_prod(torch.arange(0.0, 100, 5), torch.arange(0.0, 100, 5)).flip(1)  # row by row
+    anchors = torch.cat((corners, corners + 9), dim=1)  # (400, 4)
+    labels = torch.randint(1, 9, (2, 60))
+    labels[0, ::7], labels[1, 20:] = -1, -1
+    boxes = random_boxes(2, 60)
+    boxes[1, 40:] = 0
+    objects = targets(boxes, labels)
+    anchors[7] = torch.nan  # a proposal of a model that diverged
+    compared = []
+    overlaps = matching._overlaps
+
+    def watched(chunk: torch.Tensor, rivals: matching._Rivals) -> tuple[torch.Tensor, torch.Tensor]:
+        compared.append(len(rivals.columns))
+        return overlaps(chunk, rivals)
+
+    found = match_boxes(anchors, objects, **RULE, low_quality=low_quality)
+    monkeypatch.setattr(matching, "_overlaps", watched)
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 20 * 120)  # a row at a time
+    in_strips = match_boxes(anchors, objects, **RULE, low_quality=low_quality)
+    assert torch.equal(in_strips.labels, found.labels)
+    assert torch.equal(in_strips.matched, found.matched)
+    assert min(compared) == 1  # random_boxes() has none below 61
+    assert sorted(compared)[len(compared) // 2] < 50
+
+
 def test_sampling_takes_positives_first_and_fills_with_background() -> None:
     labels = torch.tensor([[1, 0, 2, 0, 0, -1, 3, 0], [0, 0, 0, 0, 0, 0, 0, 5], [-1, -1, 4, -1, 0, -1, -1, -1]])
     indices, drawn = sample_balanced(labels, count=4, positive_share=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)

@@ -13,6 +13,7 @@ from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassRows, ClassTable
 from maskrcnn.training.checkpoint import (
     CheckpointFolder,
+    TrainingState,
     capture,
     load_checkpoint,
     load_weights,
@@ -21,6 +22,7 @@ from maskrcnn.training.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
+from maskrcnn.training.ema import ExponentialAverage
 from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
 
 CLASSES = ClassTable(names=("cat", "dog", "owl"), category_ids=(1, 7, 90))
@@ -61,7 +63,9 @@ def optimizer(model):
 
 def checkpoint_of(model, optimizer, iteration=7, metrics=None):
     metrics = metrics or {}
-    return capture(model, optimizer, iteration=iteration, classes=CLASSES, config=CONFIG, metrics=metrics)
+    return capture(
+        TrainingState(model, optimizer), iteration=iteration, classes=CLASSES, config=CONFIG, metrics=metrics
+    )
 
 
 # ---- Files
@@ -85,7 +89,7 @@ def test_restoring_puts_weights_optimizer_and_draws_back(tmp_path, model, optimi
     drawn = torch.rand(3), np.random.rand(), random.random()
     other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     fresh = AdamWConfig().build(other, batch_size=16)
-    restore(load_checkpoint(tmp_path / "last.pt"), other, fresh, source="last.pt")
+    restore(load_checkpoint(tmp_path / "last.pt"), TrainingState(other, fresh), source="last.pt")
     assert torch.equal(torch.rand(3), drawn[0])
     assert (np.random.rand(), random.random()) == drawn[1:]
     for name, tensor in model.state_dict().items():
@@ -105,8 +109,9 @@ def test_random_states_hold_numpys_kept_normal():
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, optimizer):
     other = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+    fresh = TrainingState(other, SGDConfig().build(other, batch_size=16))
     with pytest.raises(InputError, match=r"last\.pt: .*(\n.*)*0\.weight: \[3, 2\] in the file, \[4, 2\] in the model"):
-        restore(checkpoint_of(model, optimizer), other, SGDConfig().build(other, batch_size=16), source="last.pt")
+        restore(checkpoint_of(model, optimizer), fresh, source="last.pt")
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
@@ -133,14 +138,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.checkpoint import CheckpointFolder
+from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState
 from maskrcnn.training.optimizer import SGDConfig
 
 model = nn.Linear(1, 1)
 folder = CheckpointFolder(
     Path(sys.argv[1]),
-    model=model,
-    optimizer=SGDConfig().build(model, batch_size=16),
+    state=TrainingState(model, SGDConfig().build(model, batch_size=16)),
     classes=ClassTable((), ()),
     config={},
     metric="segm/AP",
@@ -214,17 +218,49 @@ def test_a_checkpoint_without_a_part_says_which(tmp_path, model, optimizer):
         load_checkpoint(path)
 
 
+def folder_of(path, model, optimizer, **options):
+    state = TrainingState(model, optimizer)
+    return CheckpointFolder(path, state=state, classes=CLASSES, config=CONFIG, metric="segm/AP", **options)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path, model, optimizer):
+    folder = folder_of(tmp_path, model, optimizer, keep=2)
+    for iteration in (5, 10, 15):
+        folder.save(iteration)
+    folder.save(15)  # as a stop right after a regular save does
+    names = ["iteration_00000010.pt", "iteration_00000015.pt", "last.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [load_checkpoint(tmp_path / name).iteration for name in names] == [10, 15, 15]
+
+
+def test_averaged_weights_come_back_and_their_absence_is_refused(tmp_path, model, optimizer):
+    average = ExponentialAverage(model, decay=0.5)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    average.update(100)
+    saved = capture(
+        TrainingState(model, optimizer, average=average), iteration=1, classes=CLASSES, config=CONFIG, metrics={}
+    )
+    save_checkpoint(tmp_path / "last.pt", saved)
+    other = ExponentialAverage(model, decay=0.5)
+    restore(load_checkpoint(tmp_path / "last.pt"), TrainingState(model, optimizer, average=other), source="last.pt")
+    for name, tensor in average.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+    assert not torch.equal(other.state_dict()["0.weight"], model[0].weight)
+    with pytest.raises(InputError, match=r"last\.pt: it holds no averaged weights"):
+        restore(checkpoint_of(model, optimizer), TrainingState(model, optimizer, average=other), source="last.pt")
+
+
 def test_best_stays_the_best_across_a_resume(tmp_path, model, optimizer):
     def folder():
-        return CheckpointFolder(
-            tmp_path, model=model, optimizer=optimizer, classes=CLASSES, config=CONFIG, metric="segm/AP"
-        )
+        return folder_of(tmp_path, model, optimizer)
 
     first = folder()
     assert first.keep_best(10, {"segm/AP": 0.2})
     assert first.keep_best(20, {"segm/AP": 0.4})
     assert not first.keep_best(30, {"segm/AP": float("nan")})
     resumed = folder()
+    assert resumed.best_iteration == 20
     assert not resumed.keep_best(40, {"segm/AP": 0.3})
     best = load_checkpoint(tmp_path / "best.pt")
     assert (best.iteration, best.metrics) == (20, {"segm/AP": 0.4})

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
-from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint, restore
-from maskrcnn.training.loop import Interrupted, Speedometer, StopRequest, TrainingConfig, train, training_step
+from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState, load_checkpoint, restore
+from maskrcnn.training.distributed import Processes
+from maskrcnn.training.ema import ExponentialAverage
+from maskrcnn.training.loop import Interrupted, Rhythm, Speedometer, StopRequest, TrainingConfig, train
 from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, read_records
 from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
 from maskrcnn.training.schedule import MultiStepConfig
+from maskrcnn.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -36,7 +39,7 @@ class Toy(nn.Module):
         self.steps = 0
         self.on_step = {}  # what else happens in a training step, by its number
 
-    def forward(self, images: ImageBatch, targets: Targets) -> Losses:
+    def forward(self, images: ImageBatch, targets: Targets, observe=None) -> Losses:
         if self.training:
             self.steps += 1
             self.on_step.get(self.steps, lambda: None)()
@@ -65,30 +68,39 @@ def make_batch(iteration):
 def make_loader(start):
     iteration = start
     while True:
-        yield make_batch(iteration)
+        yield (make_batch(iteration),)
         iteration += 1
+
+
+def state_of(model, config=None, *, precision="fp32", ema_decay=None):
+    return TrainingState(
+        model,
+        (config or SGDConfig(lr=0.05)).build(model, batch_size=16),
+        torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+        ExponentialAverage(model, decay=ema_decay) if ema_decay else None,
+    )
 
 
 class Run:
     """One process's part of a run: built anew, or from the checkpoint that is there."""
 
-    def __init__(self, folder, optimizer_config=None, iterations=STEPS, **options):
+    def __init__(self, folder, optimizer_config=None, iterations=STEPS, ema_decay=None, step=None, **options):
         torch.manual_seed(0)
-        config = optimizer_config or SGDConfig(lr=0.05)
         self.folder, self.iterations, self.options = folder, iterations, options
         self.model = Toy()
-        self.optimizer = config.build(self.model, batch_size=16)
+        self.step_options = step or {}
+        precision = self.step_options.get("precision", "fp32")
+        self.state = state_of(self.model, optimizer_config, precision=precision, ema_decay=ema_decay)
         self.evaluated_at = []
         self.start = 0
         last = folder / "checkpoints" / "last.pt"
         if last.exists():
             checkpoint = load_checkpoint(last)
-            restore(checkpoint, self.model, self.optimizer, source=str(last))
+            restore(checkpoint, self.state, source=str(last))
             self.start = checkpoint.iteration
         self.checkpoints = CheckpointFolder(
             last.parent,
-            model=self.model,
-            optimizer=self.optimizer,
+            state=self.state,
             classes=ClassTable(("toy",), (1,)),
             config={},
             metric="segm/AP",
@@ -104,17 +116,15 @@ class Run:
         return Measurement(metrics, images_per_second=1.0)
 
     def train(self):
-        options = {"evaluate": self.evaluate, "evaluate_every": 4, "checkpoint_every": 3, "log_every": 2}
+        options = {"evaluate": self.evaluate, "rhythm": Rhythm(evaluate=4, save=3, log=2)}
         schedule = MultiStepConfig(iterations=STEPS, steps=(9,), warmup_iterations=4).build()
         with MetricsWriter(self.folder, start=self.start) as writer:
             train(
-                self.model,
+                TrainingStep(self.state, Processes(CPU), **self.step_options),
                 make_loader(self.start),
-                self.optimizer,
                 schedule,
                 start=self.start,
                 iterations=self.iterations,
-                device=CPU,
                 writer=writer,
                 save=self.checkpoints.save,
                 **{**options, **self.options},
@@ -215,9 +225,10 @@ def test_each_record_measures_the_speed_since_the_one_before(tmp_path, monkeypat
 
 
 def test_the_last_step_is_saved_evaluated_and_logged_whatever_the_intervals(tmp_path):
-    run = Run(tmp_path, iterations=3, evaluate_every=100, checkpoint_every=100, log_every=100).train()
+    run = Run(tmp_path, iterations=3, rhythm=Rhythm(evaluate=100, save=100, log=100)).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").iteration == 3
-    assert [(record["kind"], record["iteration"]) for record in run.records()] == [("train", 3), ("evaluation", 3)]
+    kinds = [(record["kind"], record["iteration"]) for record in run.records()]
+    assert kinds == [("train", 3), ("evaluation", 3), ("end", 3)]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -267,34 +278,13 @@ def poisoned(place):
     ],
 )
 def test_training_stops_before_a_step_that_is_not_finite(tmp_path, place, message, clip_norm):
-    run = Run(tmp_path, clip_norm=clip_norm)
+    run = Run(tmp_path, step={"clip_norm": clip_norm})
     run.model.on_step[4] = lambda: poisoned(place)(run)
     with pytest.raises(FloatingPointError, match=message):
         run.train()
     for name, parameter in run.model.named_parameters():
         torch.testing.assert_close(parameter.data, run.before[name], rtol=0, atol=0, equal_nan=True)
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").iteration == 3
-
-
-def test_bf16_runs_the_matrix_products_in_bf16_and_keeps_the_weights_in_fp32():
-    model = Toy()
-    seen = []
-    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    optimizer = SGDConfig().build(model, batch_size=16)
-    for precision in ("bf16", "fp32"):
-        training_step(model, make_batch(0), optimizer, 1, CPU, None, precision)
-    assert seen == [torch.bfloat16, torch.float32]
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path):
-    model = Toy()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = SGDConfig(lr=1.0, momentum=0.0, weight_decay=0.0).build(model, batch_size=16)
-    _, norm = training_step(model, make_batch(0), optimizer, 1, CPU, 0.01, "fp32")
-    moved = torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), before, strict=True)])
-    assert norm > 0.02
-    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_speed_counts_waiting_and_working_alone():

@@ -1,9 +1,34 @@
+import io
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 
-from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, Step, last_record, read_records
+from maskrcnn.config import Section
+from maskrcnn.training import metrics
+from maskrcnn.training.metrics import (
+    LONGEST_RECORD,
+    TIMING_KEYS,
+    Measurement,
+    MetricsWriter,
+    SilentWriter,
+    Step,
+    last_record,
+    read_records,
+)
+
+NAN = float("nan")
+
+
+def events_of(folder):
+    return EventAccumulator(str(folder / "tensorboard"), STORE_EVERYTHING_SIZE_GUIDANCE).Reload()
+
+
+def scalars(events):
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def step(iteration, objectness=0.25):
@@ -15,14 +40,25 @@ def step(iteration, objectness=0.25):
         images_per_second=4.0,
         data_share=0.125,
         peak_memory=3 * 2**29,
+        diagnostics={"proposal_recall": 0.75, "positive_share": 0.25},
     )
+
+
+WHOLE = Measurement(
+    metrics={"box/AP": 0.25, "mask/AP": 0.5},
+    images_per_second=7.5,
+    classes={"cat": {"mask/AP": 0.5}, "traffic light": {"box/AP": 0.25, "mask/AP": NAN}},
+    losses={"objectness": 0.25, "mask": 0.5},
+    pictures={"17": np.full((4, 6, 3), 200, np.uint8)},
+)
 
 
 def test_records_hold_the_documented_keys(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log_step(step(20))
-        writer.log_evaluation(20, Measurement({"segm/AP": 0.5}, 7.5))
-    train, evaluation = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        writer.log_evaluation(20, WHOLE)
+        writer.log_end()
+    train, evaluation, end = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert train == {
         "kind": "train",
         "iteration": 20,
@@ -33,9 +69,40 @@ def test_records_hold_the_documented_keys(tmp_path):
         "images_per_second": 4.0,
         "data_share": 0.125,
         "peak_memory": 3 * 2**29,
+        "proposal_recall": 0.75,
+        "positive_share": 0.25,
     }
     assert train.keys() > TIMING_KEYS
-    assert evaluation == {"kind": "evaluation", "iteration": 20, "metrics": {"segm/AP": 0.5}, "images_per_second": 7.5}
+    assert evaluation == {
+        "kind": "evaluation",
+        "iteration": 20,
+        "metrics": {"box/AP": 0.25, "mask/AP": 0.5},
+        "images_per_second": 7.5,
+        "classes": {"cat": {"mask/AP": 0.5}, "traffic light": {"box/AP": 0.25, "mask/AP": None}},
+        "loss": 0.75,
+        "losses": {"objectness": 0.25, "mask": 0.5},
+    }
+    assert end == {"kind": "end", "iteration": 20}
+
+
+def test_what_was_not_measured_is_absent(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log_step(replace(step(20), diagnostics={}))
+        writer.log_evaluation(20, Measurement({"mask/AP": 0.5}, 7.5))
+    train, evaluation = read_records(tmp_path / "metrics.jsonl")
+    assert not train.keys() & {"proposal_recall", "positive_share"}
+    assert not evaluation.keys() & {"loss", "losses"}
+    assert not [tag for tag in scalars(events_of(tmp_path)) if "recall" in tag or "evaluation/loss" in tag]
+
+
+def test_the_figures_of_averaged_weights_stand_beside_the_others():
+    average = Measurement({"box/AP": 0.75}, 9.0, {"cat": {"mask/AP": 0.625}}, {"mask": 0.1})
+    both = WHOLE.with_average(average)
+    assert both.metrics == {"box/AP": 0.25, "mask/AP": 0.5, "ema/box/AP": 0.75}
+    assert both.classes["cat"] == {"mask/AP": 0.5, "ema/mask/AP": 0.625}
+    assert (both.images_per_second, both.losses) == (WHOLE.images_per_second, WHOLE.losses)
+    assert both.curves()["class_AP/ema/mask/cat"] == 0.625
+    assert both.curves()["evaluation/ema/box/AP"] == 0.75
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -98,6 +165,8 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
         "train/images_per_second",
         "train/data_share",
         "train/peak_memory",
+        "train/proposal_recall",
+        "train/positive_share",
         "evaluation/segm/AP",
         "evaluation/images_per_second",
     }
@@ -107,19 +176,105 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
     assert events.Scalars("train/lr")[0].value == pytest.approx(0.02)
 
 
+def test_tensorboard_has_what_an_evaluation_found(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log_evaluation(20, WHOLE)
+    events = events_of(tmp_path)
+    assert scalars(events) == {
+        "evaluation/box/AP": [(20, 0.25)],
+        "evaluation/mask/AP": [(20, 0.5)],
+        "evaluation/images_per_second": [(20, 7.5)],
+        "evaluation/loss": [(20, 0.75)],
+        "evaluation/losses/objectness": [(20, 0.25)],
+        "evaluation/losses/mask": [(20, 0.5)],
+        "class_AP/mask/cat": [(20, 0.5)],
+        "class_AP/box/traffic light": [(20, 0.25)],  # and no point where there is nothing to measure
+    }
+    (picture,) = events.Images("pictures/17")
+    assert picture.step == 20
+    assert (np.array(Image.open(io.BytesIO(picture.encoded_image_string))) == WHOLE.pictures["17"]).all()
+
+
+def test_a_resumed_run_shows_its_new_pictures_alone(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for iteration in (10, 20):
+            writer.log_evaluation(iteration, WHOLE)
+    white = WHOLE._replace(pictures={"17": np.full((4, 6, 3), 255, np.uint8)})
+    with MetricsWriter(tmp_path, start=10) as writer:
+        writer.log_evaluation(20, white)
+    pictures = events_of(tmp_path).Images("pictures/17")
+    assert [picture.step for picture in pictures] == [10, 20]
+    first, second = (np.array(Image.open(io.BytesIO(picture.encoded_image_string))) for picture in pictures)
+    assert (first == 200).all()
+    assert (second == 255).all()
+
+
+class Config(Section):
+    lr: float = 0.02
+
+
+def test_each_start_leaves_its_configuration(tmp_path):
+    for start, config in ((0, Config()), (10, Config(lr=0.5))):
+        with MetricsWriter(tmp_path, start=start) as writer:
+            writer.log_config(config)
+            writer.log_step(step(start + 10))
+    texts = events_of(tmp_path).Tensors("config/text_summary")
+    shown = [(text.step, text.tensor_proto.string_val[0].decode()) for text in texts]
+    assert shown == [(0, "```yaml\nlr: 0.02\n```"), (10, "```yaml\nlr: 0.5\n```")]
+
+
+def test_a_run_that_goes_on_has_not_ended(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log_evaluation(20, WHOLE)
+        writer.log_end()
+    with MetricsWriter(tmp_path, start=20):
+        pass
+    assert [record["kind"] for record in read_records(tmp_path / "metrics.jsonl")] == ["evaluation"]
+
+
+def test_a_silent_writer_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with SilentWriter() as writer:
+        assert writer.last_evaluation is None
+        writer.log_config(Config())
+        writer.log_step(step(20))
+        writer.log_evaluation(20, WHOLE)
+        writer.log_end()
+    assert writer.last_evaluation == 20
+    assert not list(tmp_path.iterdir())
+
+
 def test_step_in_one_line():
-    assert str(step(20)) == "loss 0.750, lr 2.00e-02, 4.00 images/s, data 12%, 1.5 GiB; objectness 0.250, mask 0.500"
+    assert step(20).brief == "loss 0.750 lr 0.02 4 img/s data 12% 1.5 GiB"
+    assert str(step(20)) == step(20).brief + "; objectness 0.250, mask 0.500"
 
 
-def test_the_last_record_is_the_last_complete_line(tmp_path):
+def test_the_progress_of_a_long_training_fits_80_columns():
+    long = Step(135_000, {"mask": 1.0726}, 0.02 / 171, 3.0, 14.234, 0.123, int(10.5 * 2**30))
+    line = f"135000/270000 26:15:05 left, {long.brief}"
+    assert line.endswith("loss 1.073 lr 0.00012 14.2 img/s data 12% 10.5 GiB")
+    assert len(line) < 80  # tqdm leaves the last column free
+
+
+def test_a_record_of_many_classes_is_not_too_long(tmp_path):
+    figures = dict.fromkeys(("box/AP", "mask/AP", "ema/box/AP", "ema/mask/AP"), 1 / 3)
+    with MetricsWriter(tmp_path) as writer:
+        classes = {f"a class with a long name {index}": figures for index in range(1203)}
+        writer.log_evaluation(20, Measurement({}, 7.5, classes))
+    assert (tmp_path / "metrics.jsonl").stat().st_size < LONGEST_RECORD / 3
+    assert last_record(tmp_path / "metrics.jsonl")["classes"] == classes
+
+
+def test_the_last_record_is_the_last_complete_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "LONGEST_RECORD", 1024)
     path = tmp_path / "metrics.jsonl"
     assert last_record(path) is None
     path.write_text("")
     assert last_record(path) is None
     with MetricsWriter(tmp_path) as writer:
-        for iteration in range(1, 1001):  # more than is read at once
+        for iteration in range(1, 11):  # more than is read at once
             writer.log_step(step(iteration))
     with path.open("a") as file:
         file.write('{"kind": "train", "itera')
     assert last_record(path) == read_records(path)[-1]
-    assert last_record(path)["iteration"] == 1000
+    assert last_record(path)["iteration"] == 10

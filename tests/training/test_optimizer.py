@@ -38,6 +38,57 @@ def test_norm_layers_do_not_decay_and_all_else_does(model, config):
     assert decay == {"0.weight": 0.01, "0.bias": 0.01, "3.weight": 0.01, **norms}
 
 
+def test_biases_have_a_decay_of_their_own_and_equal_groups_are_one(model):
+    optimizer = SGDConfig(weight_decay=0.01, bias_weight_decay=0.0).build(model, batch_size=16)
+    names = [group["param_names"] for group in optimizer.param_groups]
+    assert names == [["0.weight", "3.weight"], ["0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]]
+    optimizer = AdamWConfig(weight_decay=0.01, norm_weight_decay=0.02, bias_weight_decay=0.03).build(
+        model, batch_size=16
+    )
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.03, 0.02]
+
+
+class Detector(nn.Module):
+    """Two stages, of which the first has a norm, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 1, bias=False)
+        self.first = nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1))
+        self.second = nn.Linear(1, 1, bias=False)
+
+    def stages(self):
+        return [self.first, self.second]
+
+
+@pytest.mark.parametrize("config", BUILDERS, ids=lambda config: config.kind)
+def test_stages_further_from_the_heads_learn_slower(config):
+    factors = {"backbone_lr_factor": 0.5, "layer_decay": 0.8}
+    optimizer = config.model_copy(update=factors).build(Detector(), batch_size=16)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    first, second = 0.1 * 0.5 * 0.8**2, 0.1 * 0.5 * 0.8
+    assert rates == pytest.approx(
+        {
+            "head.weight": 0.1,
+            "first.0.weight": first,
+            "first.0.bias": first,
+            "first.1.weight": first,
+            "first.1.bias": first,
+            "second.weight": second,
+        }
+    )
+    assert len(optimizer.param_groups) == 4  # the first stage has two decays
+
+
+def test_the_logged_rate_is_that_of_the_heads():
+    """Also where no head learns, or the first group is the backbone's."""
+    model = Detector()
+    model.head.requires_grad_(False)
+    optimizer = SGDConfig(lr=0.5, backbone_lr_factor=0.1).build(model, batch_size=16)
+    assert set_learning_rate(optimizer, 0.1) == pytest.approx(0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.005])
+
+
 def test_frozen_parameters_are_left_out(model):
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
@@ -107,6 +158,12 @@ def test_state_of_other_parameters_is_refused(model):
     model[0].requires_grad_(False)
     with pytest.raises(InputError, match=r"last\.pt: .* other parameters"):
         load_optimizer_state(SGDConfig().build(model, batch_size=16), state, source="last.pt")
+
+
+def test_state_of_other_groups_is_refused(model):
+    state = SGDConfig().build(model, batch_size=16).state_dict()
+    with pytest.raises(InputError, match=r"last\.pt: .* other groups; to resume, keep .* layer_decay"):
+        load_optimizer_state(SGDConfig(bias_weight_decay=0.0).build(model, batch_size=16), state, source="last.pt")
 
 
 def test_state_of_another_optimizer_is_refused(model):

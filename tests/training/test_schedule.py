@@ -3,6 +3,8 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from maskrcnn.config import Section, load_config, to_yaml
+from maskrcnn.errors import InputError
 from maskrcnn.training.schedule import CosineConfig, MultiStepConfig, ScheduleConfig, warmup
 
 
@@ -50,6 +52,11 @@ def test_cosine_by_hand(iteration, factor):
         ({"steps": (), "warmup_iterations": 11}, "warmup_iterations is 11"),
         ({"steps": (0,)}, "greater than 0"),
         ({"steps": (), "iterations": 0}, "greater than 0"),
+        ({"steps": (5.5,)}, "steps must be whole iterations"),
+        ({"steps": (5,), "epochs": 6}, "iterations is 10, and epochs is 6: set one of the two to null"),
+        ({"steps": (5,), "epochs": 5, "iterations": None}, "steps must lie below epochs, which is 5"),
+        ({"steps": (4, 2.5), "epochs": 5, "iterations": None}, "steps must ascend"),
+        ({"steps": (), "epochs": math.inf, "iterations": None}, "finite"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(values, message):
@@ -61,3 +68,50 @@ def test_kind_chooses_the_schedule():
     adapter = TypeAdapter(ScheduleConfig)
     assert isinstance(adapter.validate_python({"kind": "cosine", "iterations": 2000}), CosineConfig)
     assert isinstance(adapter.validate_python({"kind": "multi_step"}), MultiStepConfig)
+
+
+# Epochs.
+
+
+def test_epochs_become_iterations():
+    config = MultiStepConfig(epochs=12, steps=(8, 10.5), warmup_iterations=7)
+    assert config.iterations is None
+    resolved = config.resolve(1000)
+    assert resolved == MultiStepConfig(iterations=12_000, steps=(8000, 10_500), warmup_iterations=7)
+    assert resolved.num_iterations == 12_000
+    assert resolved.build()(10_500) == pytest.approx(0.01)
+    assert CosineConfig(epochs=0.004, warmup_iterations=0).resolve(100).iterations == 1  # never none
+
+
+def test_a_schedule_in_iterations_stays_as_it_is():
+    assert MultiStepConfig().resolve(5) == MultiStepConfig()
+    assert MultiStepConfig().iterations == MultiStepConfig().num_iterations == 90_000
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_iterations": 51}, "epochs is 5, and an epoch has 10 iterations: warmup_iterations is 51, but .* 50"),
+        ({"steps": (1.01, 1.02)}, r"an epoch has 10 iterations: steps must ascend, but are \[10, 10\]"),
+        ({"steps": (4.99,)}, "steps must lie below iterations, which is 50"),
+        ({"steps": (0.01,)}, "greater than 0"),
+    ],
+)
+def test_epochs_that_are_too_short_are_refused(values, message):
+    config = MultiStepConfig(**{"epochs": 5, "steps": (), "warmup_iterations": 0, **values})
+    with pytest.raises(InputError, match=rf"training\.schedule: .*{message}"):
+        config.resolve(10)
+
+
+def test_yaml_states_either_unit_and_keeps_whole_numbers(tmp_path):
+    class Whole(Section):
+        schedule: ScheduleConfig
+
+    path = tmp_path / "schedule.yaml"
+    for text in ("{kind: multi_step, epochs: 12, steps: [8, 10.5]}", "{kind: multi_step, iterations: 9, steps: [5.0]}"):
+        path.write_text(f"schedule: {text.replace('}', ', warmup_iterations: 0}')}")
+        config = load_config(path, Whole)
+        stored = to_yaml(config)
+        assert "steps: [8, 10.5]" in stored or "steps: [5]" in stored
+        path.write_text(stored)
+        assert load_config(path, Whole) == config

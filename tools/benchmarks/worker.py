@@ -38,7 +38,9 @@ from maskrcnn.ops.masks import encode_masks
 from maskrcnn.ops.roi import roi_align
 from maskrcnn.run_directory import environment
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
-from maskrcnn.training.loop import training_step
+from maskrcnn.training.checkpoint import TrainingState
+from maskrcnn.training.distributed import Processes
+from maskrcnn.training.step import TrainingStep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_r50_fpn_1x.yaml"
 NUM_CLASSES = 90  # torchvision's COCO models have this many and background
@@ -172,10 +174,11 @@ def our_training(job: Job, device: torch.device) -> Step:
     model = _our_model(config, device)
     batch = _our_batch(_scenes(job, 2), model.size_divisor)
     optimizer = config.training.optimizer.build(model, batch_size=len(batch.images))
+    take = TrainingStep(TrainingState(model, optimizer), Processes(device), precision=job.precision)
     counts = _count_regions(model.box_head, model.mask_head)
 
     def step() -> dict[str, float]:
-        training_step(model, batch, optimizer, 1, device, None, job.precision)
+        take([batch], 1)
         return counts
 
     return step

@@ -45,6 +45,10 @@ class FPN(Backbone):
         self.strides = (*body.strides, body.strides[-1] * 2)
         self.channels = (channels,) * len(self.strides)
 
+    def stages(self) -> list[nn.Module]:
+        """Those of the body."""
+        return self.body.stages()
+
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Normalised pixels `(B, 3, H, W)` to one map `(B, C, H / stride, W / stride)` for each stride."""
         laterals = [lateral(features) for lateral, features in zip(self.lateral, self.body(pixels), strict=True)]

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.backbones.fpn import FPN, FPNConfig
-from maskrcnn.models.backbones.parts import Backbone, BackboneParts, RegionStage, freeze_stages
+from maskrcnn.models.backbones.parts import (
+    Backbone,
+    BackboneParts,
+    CheckpointActivations,
+    CheckpointedSequential,
+    RegionStage,
+    freeze_stages,
+)
 from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm, conv_norm
 
@@ -48,6 +55,7 @@ class ResNetConfig(Section):
     norm_eps: NonNegativeFloat = 1e-5
     stride_in_1x1: bool = False
     freeze: int = Field(2, ge=0, le=5)  # how many stages keep their weights; 2: the stem and C2
+    checkpoint_activations: CheckpointActivations = False  # of each block, stage 5 on regions included
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
     @model_validator(mode="after")
@@ -83,6 +91,7 @@ class ResNetConfig(Section):
             "groups": self.groups,
             "width_per_group": self.width_per_group,
             "stride_in_1x1": self.stride_in_1x1,
+            "checkpoint_activations": self.checkpoint_activations,
         }
         stages = {"c4": (4,), "c5": (5,), "dc5": (5,), "fpn": (2, 3, 4, 5)}[self.output]
         body = ResNet(outputs=stages, dilate_c5=self.output == "dc5", **shared)
@@ -187,10 +196,12 @@ class ResNet(Backbone):
         groups: int = 1,
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         """Build stages 1 to `max(outputs)` of `depth`; C5 keeps C4's stride and dilates by two with `dilate_c5`."""
         super().__init__()
         block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
+        build_stage = partial(_stage, block, depth, width, checkpoint_activations)
         self.outputs = tuple(outputs)
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = make_norm(width)
@@ -198,7 +209,7 @@ class ResNet(Backbone):
         for stage in range(2, max(outputs) + 1):
             dilated = dilate_c5 and stage == 5
             stride = 1 if stage == 2 or dilated else 2
-            layer, inputs = _stage(block, depth, stage, width, inputs, stride=stride, dilation=2 if dilated else 1)
+            layer, inputs = build_stage(stage, inputs, stride=stride, dilation=2 if dilated else 1)
             setattr(self, f"layer{stage - 1}", layer)
         self.channels = tuple(stage_channels(depth, stage, width) for stage in outputs)
         self.strides = tuple(16 if dilate_c5 and stage == 5 else 2**stage for stage in outputs)
@@ -238,11 +249,13 @@ class Res5(RegionStage):
         groups: int = 1,
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
+        build_stage = partial(_stage, block, depth, width, checkpoint_activations)
         inputs = stage_channels(depth, 4, width)
-        self.layer4, self.channels = _stage(block, depth, 5, width, inputs, stride=2, dilation=1)
+        self.layer4, self.channels = build_stage(5, inputs, stride=2, dilation=1)
         self.stride = 2
         init_convolutions(self)
 
@@ -272,9 +285,17 @@ def _block(
 
 
 def _stage(
-    block: Callable[..., nn.Module], depth: Depth, stage: int, width: int, inputs: int, *, stride: int, dilation: int
+    block: Callable[..., nn.Module],
+    depth: Depth,
+    width: int,
+    checkpoint_activations: bool,
+    stage: int,
+    inputs: int,
+    *,
+    stride: int,
+    dilation: int,
 ) -> tuple[nn.Sequential, int]:
     planes, outputs = width * 2 ** (stage - 2), stage_channels(depth, stage, width)
     blocks = [block(inputs, planes, stride=stride, dilation=dilation)]
     blocks += [block(outputs, planes, stride=1, dilation=dilation) for _ in range(BLOCKS[depth][stage - 2] - 1)]
-    return nn.Sequential(*blocks), outputs
+    return (CheckpointedSequential if checkpoint_activations else nn.Sequential)(*blocks), outputs

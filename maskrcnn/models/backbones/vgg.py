@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.backbones.fpn import FPN, FPNConfig
-from maskrcnn.models.backbones.parts import Backbone, BackboneParts, freeze_stages
+from maskrcnn.models.backbones.parts import (
+    Backbone,
+    BackboneParts,
+    CheckpointActivations,
+    checkpointed,
+    freeze_stages,
+)
 from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm
 
@@ -43,6 +49,7 @@ class VGGConfig(Section):
     norm: NormKind = "none"
     norm_eps: NonNegativeFloat = 1e-5
     freeze: int = Field(2, ge=0, le=5)  # how many groups of convolutions keep their weights, as in Fast R-CNN
+    checkpoint_activations: CheckpointActivations = False  # of each group of convolutions
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
     @property
@@ -59,7 +66,12 @@ class VGGConfig(Section):
         """The backbone; weights are loaded elsewhere."""
         make_norm = None if self.norm == "none" else partial(build_norm, self.norm, eps=self.norm_eps)
         stages = {"conv5": (5,), "pool5": (6,), "fpn": (3, 4, 5, 6)}[self.output]
-        body = VGG(depth=self.depth, make_norm=make_norm, outputs=stages)
+        body = VGG(
+            depth=self.depth,
+            make_norm=make_norm,
+            outputs=stages,
+            checkpoint_activations=self.checkpoint_activations,
+        )
         freeze_stages(body, body.stages()[: self.freeze])
         backbone = FPN(body, channels=self.fpn.channels, norm=self.fpn.norm) if self.output == "fpn" else body
         return BackboneParts(backbone, body, None)
@@ -75,7 +87,14 @@ class VGG(Backbone):
         strides: image pixels per cell of each output.
     """
 
-    def __init__(self, *, depth: Depth, make_norm: NormFactory | None, outputs: Sequence[int]) -> None:
+    def __init__(
+        self,
+        *,
+        depth: Depth,
+        make_norm: NormFactory | None,
+        outputs: Sequence[int],
+        checkpoint_activations: bool = False,
+    ) -> None:
         """Build stages 1 to `max(outputs)`; no norms where `make_norm` is None, as in the paper."""
         super().__init__()
         layers: list[nn.Module] = []
@@ -93,6 +112,7 @@ class VGG(Backbone):
         self.features = nn.Sequential(*layers)
         self.ends = tuple(ends)
         self.outputs = tuple(outputs)
+        self.checkpoint_activations = checkpoint_activations
         self.channels = tuple(WIDTHS[min(stage, 5) - 1] for stage in outputs)
         self.strides = tuple(2 ** (stage - 1) for stage in outputs)
         init_convolutions(self)
@@ -108,7 +128,8 @@ class VGG(Backbone):
         start = 0
         for stage in range(1, max(self.outputs) + 1):
             end = self.ends[stage - 1]
-            pixels = self.features[start:end](pixels)
+            group = self.features[start:end]
+            pixels = checkpointed(group, pixels) if self.checkpoint_activations else group(pixels)
             start = end
             if stage in self.outputs:
                 found.append(pixels)

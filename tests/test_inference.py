@@ -1,0 +1,59 @@
+"""Pictures of validation images, at each evaluation and at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskrcnn import inference
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.inference import FILMED_IMAGES, Predictor, draw_predictions, filmed_predictions
+
+SHAPES = {"kind": "shapes", "length": 6, "height": 64, "width": 64, "classes": ["disc", "cross"]}
+
+
+def experiment(pictures: int) -> ExperimentConfig:
+    sizes: dict[str, Any] = {"short_side": [64], "long_side": 64}
+    return ExperimentConfig.model_validate(
+        {
+            "model": {
+                "backbone": {"kind": "resnet", "depth": 18, "output": "c5", "width": 8, "weights": "none", "freeze": 0},
+                "rpn": {"anchor_sizes": [[16, 32]], "inference": {"before_nms": 20, "after_nms": 10}},
+                "box_head": {"kind": "fc", "width": 8},
+                "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
+                "detection": {"score_threshold": 0.0, "count": 5},
+            },
+            "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": {**sizes, "flip": 0}},
+            "evaluation": {"pictures": pictures, "picture_score": 0},
+        }
+    )
+
+
+def filmed(pictures: int, out: Path) -> dict[str, np.ndarray]:
+    """What is kept at an evaluation, after the pictures of the end were written to `out`."""
+    config = experiment(pictures)
+    dataset = config.data.build_validation()
+    model = config.model.build(len(dataset.classes))
+    predictor = Predictor.of(config, model, dataset.classes, torch.device("cpu"))
+    draw_predictions(config, predictor, dataset, out)
+    return filmed_predictions(config, predictor, dataset)
+
+
+def test_the_film_shows_the_first_of_the_pictures(tmp_path: Path) -> None:
+    found = filmed(5, tmp_path)
+    written = sorted(path.stem for path in tmp_path.iterdir() if path.stem != "overview")
+    assert written == ["1", "2", "3", "4", "5"]
+    assert list(found) == written[:FILMED_IMAGES]
+    assert all((np.array(Image.open(tmp_path / f"{name}.png")) == picture).all() for name, picture in found.items())
+
+
+def test_the_film_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "FILMED_SIDE", 100)
+    (picture,) = filmed(1, tmp_path).values()
+    assert picture.shape[1] == 100
+    assert filmed(0, tmp_path) == {}

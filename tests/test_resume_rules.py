@@ -1,0 +1,77 @@
+"""What may change in a run that goes on: every key has a rule, and the rules say what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskrcnn.config import load_config, to_dict
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.resume_rules import RULES, UNKNOWN, changes, rule_of
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = ("coco/mask_rcnn_r50_fpn_1x.yaml", "coco/mask_rcnn_vgg16_1x.yaml", "shapes/mask_rcnn_r18_fpn.yaml")
+
+
+def keys_of(section: dict[str, Any], prefix: str = "") -> set[str]:
+    """Every key, those of sections too."""
+    found = {f"{prefix}{key}" for key in section}
+    inner = [keys_of(value, f"{prefix}{key}.") for key, value in section.items() if isinstance(value, dict)]
+    return found.union(*inner)
+
+
+def keys() -> set[str]:
+    return set().union(*(keys_of(to_dict(load_config(CONFIGS / name, ExperimentConfig))) for name in SHIPPED))
+
+
+def test_every_key_has_a_rule_and_every_rule_a_key() -> None:
+    sections = {"data", "training"}
+    assert [key for key in sorted(keys() - sections) if rule_of(key) is UNKNOWN] == []
+    assert RULES.keys() - keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "effect"),
+    [
+        ("model.backbone.depth", "refused"),
+        ("model.rpn.nms_threshold", "refused"),
+        ("model.mask_head.kind", "refused"),
+        ("model.backbone.weights", "harmless"),
+        ("model.detection.score_threshold", "warned"),
+        ("data.train.seed", "refused"),
+        ("data.train.root", "harmless"),
+        ("data.root", "harmless"),
+        ("data.validation.annotations", "warned"),
+        ("training.batch_size", "refused"),
+        ("training.seed", "refused"),
+        ("training.optimizer.kind", "refused"),
+        ("training.optimizer.weight_decay", "refused"),
+        ("training.optimizer.lr", "warned"),
+        ("training.schedule.iterations", "warned"),
+        ("training.schedule.kind", "warned"),
+        ("training.workers", "harmless"),
+        ("training.log_every", "harmless"),
+        ("evaluation.pictures", "harmless"),
+        ("evaluation.best_metric", "warned"),
+        ("evaluations", "refused"),
+        ("nobody.knows", "refused"),
+    ],
+)
+def test_the_rule_of_a_key_is_its_own_or_that_of_the_longest_section(key: str, effect: str) -> None:
+    assert rule_of(key).effect == effect
+
+
+def test_another_kind_of_a_section_lists_all_its_keys() -> None:
+    old = {"training": {"schedule": {"kind": "cosine", "final_factor": 0.0}, "optimizer": {"kind": "sgd"}}}
+    new = {"training": {"schedule": {"kind": "multi_step", "gamma": 0.1}, "optimizer": {"kind": "adamw"}}}
+    found = changes(old, new)
+    assert [line.split(" (the ")[0] for line in found.warned] == [
+        "training.schedule.kind: cosine -> multi_step",
+        "training.schedule.final_factor: 0.0 -> (absent)",
+        "training.schedule.gamma: (absent) -> 0.1",
+    ]
+    assert [line.split(" (")[0] for line in found.refused] == ["training.optimizer.kind: sgd -> adamw"]
+    assert found.harmless == []
+    assert changes(new, new).describe() == ""

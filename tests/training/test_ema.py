@@ -1,0 +1,54 @@
+"""The running average of weights, against a loop by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from maskrcnn.training.ema import ExponentialAverage
+
+
+def model_of(weight: float) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    with torch.no_grad():
+        model[0].weight.fill_(weight)
+        model[1].running_mean.fill_(10 * weight)
+    return model
+
+
+def test_the_average_by_hand() -> None:
+    model = model_of(1.0)
+    average = ExponentialAverage(model, decay=0.5)
+    expected = 1.0
+    for step, weight in enumerate((2.0, 3.0, 4.0, 5.0), start=1):
+        model.load_state_dict(model_of(weight).state_dict())
+        model[1].num_batches_tracked.fill_(step)
+        average.update(step)
+        kept = min(0.5, (1 + step) / (10 + step))  # 2 / 11, 3 / 12, 4 / 13, 5 / 14
+        expected = kept * expected + (1 - kept) * weight
+    state = average.state_dict()
+    assert state["0.weight"].item() == pytest.approx(expected)
+    assert state["1.running_mean"].item() == pytest.approx(10 * expected)
+    assert state["1.num_batches_tracked"] == 4
+    average.update(100)
+    assert state["0.weight"].item() == pytest.approx((expected + 5) / 2)
+
+
+def test_the_model_has_the_average_inside_the_block_alone() -> None:
+    model = model_of(1.0)
+    average = ExponentialAverage(model, decay=0.9)
+    model.load_state_dict(model_of(3.0).state_dict())
+    own = model[0].weight
+    seen = []
+
+    def look_and_fail() -> None:
+        with average.applied():
+            seen.append((model[0].weight.item(), model[0].weight is own))  # optimizers hold on to it
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        look_and_fail()
+    assert seen == [(1.0, True)]
+    assert model[0].weight.item() == 3.0
+    assert average.state_dict()["0.weight"].item() == 1.0
