@@ -75,7 +75,10 @@ def train_experiment(
     processes.wait()
 
     model, state, start = _set_up(config, run, dataset.classes, resume=resume, init=init, processes=processes)
-    logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), processes)
+    where = (
+        f"{processes.world} processes, this one with {processes.device}" if processes.world > 1 else processes.device
+    )
+    logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), where)
     checkpoints = CheckpointFolder(
         run.checkpoints,
         state=state,

@@ -132,16 +132,21 @@ def train(
                 logger.log(level, "iteration %d of %d: %s", iteration, iterations, shown)
                 writer.log_step(shown)
                 speed.reset()
-            if number := processes.max(stop.signal or 0):
-                save(iteration)
-                processes.wait()  # the end of one process is the end of all: not before the main one has saved
-                message = f"stopped after iteration {iteration}, which is saved; --resume goes on"
-                raise Interrupted(signal.Signals(number), message)
+            _stop_if_asked(stop, processes, save, iteration)
             evaluation_due = _is_due(iteration, rhythm.evaluate, iterations)
             if evaluation_due or _is_due(iteration, rhythm.save, iterations):
                 save(iteration)
             _evaluate_once(iteration, writer, evaluate, due=evaluation_due)
     writer.log_end()
+
+
+def _stop_if_asked(stop: StopRequest, processes: Processes, save: Save, iteration: int) -> None:
+    """Save and raise Interrupted if any process got a signal."""
+    if number := processes.max(stop.signal or 0):
+        save(iteration)
+        processes.wait()  # the end of one process is the end of all: not before the main one has saved
+        message = f"stopped after iteration {iteration}, which is saved; --resume goes on"
+        raise Interrupted(signal.Signals(number), message)
 
 
 def _shown(found: Outcome, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool) -> Step:
