@@ -79,7 +79,7 @@ class RunDirectory:
             raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); leave --resume away")
         elif not self.config.exists() and self._holds_foreign_files():
             raise InputError(f"{self.root} is not empty and no run of ours: name another folder with --out")
-        # At first, so that a run that is killed from here on is known for ours; it must not be lost in the middle.
+        # Before anything else, so that what a kill leaves behind is known for ours.
         write_atomically(self.config, lambda file: file.write(to_yaml(config).encode()))
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 
 from maskrcnn.cli import setup_logging
 from maskrcnn.config import to_dict
-from maskrcnn.data.loader import DetectionDataset, training_loader
+from maskrcnn.data.loader import DetectionDataset, batches_per_epoch, training_loader
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import (
@@ -69,7 +69,7 @@ def train_experiment(
         make_deterministic()
     run = RunDirectory(out)
     dataset, validation = config.data.build_both()
-    schedule = config.training.schedule.resolve(max(1, len(dataset) // config.training.batch_size))
+    schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
         _open(run, config, resume=resume, device=processes.device)
     processes.wait()

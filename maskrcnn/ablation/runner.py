@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from maskrcnn.ablation.plan import Plan, Run
 from maskrcnn.config import to_dict, to_yaml
+from maskrcnn.data.loader import batches_per_epoch
 from maskrcnn.errors import InputError
 from maskrcnn.training.loop import Interrupted, StopRequest
 from maskrcnn.training.metrics import last_record
@@ -189,7 +190,7 @@ def _iterations(run: Run) -> int:
     if training.schedule.epochs is None:
         return training.schedule.num_iterations
     images = len(run.config.data.build_train())
-    return training.schedule.resolve(max(1, images // training.batch_size)).num_iterations
+    return training.schedule.resolve(batches_per_epoch(images, training.batch_size)).num_iterations
 
 
 def _iterations_done(run: Run) -> int:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from maskrcnn.data.loader import collate
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
 from maskrcnn.structures import Batch, Example, ImageBatch, Losses, MaskCrop
+from maskrcnn.training.optimizer import HasStages
 
 K = 4
 SIDE = 64
@@ -271,7 +272,7 @@ def test_a_compiled_backbone_is_compiled_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["fpn", pytest.param("c4", marks=pytest.mark.slow), pytest.param("conv5", marks=pytest.mark.slow)]
+    "kind", ["conv5", pytest.param("c4", marks=pytest.mark.slow), pytest.param("fpn", marks=pytest.mark.slow)]
 )
 def test_compiled_parts_say_the_same_and_serve_other_sizes(kind: str) -> None:
     models = plain, compiled = build(kind), build(kind)
@@ -414,6 +415,17 @@ def test_bfloat16_on_a_cpu(model: MaskRCNN) -> None:
     assert found.valid.sum() > 2
     assert all(term.dtype == torch.float32 for term in half)
     assert_learns(model, half)
+
+
+def test_the_stages_hold_what_a_classifier_has(model: MaskRCNN) -> None:
+    assert isinstance(model, HasStages)
+    stages = model.stages()
+    assert len(stages) == 5
+    staged = {id(parameter) for stage in stages for parameter in stage.parameters()}
+    names = {name.removeprefix("backbone.body.") for name, p in model.named_parameters() if id(p) in staged}
+    names = {name.removeprefix("backbone.").removeprefix("res5.") for name in names}
+    assert {name.split(".")[0] for name in names} <= {"conv1", "layer1", "layer2", "layer3", "layer4", "features"}
+    assert "features.0.weight" in names or {"conv1.weight", "layer4.1.conv2.weight"} <= names
 
 
 # The configuration.

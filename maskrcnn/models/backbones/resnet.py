@@ -24,7 +24,7 @@ from maskrcnn.models.backbones.parts import (
     freeze_stages,
 )
 from maskrcnn.models.initialization import init_convolutions
-from maskrcnn.models.norms import NormFactory, NormKind, build_norm, conv_norm
+from maskrcnn.models.norms import GROUPS, NormFactory, NormKind, build_norm, conv_norm
 
 Depth = Literal[18, 34, 50, 101, 152]
 
@@ -62,6 +62,12 @@ class ResNetConfig(Section):
     def _imagenet_has_one_width(self) -> ResNetConfig:
         if self.weights == "imagenet" and self.width != 64:
             raise ValueError(f"there are no ImageNet weights of width {self.width}: set weights to none or to a path")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide_the_channels(self) -> ResNetConfig:
+        if self.norm == "gn" and self.width % GROUPS:
+            raise ValueError(f"norm gn has {GROUPS} groups: width {self.width} must be a multiple of that")
         return self
 
     @model_validator(mode="after")
