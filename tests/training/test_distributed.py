@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ TRAININGS = {
     "group norm": Training({"backbone": {**FPN, "fpn": {"channels": 32, "norm": "gn"}}}),
     "one process without objects": Training({"backbone": FPN}, empty=True),
     "in two parts": Training({"backbone": FPN}, parts=2),
-    "shared batch norm": Training(SYNC),
+    "shared batch norm": Training(SYNC, lr=0.002),
     "shared batch norm of regions, one process without objects": Training(C4, empty=True, lr=0.002),
 }
 
@@ -280,6 +280,16 @@ def findings(together: Path) -> dict[str, Any]:
 # Training.
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """As in each of the two processes: more threads round otherwise, and norms magnify that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_train_what_one_does(name: str, findings: dict[str, Any]) -> None:
     alone, shared = train(Processes(CPU), name), findings["trainings"][name]
