@@ -233,7 +233,7 @@ def undisturbed(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) ->
 # Stopped and killed.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_twice_and_killed_once_a_run_ends_as_if_nothing_had_happened(
     launcher: Launcher, undisturbed: Path, tmp_path: Path, workers: int
 ) -> None:
