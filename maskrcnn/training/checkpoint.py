@@ -228,10 +228,14 @@ class CheckpointFolder:
         """Write `last.pt`."""
         save_checkpoint(self.last, self._capture(iteration, metrics={}))
         if self._keep:
-            # A second name for the same file: it costs nothing, and outlives the next `last.pt`.
             copy = self.folder / f"iteration_{iteration:08d}.pt"
             copy.unlink(missing_ok=True)
-            os.link(self.last, copy)
+            try:
+                # A second name for the same file: it costs nothing, and outlives the next `last.pt`.
+                os.link(self.last, copy)
+            except OSError:  # this file system has no such names
+                content = self.last.read_bytes()
+                write_atomically(copy, lambda file: file.write(content))
             for old in sorted(self.folder.glob("iteration_*.pt"))[: -self._keep]:
                 old.unlink()
 

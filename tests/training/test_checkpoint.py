@@ -223,7 +223,14 @@ def folder_of(path, model, optimizer, **options):
     return CheckpointFolder(path, state=state, classes=CLASSES, config=CONFIG, metric="segm/AP", **options)
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path, model, optimizer):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_the_newest_checkpoints_are_kept(tmp_path, model, optimizer, links, monkeypatch):
+    if not links:
+
+        def refuse(*arguments):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("os.link", refuse)
     folder = folder_of(tmp_path, model, optimizer, keep=2)
     for iteration in (5, 10, 15):
         folder.save(iteration)
