@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,19 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """A run adds a log file to the root logger."""
+    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
+    before = root.handlers[:], root.level, package.level
+    yield
+    for handler in set(root.handlers) - set(before[0]):
+        handler.close()
+    root.handlers = before[0]
+    root.setLevel(before[1])
+    package.setLevel(before[2])
 
 
 @pytest.fixture(scope="session")

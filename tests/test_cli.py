@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,6 @@ from tqdm import tqdm
 
 from maskrcnn.cli import add_config_arguments, run, setup_logging
 from maskrcnn.errors import InputError
-
-
-@pytest.fixture
-def _logging_restored() -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
-    before = root.handlers[:], root.level, package.level
-    root.handlers = []
-    yield
-    for handler in root.handlers:
-        handler.close()
-    root.handlers = before[0]
-    root.setLevel(before[1])
-    package.setLevel(before[2])
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -84,7 +71,7 @@ def test_what_is_not_the_users_fault_keeps_its_traceback() -> None:
         run(broken)
 
 
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("logging_restored")
 def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_file = tmp_path / "train.log"
     log_file.write_text("the first run\n")
@@ -100,7 +87,7 @@ def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys
     assert re.fullmatch(rf"{time} INFO step 20\n{time} DEBUG a detail\n{time} WARNING disk is full", "\n".join(lines))
 
 
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("logging_restored")
 def test_a_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     setup_logging()
@@ -108,7 +95,7 @@ def test_a_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "once\n"
 
 
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("logging_restored")
 def test_a_line_does_not_run_into_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -120,7 +107,7 @@ def test_a_line_does_not_run_into_the_progress_bar(monkeypatch: pytest.MonkeyPat
     assert re.search(r"\r +\rstep 1\n", shown)  # the bar was wiped before the line was written
 
 
-@pytest.mark.usefixtures("_logging_restored")
+@pytest.mark.usefixtures("logging_restored")
 def test_of_several_processes_the_first_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(process=3)
     logging.getLogger("maskrcnn.something").info("unheard")

@@ -27,7 +27,9 @@ from PIL import Image
 from maskrcnn.training.checkpoint import load_checkpoint
 from maskrcnn.training.metrics import TIMING_KEYS, read_records
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals, fork and limits are POSIX's")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks a process that has imported torch, as is safe on Linux alone"
+)
 
 REPOSITORY = Path(__file__).parents[1]
 PATIENCE = 300  # seconds; only a hanging process takes so long

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from maskrcnn.training.metrics import TIMING_KEYS, read_records, without_nan
 from maskrcnn.training.replay import load_replay
 from maskrcnn.training.step import TrainingStep
 from maskrcnn.training_run import train_experiment
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
 
 REPOSITORY = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -56,19 +56,6 @@ training:
   log_every: 1
 evaluation: {batch_size: 2, pictures: 1}
 """
-
-
-@pytest.fixture(autouse=True)
-def _logging_restored() -> Iterator[None]:
-    """A run adds a log file to the root logger."""
-    root, package = logging.getLogger(), logging.getLogger("maskrcnn")
-    before = root.handlers[:], root.level, package.level
-    yield
-    for handler in set(root.handlers) - set(before[0]):
-        handler.close()
-    root.handlers = before[0]
-    root.setLevel(before[1])
-    package.setLevel(before[2])
 
 
 def train(out: Path, *overrides: str, resume: bool = False) -> Path:

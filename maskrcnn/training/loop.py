@@ -151,11 +151,13 @@ def _stop_if_asked(stop: StopRequest, processes: Processes, save: Save, iteratio
 
 def _shown(found: Outcome, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool) -> Step:
     """The step as it is recorded; `whole` takes the means over all processes."""
-    terms = torch.tensor(list(found.losses.values()), device=processes.device)
-    means = processes.mean(terms).tolist() if whole else found.losses.values()
+    losses = found.losses
+    if whole and processes.world > 1:
+        means = processes.mean(torch.tensor(list(losses.values()), device=processes.device))
+        losses = dict(zip(losses, means.tolist(), strict=True))
     return Step(
         iteration=iteration,
-        losses=dict(zip(found.losses, means, strict=True)),
+        losses=losses,
         lr=lr,
         gradient_norm=found.gradient_norm,
         images_per_second=speed.images_per_second,
