@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -41,3 +42,36 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared test data is absent: no folder {folder}")
     return folder
+
+
+RENAMED = {
+    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}.conv",
+    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}.conv",
+    "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
+    "rpn.head.conv.0.0": "rpn.conv",
+    "rpn.head.cls_logits": "rpn.objectness",
+    "rpn.head.bbox_pred": "rpn.deltas",
+    "roi_heads.box_head.fc6": "box_head.trunk.1",
+    "roi_heads.box_head.fc7": "box_head.trunk.3",
+    "roi_heads.box_predictor.cls_score": "box_head.scores",
+    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
+    "roi_heads.mask_predictor.conv5_mask": "mask_head.upsample",
+    "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.logits",
+}
+NAMES = {old.format(i): new.format(i) for old, new in RENAMED.items() for i in range(4)}
+BACKGROUND_ROWS = {"box_head.deltas": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
+
+
+@pytest.fixture(scope="session")
+def copy_torchvision_weights() -> Callable[[nn.Module, nn.Module], None]:
+    """Copies the weights of torchvision's Mask R-CNN with a pyramid into ours."""
+    return _copy_weights
+
+
+def _copy_weights(theirs: nn.Module, ours: nn.Module) -> None:
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        new = NAMES.get(module, module)
+        state[f"{new}.{kind}"] = tensor[BACKGROUND_ROWS.get(new, 0) :]
+    ours.load_state_dict(state)

@@ -5,15 +5,26 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as cocoapi
+from torch import nn
 
+from maskrcnn.config import load_config
+from maskrcnn.data.loader import evaluation_loader
+from maskrcnn.errors import InputError
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.inference import Predictor
 from maskrcnn.ops.mask_tables import full_masks
 
 TOOLS = Path(__file__).parents[1] / "tools"
+CONFIGS = Path(__file__).parents[1] / "configs" / "convergence"
 
 
 def load(path: Path) -> ModuleType:
@@ -131,3 +142,104 @@ def test_wrong_arguments_leave_with_two(arguments: list[str]) -> None:
     done = run_tool(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+# ---- Learning speed
+
+
+SMALL = [
+    "model.backbone={weights: none, freeze: 0, norm: bn}",
+    "model.sampling.count=16",
+    "data.train.height=64",
+    "data.train.width=64",
+    "data.validation={height: 64, width: 64, length: 2}",
+]
+
+
+@pytest.fixture(scope="module")
+def convergence() -> ModuleType:
+    return load(TOOLS / "benchmarks" / "convergence.py")
+
+
+@pytest.fixture(scope="module")
+def convergence_worker(convergence: ModuleType) -> ModuleType:
+    return load(TOOLS / "benchmarks" / "convergence_worker.py")
+
+
+def test_torchvisions_side_has_our_sizes_and_backbone(convergence_worker: ModuleType) -> None:
+    config = load_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
+    ours = config.model.build(4, pretrained=False)
+    theirs = convergence_worker.torchvision_model(config, 4, ours)
+    body = theirs.backbone.body.state_dict()
+    for name, tensor in ours.backbone.body.state_dict().items():
+        assert torch.equal(body[name], tensor), name
+    learns = [sum(p.numel() for p in model.backbone.parameters() if p.requires_grad) for model in (ours, theirs)]
+    assert learns[0] == learns[1] > 0
+    heads = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    background = 4 * (256 + 1) + (64 + 1)  # torchvision predicts a box and a mask for background, too
+    assert heads[1] - heads[0] == background
+
+
+def test_both_sides_give_the_same_detections_from_the_same_weights(
+    convergence_worker: ModuleType, copy_torchvision_weights: Callable[[nn.Module, nn.Module], None], tmp_path: Path
+) -> None:
+    """Ours under torchvision's conventions: the benchmark adds no difference of its own."""
+    file = tmp_path / "both.yaml"
+    file.write_text(f"base: [{CONFIGS / '../base/conventions/torchvision.yaml'}, {CONFIGS / 'shapes.yaml'}]")
+    changes = [*SMALL[2:], "model.backbone={weights: none, norm_eps: 1.0e-5}"]
+    config = load_config(file, ExperimentConfig, changes)
+    _, validation = config.data.build_both()
+    torch.manual_seed(0)
+    side = convergence_worker.torchvision_side(config, validation)
+    torch.nn.init.normal_(side.model.roi_heads.box_predictor.cls_score.weight, std=0.3)  # scores that differ
+    ours = config.model.build(len(validation.classes), pretrained=False)
+    copy_torchvision_weights(side.model, ours)
+    predictor = Predictor.of(config, ours, validation.classes, torch.device("cpu"))
+    (batch, *_) = evaluation_loader(validation, predictor.transform, batch_size=2, workers=0, size_divisor=32)
+    own, other = (sorted(detect(batch), key=itemgetter("image_id", "bbox")) for detect in (predictor, side.detect))
+    assert len(own) == len(other) > 10
+    for one, two in zip(own, other, strict=True):
+        assert one["category_id"] == two["category_id"]
+        assert one["score"] == pytest.approx(two["score"], abs=1e-4)
+        assert one["bbox"] == pytest.approx(two["bbox"], abs=1e-2)
+        overlap = cocoapi.iou([one["segmentation"]], [two["segmentation"]], [0]).item()
+        assert overlap > 0.98
+
+
+def test_both_sides_train_and_the_command_goes_on(convergence: ModuleType, tmp_path: Path) -> None:
+    arguments = ([CONFIGS / "shapes.yaml"], SMALL, [0, 1], [1, 2], tmp_path / "runs", 2)
+    runs = convergence.run_all(*arguments)
+    assert [(run.data, run.side, run.seed) for run in runs] == [
+        ("shapes", side, seed) for seed in (0, 1) for side in ("ours", "torchvision")
+    ]
+    assert all(run.losses.shape == (1, 5) and set(run.figures) == {1, 2} for run in runs)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    again = convergence.run_all(*arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == before
+    assert convergence.report(runs) == convergence.report(again)
+    convergence.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match=r"shapes_ours_seed0\.json: holds a training with other arguments"):
+        convergence.run_all(*arguments[:3], [1], *arguments[4:])
+
+
+def test_the_comparison_by_hand(convergence: ModuleType) -> None:
+    points = {("ours", 0): 0.50, ("ours", 1): 0.54, ("torchvision", 0): 0.49, ("torchvision", 1): 0.51}
+    runs = [
+        convergence.Run("photos", side, seed, np.zeros((4, 5)), {4: {"box/AP": ap, "mask/AP": ap}}, ["torch: 2.99"])
+        for (side, seed), ap in points.items()
+    ]
+    cell = convergence.difference(runs, "photos", 4, "mask/AP")
+    assert (cell.ours, cell.torchvision) == pytest.approx((52.0, 50.0))
+    assert cell.by_seed == pytest.approx([1.0, 3.0])
+    # Two seeds: Student's t with one degree of freedom has 12.706 at 97.5 %, and the standard error is 1.
+    assert str(cell) == "+2.0 [-10.7, +14.7]"
+    text = convergence.report(runs)
+    assert "| photos | 4 | 52.0 | 50.0 | +2.0 [-10.7, +14.7] | +1.0, +3.0 |" in text
+    assert "Mean over all cells: +2.00 [-10.7, +14.7], 2 pairs of trainings. Worst cell: photos after 4 steps" in text
+
+
+def test_a_model_that_torchvision_does_not_have_is_refused(convergence: ModuleType, tmp_path: Path) -> None:
+    changes = [*SMALL, "model.box_head.depth=1"]
+    with pytest.raises(InputError, match="status 2:\nerror: the convergence benchmark compares a box head of two"):
+        convergence.run_all([CONFIGS / "shapes.yaml"], changes, [0], [1], tmp_path, 1)

@@ -1,13 +1,15 @@
-"""Measure speed and memory beside torchvision's maskrcnn_resnet50_fpn, in the same run.
+"""Measure speed, memory and learning speed beside torchvision's Mask R-CNN, in the same run.
 
     python tools/benchmark.py all --out benchmarks/2026-11-22-cpu.md
     python tools/benchmark.py training --repeats 3 --precision bf16
     python tools/benchmark.py bootstrap
+    python tools/benchmark.py convergence configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
 
-Each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so that
-whatever else the machine does meets both. A pair of neighbours gives one ratio; the median pair counts, and the range
-over all pairs tells how far to trust it. What each side does exactly stands in tools/benchmarks/worker.py.
-What torchvision has nothing like is measured alone, repeat by repeat.
+`convergence` trains both sides and compares their AP (tools/benchmarks/convergence.py). All others compare speed and
+memory: each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so
+that whatever else the machine does meets both. A pair of neighbours gives one ratio; the median pair counts, and the
+range over all pairs tells how far to trust it. What each side does exactly stands in tools/benchmarks/worker.py. What
+torchvision has nothing like is measured alone, repeat by repeat.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ TASKS = {
     "bootstrap": "AP, AP50, AP75, APs, APm and APl in 1,000 resamples of the images, from stored "
     "matches of one set of results, drawn at random in the size of COCO's validation set.",
 }
+MARKS = [100, 200, 400, 800, 1600]
 ALONE = {"bootstrap"}  # tasks that torchvision does not do
 TERMS = (
     "torchvision's side is `maskrcnn_resnet50_fpn` out of the box: as it is built for its published weights (frozen "
@@ -206,7 +209,20 @@ def _number(least: int) -> Callable[[str], int]:
 def main() -> None:
     """Parse, measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=(*TASKS, "all"), help="what to measure")
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, text in {**TASKS, "all": "All of these."}.items():
+        _add_speed_arguments(tasks.add_parser(name, help=text, description=text))
+    text = "What both reach on the same data after the same steps."
+    _add_convergence_arguments(tasks.add_parser("convergence", help=text, description=text))
+    args = parser.parse_args()
+    text = _convergence(args) if args.task == "convergence" else _speed(args)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+
+
+def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=_number(1), default=5, help="pairs to measure; default 5")
     parser.add_argument("--threads", type=_number(1), default=2, help="CPU threads of each side; default 2")
     parser.add_argument("--height", type=_number(64), default=800, help="of the images; default 800")
@@ -214,15 +230,43 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides; bf16 by autocast")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default cpu")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, to this file as well")
-    args = parser.parse_args()
 
+
+def _speed(args: argparse.Namespace) -> str:
     settings = {name: getattr(args, name) for name in ("threads", "height", "width", "precision", "device")}
     tasks = list(TASKS) if args.task == "all" else [args.task]
-    text = report([measure(task, args.repeats, settings) for task in tasks], settings)
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
+    return report([measure(task, args.repeats, settings) for task in tasks], settings)
+
+
+def _add_convergence_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "configs", metavar="CONFIG", type=Path, nargs="+", help="such as configs/convergence/shapes.yaml"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="for all of them"
+    )
+    parser.add_argument("--seeds", type=_number(0), nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument(
+        "--marks", type=_number(1), nargs="+", default=MARKS, help="steps after which to measure the AP"
+    )
+    parser.add_argument(
+        "--jobs", type=_number(1), default=2, help="trainings at a time, each with one thread; default 2"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/convergence"), help="keeps the trainings, to go on later"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, and a picture beside it")
+
+
+def _convergence(args: argparse.Namespace) -> str:
+    from benchmarks import convergence
+
+    runs = convergence.run_all(args.configs, args.overrides, args.seeds, sorted(args.marks), args.runs, args.jobs)
+    if args.out is None:
+        return convergence.report(runs)
+    picture = args.out.with_suffix(".png")
+    convergence.draw(runs, picture)
+    return convergence.report(runs, picture.name)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class CocoConfig(Section):
     degenerate: Literal["refuse", "drop"] = "refuse"  # boxes without area, polygons with fewer than three points
     filter_empty: bool = False  # leave out images without objects
     image_ids: tuple[int, ...] = ()  # use these images only; all if none is named
+    classes: tuple[str, ...] = ()  # use objects of these classes only, by name; all if none is named
 
     def build(self) -> CocoDataset:
         """Read and check the annotation file; InputError says what is wrong with it."""
@@ -59,6 +60,7 @@ class CocoConfig(Section):
             degenerate=self.degenerate,
             filter_empty=self.filter_empty,
             image_ids=self.image_ids,
+            classes=self.classes,
         )
 
 
@@ -176,6 +178,7 @@ class CocoDataset:
             or drop them with a warning.
         filter_empty: leave out images without objects (crowds do not count).
         image_ids: if any, use these images only.
+        classes: if any, use objects of these classes only. Images keep their place, with or without objects.
 
     Raises:
         InputError: the file is not as it should be, or the images are not there.
@@ -190,9 +193,10 @@ class CocoDataset:
         degenerate: Literal["refuse", "drop"] = "refuse",
         filter_empty: bool = False,
         image_ids: tuple[int, ...] = (),
+        classes: tuple[str, ...] = (),
     ) -> None:
-        data = read_coco_json(annotations)
-        self._file, self._folder = annotations, images
+        self._file, self._folder, self._class_names = annotations, images, classes
+        data = self._read()
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.classes = ClassTable(
             names=tuple(category["name"] for category in categories),
@@ -236,11 +240,16 @@ class CocoDataset:
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the annotation file again, with the images in use alone: what an evaluator compares with."""
-        data = complete_for_evaluation(read_coco_json(self._file))
+        data = complete_for_evaluation(self._read())
         used = set(self._image_ids.tolist())
         data["images"] = [image for image in data["images"] if image["id"] in used]
         data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] in used]
         return data
+
+    def _read(self) -> dict[str, Any]:
+        """Return the annotation file, with the chosen classes alone."""
+        data = read_coco_json(self._file)
+        return _choose_classes(self._file, data, self._class_names) if self._class_names else data
 
     def _store(self, images: Sequence[Image], objects: Sequence[Sequence[_Object]]) -> None:
         flat = list(chain.from_iterable(objects))
@@ -313,6 +322,16 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
     )
     chosen = [image for image in images if not image_ids or image["id"] in set(image_ids)]
     return sorted(chosen, key=lambda image: image["id"])
+
+
+def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the file with the categories of these names and their annotations alone; refuse unknown names."""
+    known = {category["name"] for category in data["categories"]}
+    refuse(file, [f"`classes` names '{name}', which is not in the file" for name in names if name not in known])
+    categories = [category for category in data["categories"] if category["name"] in names]
+    ids = {category["id"] for category in categories}
+    annotations = [entry for entry in data["annotations"] if entry["category_id"] in ids]
+    return {**data, "categories": categories, "annotations": annotations}
 
 
 def _leads_out(name: str) -> bool:

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.initialization import init_normal, init_uniform
+from maskrcnn.models.initialization import Initialization, init_box_predictors, init_linear
 from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
 from maskrcnn.ops.roi import RoIConfig
@@ -23,6 +23,7 @@ class _TrunkConfig(Section):
     """What all trunks share."""
 
     roi: RoIConfig | None = None  # the box head's own RoI layer; null takes `model.roi`
+    initialization: Initialization = "fan_in"  # how the layers start: `maskrcnn.models.initialization`
 
 
 class FCTrunkConfig(_TrunkConfig):
@@ -35,7 +36,8 @@ class FCTrunkConfig(_TrunkConfig):
 
     def build(self, *, channels: int, side: int) -> FullyConnected:
         """The trunk for regions `(N, channels, side, side)`."""
-        return FullyConnected(channels * side * side, width=self.width, depth=self.depth)
+        inputs = channels * side * side
+        return FullyConnected(inputs, width=self.width, depth=self.depth, initialization=self.initialization)
 
 
 class VGGTrunkConfig(_TrunkConfig):
@@ -66,11 +68,11 @@ BoxTrunkConfig = Annotated[FCTrunkConfig | VGGTrunkConfig | MeanTrunkConfig, Fie
 class FullyConnected(nn.Sequential):
     """`depth` linear layers with ReLUs: `(N, C, S, S) -> (N, width)`."""
 
-    def __init__(self, inputs: int, *, width: int, depth: int) -> None:
+    def __init__(self, inputs: int, *, width: int, depth: int, initialization: Initialization = "fan_in") -> None:
         layers: list[nn.Module] = [nn.Flatten()]
         for index in range(depth):
             linear = nn.Linear(inputs if index == 0 else width, width)
-            init_uniform(linear)
+            init_linear(linear, how=initialization)
             layers += [linear, nn.ReLU(inplace=True)]
         super().__init__(*layers)
         self.features = width
@@ -132,11 +134,12 @@ class BoxHead(nn.Module):
         weights: BoxWeights,
         beta: float,
         normalizer: Normalizer,
+        initialization: Initialization = "fan_in",
     ) -> None:
         """Build the predictors on `trunk`, which gives `features` numbers a region.
 
-        `weights` multiply the deltas' coordinates, smooth L1 turns linear at `beta` (0: L1), and `normalizer` is
-        explained at `sample_mean`.
+        `weights` multiply the deltas' coordinates, smooth L1 turns linear at `beta` (0: L1), `normalizer` is
+        explained at `sample_mean`, and `initialization`, of the predictors, in `maskrcnn.models.initialization`.
         """
         super().__init__()
         self.trunk = trunk
@@ -145,8 +148,7 @@ class BoxHead(nn.Module):
         self.normalizer: Normalizer = normalizer
         self.scores = nn.Linear(features, num_classes + 1)
         self.deltas = nn.Linear(features, num_classes * 4)
-        init_normal(self.scores, std=0.01)
-        init_normal(self.deltas, std=0.001)
+        init_box_predictors(self.scores, self.deltas, how=initialization)
 
     def forward(self, regions: Tensor) -> BoxOutputs:
         """Regions `(N, C, S, S)` to scores and deltas."""

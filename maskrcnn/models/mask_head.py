@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.initialization import init_he, init_normal, init_uniform
+from maskrcnn.models.initialization import Initialization, init_linear, init_mask_convolutions, init_mask_logits
 from maskrcnn.models.losses import Normalizer, sample_mean
 from maskrcnn.ops.roi import RoIConfig
 from maskrcnn.structures import ClassRows
@@ -34,7 +34,7 @@ class _MaskHeadConfig(Section):
     from: a mask for each class or one for all, and with `softmax` background beside them. `target` is what a cell
     should say: `coverage`, whether the object's mask covers at least half of it, exactly; or `torchvision`, that
     library's soft samples. `paste` is how a mask gets onto the image: `exact`, or `torchvision`, which rounds the box
-    to whole pixels.
+    to whole pixels. `initialization` is how the layers start (`maskrcnn.models.initialization`).
     """
 
     pool_size: PositiveInt = 14
@@ -43,6 +43,7 @@ class _MaskHeadConfig(Section):
     class_agnostic: bool = False
     target: MaskTarget = "coverage"
     paste: Literal["exact", "torchvision"] = "exact"
+    initialization: Initialization = "fan_in"
 
 
 class FCNMaskHeadConfig(_MaskHeadConfig):
@@ -63,6 +64,7 @@ class FCNMaskHeadConfig(_MaskHeadConfig):
             output=self.output,
             class_agnostic=self.class_agnostic,
             normalizer=normalizer,
+            initialization=self.initialization,
         )
 
 
@@ -85,6 +87,7 @@ class MLPMaskHeadConfig(_MaskHeadConfig):
             output=self.output,
             class_agnostic=self.class_agnostic,
             normalizer=normalizer,
+            initialization=self.initialization,
         )
 
 
@@ -179,6 +182,7 @@ class FCNMaskHead(MaskHead):
         output: MaskOutput,
         class_agnostic: bool,
         normalizer: Normalizer,
+        initialization: Initialization = "fan_in",
     ) -> None:
         super().__init__(
             mask_size=2 * side,
@@ -191,9 +195,7 @@ class FCNMaskHead(MaskHead):
         self.convs = nn.ModuleList(convs)
         self.upsample = nn.ConvTranspose2d(width if depth else channels, width, 2, 2)
         self.logits: nn.Conv2d = nn.Conv2d(width, self.channels, 1)
-        for layer in (*convs, self.upsample):
-            init_he(layer)
-        init_normal(self.logits, std=0.001)
+        init_mask_convolutions(convs, self.upsample, self.logits, how=initialization)
 
     def features(self, regions: Tensor) -> Tensor:
         """Regions `(N, C, S, S)` to what the masks are read from, `(N, width, M, M)`."""
@@ -233,6 +235,7 @@ class MLPMaskHead(MaskHead):
         output: MaskOutput,
         class_agnostic: bool,
         normalizer: Normalizer,
+        initialization: Initialization = "fan_in",
     ) -> None:
         """Build the layers for regions of `inputs` = C * S * S numbers."""
         super().__init__(
@@ -246,8 +249,8 @@ class MLPMaskHead(MaskHead):
         self.hidden = nn.ModuleList(hidden)
         self.logits: nn.Linear = nn.Linear(width, self.channels * mask_size**2)
         for layer in hidden:
-            init_uniform(layer)
-        init_normal(self.logits, std=0.001)
+            init_linear(layer, how=initialization)
+        init_mask_logits(self.logits, how=initialization)
 
     def all_masks(self, regions: Tensor) -> Tensor:
         """The logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""

@@ -92,6 +92,7 @@ class MaskRCNNConfig(Section):
                 weights=self.box_weights,
                 beta=self.box_beta,
                 normalizer=normalizer,
+                initialization=self.box_head.initialization,
             ),
             selector=self.detection.build(box_weights=self.box_weights),
             mask_pooler=mask_pooler,

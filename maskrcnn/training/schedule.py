@@ -7,6 +7,7 @@ ones.
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,8 @@ from typing_extensions import Self
 
 from maskrcnn.config import Section
 from maskrcnn.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Schedule = Callable[[int], float]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -57,7 +60,9 @@ class _WarmUpConfig(Section):
     iterations: PositiveInt | None = Field(
         None, description="length in optimizer steps; 90000 without `epochs`", validate_default=True
     )
-    warmup_iterations: NonNegativeInt = 1000
+    warmup_iterations: NonNegativeInt = Field(
+        1000, description="steps over which the rate rises; a tenth of the schedule where they are more than it has"
+    )
     warmup_factor: Share = 0.001
 
     @field_validator("iterations")
@@ -70,24 +75,29 @@ class _WarmUpConfig(Section):
             raise ValueError(f"iterations is {iterations}, and epochs is {epochs}: set one of the two to null")
         return None
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.iterations is not None and self.warmup_iterations > self.iterations:
-            raise ValueError(
-                f"warmup_iterations is {self.warmup_iterations}, but training ends after {self.iterations} iterations"
-            )
-        return self
-
     @property
     def num_iterations(self) -> int:
         """After how many iterations training ends; only a schedule in iterations knows it."""
         assert self.iterations is not None, "resolve() the schedule first"
         return self.iterations
 
+    def effective_warmup(self) -> int:
+        """Return the warm-up's length: a tenth of the schedule where the one stated is longer than the schedule."""
+        if self.warmup_iterations <= self.num_iterations:
+            return self.warmup_iterations
+        shorter = self.num_iterations // 10
+        logger.info(
+            "warm-up of %d iterations instead of %d: training ends after %d",
+            shorter,
+            self.warmup_iterations,
+            self.num_iterations,
+        )
+        return shorter
+
     def resolve(self, iterations_per_epoch: int) -> Self:
         """Return the schedule in iterations; one that is in iterations already returns itself.
 
-        Raises InputError if the epochs are too few for the warm-up, or too short for the steps.
+        Raises InputError if the epochs are too short for the steps.
         """
         if self.epochs is None:
             return self
@@ -137,7 +147,7 @@ class MultiStepConfig(_WarmUpConfig):
             multi_step_factor,
             steps=self.steps,
             gamma=self.gamma,
-            warmup_iterations=self.warmup_iterations,
+            warmup_iterations=self.effective_warmup(),
             warmup_factor=self.warmup_factor,
         )
 
@@ -154,7 +164,7 @@ class CosineConfig(_WarmUpConfig):
             cosine_factor,
             iterations=self.num_iterations,
             final_factor=self.final_factor,
-            warmup_iterations=self.warmup_iterations,
+            warmup_iterations=self.effective_warmup(),
             warmup_factor=self.warmup_factor,
         )
 

@@ -148,6 +148,20 @@ def test_images_can_be_chosen(open_dataset: Open) -> None:
         open_dataset(data, image_ids=(1, 4))
 
 
+def test_classes_can_be_chosen(open_dataset: Open) -> None:
+    data = coco([annotation(1), annotation(2, category_id=7), annotation(3, category_id=9, image_id=2)], images=2)
+    data["categories"] += [{"id": 9, "name": "tree"}, {"id": 7, "name": "bud"}]
+    dataset = open_dataset(data, classes=("tree", "leaf"))
+    assert (dataset.classes.names, dataset.classes.category_ids) == (("leaf", "tree"), (1, 9))
+    assert [dataset[i].labels.tolist() for i in range(2)] == [[1], [2]]
+    truth = dataset.ground_truth()
+    assert [entry["id"] for entry in truth["annotations"]] == [1, 3]
+    assert [category["id"] for category in truth["categories"]] == [1, 9]
+    assert len(open_dataset(data, classes=("tree",), filter_empty=True)) == 1
+    with pytest.raises(InputError, match="`classes` names 'flower', which is not in the file"):
+        open_dataset(data, classes=("leaf", "flower"))
+
+
 def test_sizes_and_config(open_dataset: Open, tmp_path: Path) -> None:
     data = coco([annotation(1)], images=2)
     data["images"].reverse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,32 +23,6 @@ from maskrcnn.structures import ImageBatch, MaskCrop, Targets
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES, HEIGHT, WIDTH = 5, 128, 160
 EVERYTHING = 2**13  # more samples than there are boxes: nothing is drawn by chance
-
-RENAMED = {
-    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}.conv",
-    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}.conv",
-    "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
-    "rpn.head.conv.0.0": "rpn.conv",
-    "rpn.head.cls_logits": "rpn.objectness",
-    "rpn.head.bbox_pred": "rpn.deltas",
-    "roi_heads.box_head.fc6": "box_head.trunk.1",
-    "roi_heads.box_head.fc7": "box_head.trunk.3",
-    "roi_heads.box_predictor.cls_score": "box_head.scores",
-    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
-    "roi_heads.mask_predictor.conv5_mask": "mask_head.upsample",
-    "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.logits",
-}
-NAMES = {old.format(i): new.format(i) for old, new in RENAMED.items() for i in range(4)}
-BACKGROUND_ROWS = {"box_head.deltas": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
-
-
-def copy_weights(theirs: nn.Module, ours: nn.Module) -> None:
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        new = NAMES.get(module, module)
-        state[f"{new}.{kind}"] = tensor[BACKGROUND_ROWS.get(new, 0) :]
-    ours.load_state_dict(state)
 
 
 def torchvision_model() -> TorchvisionMaskRCNN:
@@ -77,7 +52,9 @@ def torchvision_model() -> TorchvisionMaskRCNN:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchvisionMaskRCNN, MaskRCNN]:
+def models(
+    tmp_path_factory: pytest.TempPathFactory, copy_torchvision_weights: Callable[[nn.Module, nn.Module], None]
+) -> tuple[TorchvisionMaskRCNN, MaskRCNN]:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("parity") / "experiment.yaml"
     parts = ["model/resnet_fpn", "data/shapes", "conventions/torchvision"]
@@ -93,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchvisionMaskRCN
         ],
     )
     theirs, ours = torchvision_model(), config.model.build(CLASSES, pretrained=False)
-    copy_weights(theirs, ours)
+    copy_torchvision_weights(theirs, ours)
     return theirs, ours
 
 

@@ -1,0 +1,107 @@
+"""How the heads start: the scales of the three lineages, and what reaches the mask head's first layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from maskrcnn.config import load_config
+from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.models.box_head import BoxHead, FCTrunkConfig
+from maskrcnn.models.initialization import Initialization
+from maskrcnn.models.mask_head import FCNMaskHead, FCNMaskHeadConfig, MLPMaskHeadConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WIDTH, CLASSES = 256, 80
+
+
+def fcn(how: Initialization) -> FCNMaskHead:
+    config = FCNMaskHeadConfig(initialization=how)
+    return config.build(channels=WIDTH, side=14, num_classes=CLASSES, normalizer="image")
+
+
+def box_head(how: Initialization) -> BoxHead:
+    trunk = FCTrunkConfig(initialization=how).build(channels=64, side=7)
+    return BoxHead(
+        trunk=trunk,
+        features=trunk.features,
+        num_classes=CLASSES,
+        weights=(10, 10, 5, 5),
+        beta=0,
+        normalizer="image",
+        initialization=how,
+    )
+
+
+def stds(layers: list[nn.Module]) -> list[float]:
+    assert all(layer.bias is not None for layer in layers)
+    return [float(layer.weight.detach().std()) for layer in layers]
+
+
+def mean_square(values: Tensor) -> float:
+    return float(values.detach().square().mean())
+
+
+def test_layers_of_the_mask_head_keep_the_scale_of_their_inputs() -> None:
+    head = fcn("fan_in")
+    regions = torch.randn(4, WIDTH, 14, 14).relu()
+    hidden = regions
+    for conv in head.convs:
+        hidden = conv(hidden).relu()
+    # Zeros beyond the border take a little of each convolution's output.
+    assert mean_square(head.upsample(hidden).relu()) == pytest.approx(mean_square(hidden), rel=0.3)
+    logits = head.all_masks(regions)
+    assert 0.3 < float(logits.detach().std()) < 1.5
+
+
+@pytest.mark.parametrize("config", [FCNMaskHeadConfig, MLPMaskHeadConfig])
+def test_every_layer_of_the_mask_head_learns_from_the_first_step(config) -> None:
+    """The gradient of the first layer is no small fraction of the last one's, as it is in Detectron2's start."""
+    ratios = {}
+    for how in ("fan_in", "detectron2"):
+        torch.manual_seed(0)
+        built = config(initialization=how).build(channels=WIDTH, side=14, num_classes=CLASSES, normalizer="image")
+        outputs = built(torch.randn(8, WIDTH, 14, 14).relu(), torch.arange(1, 9))
+        wanted = (torch.rand(8, built.mask_size, built.mask_size) < 0.5).float()
+        built.loss(outputs, wanted, images=torch.zeros(8, dtype=torch.int64), batch=1).backward()
+        first, last = (built.convs if hasattr(built, "convs") else built.hidden)[0], built.logits
+        ratios[how] = float(first.weight.grad.norm() / last.weight.grad.norm())
+    assert ratios["fan_in"] > 20 * ratios["detectron2"]
+
+
+def test_torchvisions_start() -> None:
+    theirs = [*MaskRCNNHeads(WIDTH, (WIDTH,) * 4, 1).modules(), *MaskRCNNPredictor(WIDTH, WIDTH, CLASSES).modules()]
+    expected = stds([layer for layer in theirs if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)])
+    head = fcn("torchvision")
+    assert stds([*head.convs, head.upsample, head.logits]) == pytest.approx(expected, rel=0.05)
+
+    theirs = [*TwoMLPHead(64 * 49, 1024).modules(), *FastRCNNPredictor(1024, CLASSES + 1).modules()]
+    expected = stds([layer for layer in theirs if isinstance(layer, nn.Linear)])
+    box = box_head("torchvision")
+    assert stds([box.trunk[1], box.trunk[3], box.scores, box.deltas]) == pytest.approx(expected, rel=0.05)
+
+
+def test_detectron2s_start() -> None:
+    """Its source: c2_msra_fill and 0.001 in the mask head; c2_xavier_fill, 0.01 and 0.001 in the box head."""
+    head = fcn("detectron2")
+    he = (2 / (9 * WIDTH)) ** 0.5
+    assert stds([*head.convs, head.upsample, head.logits]) == pytest.approx(
+        [he] * 4 + [(2 / 1024) ** 0.5, 0.001], rel=0.05
+    )
+    box = box_head("detectron2")
+    expected = [(64 * 49) ** -0.5, 1024**-0.5, 0.01, 0.001]
+    assert stds([box.trunk[1], box.trunk[3], box.scores, box.deltas]) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("lineage", ["detectron2", "torchvision"])
+def test_conventions_choose_their_own_start(lineage: str, tmp_path: Path) -> None:
+    file = tmp_path / "experiment.yaml"
+    parts = ["model/resnet_fpn", "data/shapes", f"conventions/{lineage}"]
+    file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{part}.yaml') for part in parts)}]")
+    model = load_config(file, ExperimentConfig).model
+    assert model.box_head.initialization == model.mask_head.initialization == lineage
