@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]  # one detection in COCO's results format
 
 # At COCO's sizes, these 4 pictures take some 5 MB at each evaluation.
-FILMED_IMAGES = 4
-FILMED_SIDE = 1280  # px, of the two pictures beside each other
+PREVIEW_IMAGES = 4
+PREVIEW_SIDE = 1280  # px, of the two pictures beside each other
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -207,12 +207,12 @@ def draw_predictions(config: ExperimentConfig, predictor: Predictor, dataset: De
         save_image(out / "overview.png", contact_sheet(pairs, columns=2))
 
 
-def filmed_predictions(
+def preview_pictures(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset
 ) -> dict[str, np.ndarray]:
     """Draw the first few of what `draw_predictions` draws, small enough to be kept at every evaluation, by image id."""
-    count = min(FILMED_IMAGES, config.evaluation.pictures)
-    return {str(image_id): shrink(pair, FILMED_SIDE) for image_id, pair in _pairs(config, predictor, dataset, count)}
+    count = min(PREVIEW_IMAGES, config.evaluation.pictures)
+    return {str(image_id): shrink(pair, PREVIEW_SIDE) for image_id, pair in _pairs(config, predictor, dataset, count)}
 
 
 def _pairs(

@@ -25,13 +25,16 @@ class Rule(NamedTuple):
 _MEASURED = Rule("warned", "figures before and after do not compare, and best.pt is chosen among both")
 _ROUNDING = Rule("warned", "sums are rounded otherwise from the next step on")
 _NEXT_STEP = Rule("warned", "from the next step on")
+_START = Rule("harmless", "a run that goes on takes its weights from the checkpoint")
 _WHEN = Rule("harmless", "when something is done beside the steps")
 _PLACE = Rule("harmless", "where the files lie, not what they hold")
 
 # A rule is for a key and for all keys below it; of two rules, the longer key's holds.
 RULES: Mapping[str, Rule] = {
     "model": Rule("refused", "the stored weights belong to another model, or mean something else in it"),
-    "model.backbone.weights": Rule("harmless", "a run that goes on takes its weights from the checkpoint"),
+    "model.backbone.weights": _START,
+    "model.box_head.initialization": _START,
+    "model.mask_head.initialization": _START,
     "model.backbone.checkpoint_activations": Rule("harmless", "the same numbers in less memory"),
     "model.rpn.inference": _MEASURED,
     "model.detection": _MEASURED,
@@ -45,7 +48,9 @@ RULES: Mapping[str, Rule] = {
     "data.validation_transforms": _MEASURED,
     "data.num_classes": Rule("harmless", "it is compared with the annotations, no more"),
     "training.batch_size": Rule("refused", "the iterations done would stand for other images, and another epoch"),
-    "training.accumulate": Rule("warned", "rounded otherwise from the next step on, and batch norms see other batches"),
+    "training.grad_accum_steps": Rule(
+        "warned", "rounded otherwise from the next step on, and batch norms see other batches"
+    ),
     "training.optimizer": Rule("refused", "the stored momenta belong to other groups of parameters, or another method"),
     "training.optimizer.lr": _NEXT_STEP,
     "training.optimizer.base_batch": _NEXT_STEP,

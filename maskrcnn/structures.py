@@ -127,11 +127,11 @@ class Detections(OnDevice):
 class Losses(NamedTuple):
     """The five terms of the loss, each a scalar, each of weight 1."""
 
-    objectness: Tensor  # RPN: is there an object at this anchor
-    proposal_box: Tensor  # RPN: how the anchor must move to fit it
-    label: Tensor  # box head: which class
-    box: Tensor  # box head: how the proposal must move
-    mask: Tensor  # mask head: which pixels
+    loss_objectness: Tensor  # RPN: is there an object at this anchor
+    loss_rpn_box_reg: Tensor  # RPN: how the anchor must move to fit it
+    loss_classifier: Tensor  # box head: which class
+    loss_box_reg: Tensor  # box head: how the proposal must move
+    loss_mask: Tensor  # mask head: which pixels
 
     @property
     def total(self) -> Tensor:
@@ -146,7 +146,7 @@ class Diagnostics(NamedTuple):
     """
 
     proposal_recall: Tensor  # scalar: share of the objects that a proposal of the RPN overlaps with IoU 0.5 or more
-    positive_share: Tensor  # scalar: share of positives among the regions that train the heads
+    positive_fraction: Tensor  # scalar: share of positives among the regions that train the heads
 
 
 class MaskCrop(NamedTuple):

@@ -22,7 +22,7 @@ from maskrcnn.inference import (
     Predictor,
     draw_predictions,
     evaluate_predictor,
-    filmed_predictions,
+    preview_pictures,
     validation_losses,
 )
 from maskrcnn.memory import keep_freed_memory
@@ -39,7 +39,7 @@ from maskrcnn.training.checkpoint import (
 )
 from maskrcnn.training.distributed import Processes
 from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.loop import Rhythm, train
+from maskrcnn.training.loop import Intervals, train
 from maskrcnn.training.metrics import Measurement, MetricsWriter, SilentWriter, read_records
 from maskrcnn.training.optimizer import clip_gradients
 from maskrcnn.training.profiler import Profiler
@@ -100,7 +100,9 @@ def train_experiment(
             schedule.build(),
             start=start,
             iterations=schedule.num_iterations,
-            rhythm=Rhythm(config.training.evaluate_every, config.training.checkpoint_every, config.training.log_every),
+            intervals=Intervals(
+                config.training.evaluate_every, config.training.checkpoint_every, config.training.log_every
+            ),
             writer=writer,
             save=checkpoints.save if processes.is_main else _leave_it_to_the_main_process,
             evaluate=evaluator,
@@ -190,7 +192,7 @@ def _training_batches(
         start=start,
         rank=processes.rank,
         world=processes.world,
-        parts=config.training.accumulate,
+        grad_accum_steps=config.training.grad_accum_steps,
     )
 
 
@@ -223,7 +225,7 @@ class _Evaluator:
                 found = found.with_average(self._measure(self._run.evaluation / "average"))
         if self._processes.is_main:
             self._checkpoints.keep_best(iteration, found.metrics)
-            pictures = filmed_predictions(self._config, self._predictor, self._validation)
+            pictures = preview_pictures(self._config, self._predictor, self._validation)
             found = found._replace(pictures=pictures)
         return found
 

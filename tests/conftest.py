@@ -49,17 +49,17 @@ RENAMED = {
     "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}.conv",
     "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
     "rpn.head.conv.0.0": "rpn.conv",
-    "rpn.head.cls_logits": "rpn.objectness",
-    "rpn.head.bbox_pred": "rpn.deltas",
+    "rpn.head.cls_logits": "rpn.objectness_logits",
+    "rpn.head.bbox_pred": "rpn.anchor_deltas",
     "roi_heads.box_head.fc6": "box_head.trunk.1",
     "roi_heads.box_head.fc7": "box_head.trunk.3",
-    "roi_heads.box_predictor.cls_score": "box_head.scores",
-    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
+    "roi_heads.box_predictor.cls_score": "box_head.cls_score",
+    "roi_heads.box_predictor.bbox_pred": "box_head.bbox_pred",
     "roi_heads.mask_predictor.conv5_mask": "mask_head.upsample",
     "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.logits",
 }
 NAMES = {old.format(i): new.format(i) for old, new in RENAMED.items() for i in range(4)}
-BACKGROUND_ROWS = {"box_head.deltas": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
+BACKGROUND_ROWS = {"box_head.bbox_pred": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def test_wrong_arguments_leave_with_two(arguments: list[str]) -> None:
 
 SMALL = [
     "model.backbone={weights: none, freeze: 0, norm: bn}",
-    "model.sampling.count=16",
+    "model.sampling.batch_size_per_image=16",
     "data.train.height=64",
     "data.train.width=64",
     "data.validation={height: 64, width: 64, length: 2}",

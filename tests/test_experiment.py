@@ -35,13 +35,13 @@ model:
   backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: gn, freeze: 5, weights: none}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {before_nms: 30, after_nms: 20}
-    inference: {before_nms: 30, after_nms: 10}
-    samples: 16
-  sampling: {count: 16}
+    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
+    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
+    batch_size_per_image: 16
+  sampling: {batch_size_per_image: 16}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, count: 5}
+  detection: {score_threshold: 0.0, detections_per_image: 5}
 data:
   train: {kind: shapes, length: 8, height: 64, width: 64, classes: [disc, cross, star]}
   validation: {kind: shapes, length: 3, seed: 1, height: 64, width: 64, classes: [disc, cross, star]}

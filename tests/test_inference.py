@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskrcnn import inference
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import FILMED_IMAGES, Predictor, draw_predictions, filmed_predictions
+from maskrcnn.inference import PREVIEW_IMAGES, Predictor, draw_predictions, preview_pictures
 
 SHAPES = {"kind": "shapes", "length": 6, "height": 64, "width": 64, "classes": ["disc", "cross"]}
 
@@ -23,10 +23,10 @@ def experiment(pictures: int) -> ExperimentConfig:
         {
             "model": {
                 "backbone": {"kind": "resnet", "depth": 18, "output": "c5", "width": 8, "weights": "none", "freeze": 0},
-                "rpn": {"anchor_sizes": [[16, 32]], "inference": {"before_nms": 20, "after_nms": 10}},
+                "rpn": {"anchor_sizes": [[16, 32]], "inference": {"pre_nms_top_n": 20, "post_nms_top_n": 10}},
                 "box_head": {"kind": "fc", "width": 8},
                 "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
-                "detection": {"score_threshold": 0.0, "count": 5},
+                "detection": {"score_threshold": 0.0, "detections_per_image": 5},
             },
             "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": {**sizes, "flip": 0}},
             "evaluation": {"pictures": pictures, "picture_score": 0},
@@ -41,19 +41,19 @@ def filmed(pictures: int, out: Path) -> dict[str, np.ndarray]:
     model = config.model.build(len(dataset.classes))
     predictor = Predictor.of(config, model, dataset.classes, torch.device("cpu"))
     draw_predictions(config, predictor, dataset, out)
-    return filmed_predictions(config, predictor, dataset)
+    return preview_pictures(config, predictor, dataset)
 
 
 def test_the_film_shows_the_first_of_the_pictures(tmp_path: Path) -> None:
     found = filmed(5, tmp_path)
     written = sorted(path.stem for path in tmp_path.iterdir() if path.stem != "overview")
     assert written == ["1", "2", "3", "4", "5"]
-    assert list(found) == written[:FILMED_IMAGES]
+    assert list(found) == written[:PREVIEW_IMAGES]
     assert all((np.array(Image.open(tmp_path / f"{name}.png")) == picture).all() for name, picture in found.items())
 
 
 def test_the_film_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "FILMED_SIDE", 100)
+    monkeypatch.setattr(inference, "PREVIEW_SIDE", 100)
     (picture,) = filmed(1, tmp_path).values()
     assert picture.shape[1] == 100
     assert filmed(0, tmp_path) == {}

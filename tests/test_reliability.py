@@ -40,13 +40,13 @@ model:
   backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 8}, norm: bn, freeze: 0, weights: none}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {before_nms: 30, after_nms: 20}
-    inference: {before_nms: 30, after_nms: 10}
-    samples: 16
-  sampling: {count: 16}
+    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
+    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
+    batch_size_per_image: 16
+  sampling: {batch_size_per_image: 16}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, count: 5}
+  detection: {score_threshold: 0.0, detections_per_image: 5}
 data:
   train: {kind: shapes, length: 20, height: 64, width: 64}
   validation: {kind: shapes, length: 2, seed: 1, height: 64, width: 64}
@@ -54,7 +54,7 @@ data:
   validation_transforms: {short_side: [64], long_side: 64, flip: 0.0}
 training:
   batch_size: 4
-  accumulate: 2
+  grad_accum_steps: 2
   ema_decay: 0.9
   optimizer: {kind: sgd, lr: 0.05}
   schedule: {kind: cosine, iterations: 12, warmup_iterations: 3}

@@ -26,13 +26,13 @@ MODEL = """
   backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: frozen_bn, freeze: 5, weights: none}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {before_nms: 30, after_nms: 20}
-    inference: {before_nms: 30, after_nms: 10}
-    samples: 16
-  sampling: {count: 16}
+    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
+    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
+    batch_size_per_image: 16
+  sampling: {batch_size_per_image: 16}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, count: 5}
+  detection: {score_threshold: 0.0, detections_per_image: 5}
 """
 EXPERIMENT = f"""
 model: {MODEL}
@@ -51,13 +51,13 @@ evaluation: {{pictures: 1, picture_score: 0.0}}
 """
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     status: int
     out: str
     err: str
 
 
-Run = Callable[..., Outcome]
+Run = Callable[..., StepResult]
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     root, package = logging.getLogger(), logging.getLogger("maskrcnn")
     before = root.handlers[:], root.level, package.level
 
-    def run(name: str, *arguments: object) -> Outcome:
+    def run(name: str, *arguments: object) -> StepResult:
         monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"), run_name="__main__")
         assert isinstance(left.value.code, int)
-        return Outcome(left.value.code, *capsys.readouterr())
+        return StepResult(left.value.code, *capsys.readouterr())
 
     yield run
     for handler in set(root.handlers) - set(before[0]):
@@ -142,7 +142,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def assert_refused(outcome: Outcome, *words: str) -> None:
+def assert_refused(outcome: StepResult, *words: str) -> None:
     """Status 2, and one message that names the culprit; what was logged before may stand above it."""
     assert outcome.status == 2, outcome.err
     assert "Traceback" not in outcome.err
@@ -551,7 +551,7 @@ def test_a_run_directory_that_cannot_be_made(tool: Run, dataset: Dataset, tmp_pa
 
 def test_wrong_input_in_a_process_of_its_own(dataset: Dataset) -> None:
     done = in_process("train", dataset.config, "--set", "model.roi.kind=roi_aling")
-    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "did you mean 'roi_align'")
+    assert_refused(StepResult(done.returncode, done.stdout, done.stderr), "did you mean 'roi_align'")
     assert not done.stdout
 
 

@@ -16,6 +16,7 @@ from maskrcnn.config import load_config
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import evaluate_checkpoint, load_predictor
+from maskrcnn.structures import Losses
 from maskrcnn.training.checkpoint import load_checkpoint
 from maskrcnn.training.distributed import Processes
 from maskrcnn.training.loop import Interrupted
@@ -34,13 +35,13 @@ model:
   backbone: {kind: resnet, depth: 18, width: 8, output: c5, norm: bn, freeze: 0, weights: none}
   rpn:
     anchor_sizes: [[32]]
-    samples: 8
-    training: {before_nms: 8, after_nms: 8}
-    inference: {before_nms: 8, after_nms: 8}
-  sampling: {count: 8}
+    batch_size_per_image: 8
+    training: {pre_nms_top_n: 8, post_nms_top_n: 8}
+    inference: {pre_nms_top_n: 8, post_nms_top_n: 8}
+  sampling: {batch_size_per_image: 8}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
-  detection: {count: 4, score_threshold: 0.0}
+  detection: {detections_per_image: 4, score_threshold: 0.0}
 data:
   train: {kind: shapes, length: 10, height: 64, width: 64, classes: [disc, cross]}
   validation: {kind: shapes, length: 2, height: 64, width: 64, classes: [disc, cross], seed: 1}
@@ -86,7 +87,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 EVERYTHING = (
-    "training.accumulate=2",
+    "training.grad_accum_steps=2",
     "training.ema_decay=0.9",
     "training.workers=2",
     "training.clip_norm=5.0",
@@ -118,12 +119,12 @@ def test_a_stopped_run_ends_like_an_undisturbed_one_with_all_there_is(
     assert_same_end(whole, halves)
     evaluation = next(record for record in records(whole) if record["kind"] == "evaluation")
     assert {"mask/AP", "ema/mask/AP"} <= evaluation["metrics"].keys()
-    assert evaluation["losses"].keys() == {"objectness", "proposal_box", "label", "box", "mask"}
+    assert evaluation["losses"].keys() == set(Losses._fields)
     assert load_checkpoint(whole / "checkpoints" / "last.pt").average
 
 
 def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> None:
-    run = train(tmp_path / "run", "training.ema_decay=0.5", "model.detection.count=20")
+    run = train(tmp_path / "run", "training.ema_decay=0.5", "model.detection.detections_per_image=20")
     config = load_config(run / "config.yaml", ExperimentConfig)
     last = run / "checkpoints" / "last.pt"
     evaluation = next(record for record in reversed(records(run)) if record["kind"] == "evaluation")
@@ -139,11 +140,11 @@ def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> 
 
 # Nothing that training chooses by a threshold or a rank: rounding could decide it, and steps would differ by percents.
 SMOOTH = (
-    "model.box_beta=1.0",  # the gradient of L1 is a sign
-    "model.rpn.box_beta=1.0",
-    "model.rpn.training={before_nms: 100, after_nms: 100}",
+    "model.box_head.smooth_l1_beta=1.0",  # the gradient of L1 is a sign
+    "model.rpn.smooth_l1_beta=1.0",
+    "model.rpn.training={pre_nms_top_n: 100, post_nms_top_n: 100}",
     "model.rpn.nms_threshold=1.0",
-    "model.sampling={count: 200, positive_share: 1.0}",
+    "model.sampling={batch_size_per_image: 200, positive_fraction: 1.0}",
 )
 
 
@@ -155,7 +156,7 @@ def test_accumulation_takes_the_steps_of_the_whole_batch(tmp_path: Path) -> None
         "training.optimizer={kind: sgd, lr: 0.01, base_batch: 4}",
         "training.schedule={kind: cosine, iterations: 3, warmup_iterations: 0}",
     )
-    one, other = (train(tmp_path / str(parts), *options, f"training.accumulate={parts}") for parts in (1, 4))
+    one, other = (train(tmp_path / str(parts), *options, f"training.grad_accum_steps={parts}") for parts in (1, 4))
     left, right = (load_checkpoint(run / "checkpoints" / "last.pt").model for run in (one, other))
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-6)

@@ -55,11 +55,11 @@ class Draw(NamedTuple):
     seed: int
 
 
-class TrainingStream:
+class BatchSampler:
     """The endless order of training batches.
 
     An epoch shows each image once, in random order, except for `N % batch_size` drawn anew each time that it leaves
-    out. Batches hold images that are all upright or all broad, so that little padding is needed; the few that are
+    out. Batches hold images that are all portrait or all landscape, so that little padding is needed; the few that are
     left of both kinds share a batch. A dataset smaller than a batch is repeated within it.
 
     Args:
@@ -68,7 +68,7 @@ class TrainingStream:
         seed: not negative.
         start: the iteration to begin with.
         rank, world: this process takes the `rank`-th of `world` equal pieces of each batch.
-        parts: into how many equal parts it cuts its piece; each is yielded by itself.
+        grad_accum_steps: into how many equal parts it cuts its piece; each is yielded by itself.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class TrainingStream:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
-        parts: int = 1,
+        grad_accum_steps: int = 1,
     ) -> None:
         assert len(sizes) > 0
         assert 0 <= rank < world
-        if batch_size % (world * parts):
+        if batch_size % (world * grad_accum_steps):
             raise InputError(
                 f"training.batch_size: {batch_size} images cannot be shared equally by {world} processes that compute "
-                f"them in {parts} parts (training.accumulate)"
+                f"them in {grad_accum_steps} parts (training.grad_accum_steps)"
             )
         self.batch_size, self.seed, self.start = batch_size, seed, start
-        self.rank, self.world, self.parts = rank, world, parts
+        self.rank, self.world, self.grad_accum_steps = rank, world, grad_accum_steps
         self._num_images = len(sizes)
         repeats = -(-batch_size // len(sizes))
-        self._broad = np.tile(sizes[:, 1] >= sizes[:, 0], repeats)
+        self._landscape = np.tile(sizes[:, 1] >= sizes[:, 0], repeats)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -102,21 +102,21 @@ class TrainingStream:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         first, skipped = divmod(self.start, self.batches_per_epoch)
-        mine = slice(self.rank * self.parts, (self.rank + 1) * self.parts)
+        mine = slice(self.rank * self.grad_accum_steps, (self.rank + 1) * self.grad_accum_steps)
         for epoch in itertools.count(first):
             for batch in self._batches(epoch)[skipped:]:
-                for part in batch.reshape(self.world * self.parts, -1)[mine]:
+                for part in batch.reshape(self.world * self.grad_accum_steps, -1)[mine]:
                     yield [self._draw(epoch, position) for position in part.tolist()]
             skipped = 0
 
     def _batches(self, epoch: int) -> np.ndarray:
         """Return the batches of an epoch as positions in the (repeated) dataset, (batches, batch_size)."""
         rng = np.random.default_rng((self.seed, epoch, 0))
-        order = rng.permutation(len(self._broad))[: self.batches_per_epoch * self.batch_size]
-        broad, upright = order[self._broad[order]], order[~self._broad[order]]
-        whole = [len(group) // self.batch_size * self.batch_size for group in (broad, upright)]
-        rest = np.concatenate([broad[whole[0] :], upright[whole[1] :]])
-        grouped = np.concatenate([broad[: whole[0]], upright[: whole[1]], rest])
+        order = rng.permutation(len(self._landscape))[: self.batches_per_epoch * self.batch_size]
+        landscape, portrait = order[self._landscape[order]], order[~self._landscape[order]]
+        whole = [len(group) // self.batch_size * self.batch_size for group in (landscape, portrait)]
+        rest = np.concatenate([landscape[whole[0] :], portrait[whole[1] :]])
+        grouped = np.concatenate([landscape[: whole[0]], portrait[: whole[1]], rest])
         return rng.permutation(grouped.reshape(-1, self.batch_size))
 
     def _draw(self, epoch: int, position: int) -> Draw:
@@ -169,17 +169,25 @@ def training_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-    parts: int = 1,
+    grad_accum_steps: int = 1,
 ) -> Iterable[tuple[Batch, ...]]:
-    """Return the endless batches of a training, `parts` for each iteration from `start` on; see `TrainingStream`.
+    """Return the endless batches of a training, from iteration `start` on, `grad_accum_steps` for each.
+
+    `BatchSampler` explains their order.
 
     Iterating raises InputError, as the dataset worded it, where an image cannot be used.
     """
-    stream = TrainingStream(
-        dataset.image_sizes(), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world, parts=parts
+    stream = BatchSampler(
+        dataset.image_sizes(),
+        batch_size=batch_size,
+        seed=seed,
+        start=start,
+        rank=rank,
+        world=world,
+        grad_accum_steps=grad_accum_steps,
     )
     batches = iter(_Batches(dataset, transform, stream, workers=workers, size_divisor=size_divisor))
-    return zip(*[batches] * parts, strict=True)
+    return zip(*[batches] * grad_accum_steps, strict=True)
 
 
 def evaluation_loader(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
@@ -24,6 +24,8 @@ class _TrunkConfig(Section):
 
     roi: RoIConfig | None = None  # the box head's own RoI layer; null takes `model.roi`
     initialization: Initialization = "fan_in"  # how the layers start: `maskrcnn.models.initialization`
+    bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # by which the deltas' coordinates are multiplied
+    smooth_l1_beta: NonNegativeFloat = 0.0  # where smooth L1 turns linear; 0 is L1
 
 
 class FCTrunkConfig(_TrunkConfig):
@@ -111,19 +113,19 @@ class Mean(nn.Module):
 class BoxOutputs(NamedTuple):
     """What the box head says of N regions."""
 
-    scores: Tensor  # (N, K + 1) logits; column 0 is background
-    deltas: Tensor  # (N, K, 4): the box of each class, relative to the region
+    class_logits: Tensor  # (N, K + 1); column 0 is background
+    box_deltas: Tensor  # (N, K, 4): the box of each class, relative to the region
 
 
 class BoxLosses(NamedTuple):
     """The box head's two loss terms, scalars."""
 
-    label: Tensor
-    box: Tensor
+    loss_classifier: Tensor
+    loss_box_reg: Tensor
 
 
 class BoxHead(nn.Module):
-    """A trunk, and one linear layer each for scores and deltas."""
+    """A trunk, and one linear layer each for class logits and box deltas."""
 
     def __init__(
         self,
@@ -131,29 +133,30 @@ class BoxHead(nn.Module):
         trunk: nn.Module,
         features: int,
         num_classes: int,
-        weights: BoxWeights,
-        beta: float,
+        bbox_reg_weights: BoxWeights,
+        smooth_l1_beta: float,
         normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
         """Build the predictors on `trunk`, which gives `features` numbers a region.
 
-        `weights` multiply the deltas' coordinates, smooth L1 turns linear at `beta` (0: L1), `normalizer` is
-        explained at `sample_mean`, and `initialization`, of the predictors, in `maskrcnn.models.initialization`.
+        `bbox_reg_weights` multiply the deltas' coordinates, and smooth L1 turns linear at `smooth_l1_beta` (0: L1).
+        `normalizer` is explained at `sample_mean`, and `initialization`, of the predictors, in
+        `maskrcnn.models.initialization`.
         """
         super().__init__()
         self.trunk = trunk
-        self.weights = weights
-        self.beta = beta
+        self.bbox_reg_weights = bbox_reg_weights
+        self.smooth_l1_beta = smooth_l1_beta
         self.normalizer: Normalizer = normalizer
-        self.scores = nn.Linear(features, num_classes + 1)
-        self.deltas = nn.Linear(features, num_classes * 4)
-        init_box_predictors(self.scores, self.deltas, how=initialization)
+        self.cls_score = nn.Linear(features, num_classes + 1)
+        self.bbox_pred = nn.Linear(features, num_classes * 4)
+        init_box_predictors(self.cls_score, self.bbox_pred, how=initialization)
 
     def forward(self, regions: Tensor) -> BoxOutputs:
-        """Regions `(N, C, S, S)` to scores and deltas."""
+        """Regions `(N, C, S, S)` to class logits and box deltas."""
         features = self.trunk(regions)
-        return BoxOutputs(self.scores(features), self.deltas(features).unflatten(1, (-1, 4)))
+        return BoxOutputs(self.cls_score(features), self.bbox_pred(features).unflatten(1, (-1, 4)))
 
     def losses(
         self, outputs: BoxOutputs, *, labels: Tensor, boxes: Tensor, objects: Tensor, images: Tensor, batch: int
@@ -172,10 +175,10 @@ class BoxHead(nn.Module):
             batch: number of images, B.
         """
         counts = boxes.new_zeros(batch).index_add(0, images, torch.ones_like(labels, dtype=boxes.dtype))
-        label = F.cross_entropy(outputs.scores.float(), labels, reduction="none")
-        own = outputs.deltas[torch.arange(len(labels), device=labels.device), (labels - 1).clamp(min=0)]  # (N, 4)
-        wanted = encode_deltas(objects, boxes, weights=self.weights)
-        box = box_regression_loss(own, wanted, beta=self.beta) * (labels > 0)
+        label = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none")
+        own = outputs.box_deltas[torch.arange(len(labels), device=labels.device), (labels - 1).clamp(min=0)]  # (N, 4)
+        wanted = encode_deltas(objects, boxes, weights=self.bbox_reg_weights)
+        box = box_regression_loss(own, wanted, beta=self.smooth_l1_beta) * (labels > 0)
         return BoxLosses(
             sample_mean(label, images, counts, per=self.normalizer),
             sample_mean(box, images, counts, per=self.normalizer),

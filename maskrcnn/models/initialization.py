@@ -78,14 +78,14 @@ def init_linear(layer: nn.Linear, *, how: Initialization) -> None:
         init_uniform(layer)
 
 
-def init_box_predictors(scores: nn.Linear, deltas: nn.Linear, *, how: Initialization) -> None:
+def init_box_predictors(cls_score: nn.Linear, bbox_pred: nn.Linear, *, how: Initialization) -> None:
     """Start the last layers of the box head."""
     if how == "torchvision":
-        scores.reset_parameters()
-        deltas.reset_parameters()
+        cls_score.reset_parameters()
+        bbox_pred.reset_parameters()
     else:
-        init_normal(scores, std=0.01)
-        init_normal(deltas, std=0.001)
+        init_normal(cls_score, std=0.01)
+        init_normal(bbox_pred, std=0.001)
 
 
 def _zero_bias(layer: Layer) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
@@ -23,7 +23,6 @@ from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfi
 from maskrcnn.models.pretrained import load_pretrained
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
-from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
 from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
@@ -49,8 +48,6 @@ class MaskRCNNConfig(Section):
     roi: RoIConfig = RoIAlignConfig()
     sampling: SamplingConfig = SamplingConfig()
     box_head: BoxTrunkConfig = FCTrunkConfig()
-    box_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # of the box head's deltas
-    box_beta: NonNegativeFloat = 0.0  # of the box head's smooth L1
     mask_head: MaskHeadConfig = FCNMaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
@@ -89,12 +86,12 @@ class MaskRCNNConfig(Section):
                 trunk=trunk,
                 features=trunk.features,
                 num_classes=num_classes,
-                weights=self.box_weights,
-                beta=self.box_beta,
+                bbox_reg_weights=self.box_head.bbox_reg_weights,
+                smooth_l1_beta=self.box_head.smooth_l1_beta,
                 normalizer=normalizer,
                 initialization=self.box_head.initialization,
             ),
-            selector=self.detection.build(box_weights=self.box_weights),
+            selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights),
             mask_pooler=mask_pooler,
             mask_head=self.mask_head.build(
                 channels=channels,
@@ -186,7 +183,7 @@ class MaskRCNN(nn.Module):
         """The losses of a batch, each an average over its images; `observe`, if any, is told how the batch went."""
         features = self.backbone(self.pixels(images))
         proposals = self.rpn.propose(features, images.sizes, self.rpn.training_counts)
-        objectness, proposal_box = self.rpn.losses(features, targets, images.seeds)
+        loss_objectness, loss_rpn_box_reg = self.rpn.losses(features, targets, images.seeds)
         samples = self.sampler(proposals, targets, images.seeds)
         if observe is not None:
             observe(diagnose(proposals, targets, samples))
@@ -194,7 +191,7 @@ class MaskRCNN(nn.Module):
         image, slot = samples.valid.nonzero(as_tuple=True)  # the N regions: padding is dropped, to save its work
         labels = samples.labels[image, slot]
         regions = self._regions(self.box_pooler, features, samples.boxes[image, slot], image)
-        label, box = self.box_head.losses(
+        loss_classifier, loss_box_reg = self.box_head.losses(
             self.box_head(regions),
             labels=labels,
             boxes=samples.boxes[image, slot],
@@ -210,8 +207,8 @@ class MaskRCNN(nn.Module):
         else:
             regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
         wanted = self._mask_targets(samples, targets, images)[image, slot]
-        mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
-        return Losses(objectness, proposal_box, label, box, mask)
+        loss_mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
+        return Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> Detections:
@@ -221,8 +218,8 @@ class MaskRCNN(nn.Module):
 
         image, slot = proposals.valid.nonzero(as_tuple=True)
         regions = self._regions(self.box_pooler, features, proposals.boxes[image, slot], image)
-        scores, deltas = (_dense(values.float(), proposals.valid) for values in self.box_head(regions))
-        detections = self.selector(proposals, scores, deltas, images.sizes)
+        class_logits, box_deltas = (_dense(values.float(), proposals.valid) for values in self.box_head(regions))
+        detections = self.selector(proposals, class_logits, box_deltas, images.sizes)
 
         image, slot = detections.valid.nonzero(as_tuple=True)
         regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
@@ -267,8 +264,8 @@ class MaskRCNN(nn.Module):
     def class_rows(self) -> Mapping[str, ClassRows]:
         """The parameters whose rows belong to classes, and how: see `training.checkpoint.load_weights`."""
         scores, deltas = ClassRows(per_class=1, background=True), ClassRows(per_class=4, background=False)
-        rows = {"box_head.scores.weight": scores, "box_head.scores.bias": scores}
-        rows |= {"box_head.deltas.weight": deltas, "box_head.deltas.bias": deltas}
+        rows = {"box_head.cls_score.weight": scores, "box_head.cls_score.bias": scores}
+        rows |= {"box_head.bbox_pred.weight": deltas, "box_head.bbox_pred.bias": deltas}
         return rows | {f"mask_head.{name}": own for name, own in self.mask_head.class_rows().items()}
 
 

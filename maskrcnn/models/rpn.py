@@ -33,8 +33,8 @@ Lengths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 class ProposalCounts(Section):
     """How many boxes to keep before NMS, on each level, and after it, in all."""
 
-    before_nms: PositiveInt
-    after_nms: PositiveInt
+    pre_nms_top_n: PositiveInt
+    post_nms_top_n: PositiveInt
 
 
 class RPNConfig(Section):
@@ -45,12 +45,12 @@ class RPNConfig(Section):
     round_anchors: bool = False
     foreground: Share = 0.7
     background: Share = 0.3
-    samples: PositiveInt = 256
-    positive_share: Share = 0.5
-    box_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
-    box_beta: NonNegativeFloat = 0.0
-    training: ProposalCounts = ProposalCounts(before_nms=2000, after_nms=1000)
-    inference: ProposalCounts = ProposalCounts(before_nms=1000, after_nms=1000)
+    batch_size_per_image: PositiveInt = 256  # anchors drawn for the loss
+    positive_fraction: Share = 0.5
+    bbox_reg_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
+    smooth_l1_beta: NonNegativeFloat = 0.0
+    training: ProposalCounts = ProposalCounts(pre_nms_top_n=2000, post_nms_top_n=1000)
+    inference: ProposalCounts = ProposalCounts(pre_nms_top_n=1000, post_nms_top_n=1000)
     nms_threshold: Share = 0.7
     min_size: NonNegativeFloat = 0.0
 
@@ -68,9 +68,11 @@ class RPNConfig(Section):
             base=tuple(
                 base_anchors(sizes, self.anchor_ratios, rounded=self.round_anchors) for sizes in self.anchor_sizes
             ),
-            assignment=AnchorAssignment(self.foreground, self.background, self.samples, self.positive_share),
-            box_weights=self.box_weights,
-            box_beta=self.box_beta,
+            assignment=AnchorAssignment(
+                self.foreground, self.background, self.batch_size_per_image, self.positive_fraction
+            ),
+            bbox_reg_weights=self.bbox_reg_weights,
+            smooth_l1_beta=self.smooth_l1_beta,
             nms_threshold=self.nms_threshold,
             min_size=self.min_size,
             training_counts=self.training,
@@ -84,15 +86,15 @@ class AnchorAssignment(NamedTuple):
 
     foreground: float  # IoU with an object from which an anchor is positive
     background: float  # IoU below which it is negative
-    samples: int  # anchors drawn in each image
-    positive_share: float  # largest share of positives among them
+    batch_size_per_image: int  # anchors drawn in each image
+    positive_fraction: float  # largest share of positives among them
 
 
 class RPNLosses(NamedTuple):
     """The RPN's two loss terms, scalars."""
 
-    objectness: Tensor
-    proposal_box: Tensor
+    loss_objectness: Tensor
+    loss_rpn_box_reg: Tensor
 
 
 class RPN(nn.Module):
@@ -105,8 +107,8 @@ class RPN(nn.Module):
         strides: Sequence[int],
         base: Sequence[Tensor],
         assignment: AnchorAssignment,
-        box_weights: BoxWeights,
-        box_beta: float,
+        bbox_reg_weights: BoxWeights,
+        smooth_l1_beta: float,
         nms_threshold: float,
         min_size: float,
         training_counts: ProposalCounts,
@@ -118,8 +120,8 @@ class RPN(nn.Module):
         assert len(base) == len(strides), (len(base), strides)
         self.strides = tuple(strides)
         self.assignment = assignment
-        self.box_weights = box_weights
-        self.box_beta = box_beta
+        self.bbox_reg_weights = bbox_reg_weights
+        self.smooth_l1_beta = smooth_l1_beta
         self.nms_threshold = nms_threshold
         self.min_size = min_size
         self.training_counts = training_counts
@@ -129,9 +131,9 @@ class RPN(nn.Module):
         self.register_buffer("base", torch.stack(tuple(base)), persistent=False)  # (L, A, 4)
         anchors = self.base.shape[1]
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, anchors, 1)
-        self.deltas = nn.Conv2d(channels, anchors * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        self.objectness_logits = nn.Conv2d(channels, anchors, 1)
+        self.anchor_deltas = nn.Conv2d(channels, anchors * 4, 1)
+        for layer in (self.conv, self.objectness_logits, self.anchor_deltas):
             init_normal(layer, std=0.01)
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -155,9 +157,9 @@ class RPN(nn.Module):
         boxes, scores, levels = [], [], []
         for index, (level, anchors) in enumerate(zip(features, self.anchors(features), strict=True)):
             logits, deltas = self(level.detach())  # one kind of input in training and inference: compiled once
-            highest, chosen = logits.topk(min(counts.before_nms, logits.shape[1]), dim=1)
+            highest, chosen = logits.topk(min(counts.pre_nms_top_n, logits.shape[1]), dim=1)
             deltas = deltas.gather(1, chosen[..., None].expand(-1, -1, 4))
-            boxes.append(decode_deltas(deltas, anchors[chosen], weights=self.box_weights))
+            boxes.append(decode_deltas(deltas, anchors[chosen], weights=self.bbox_reg_weights))
             scores.append(highest.float())
             levels.append(torch.full_like(chosen, index))
         clipped = clip_boxes(torch.cat(boxes, dim=1), sizes)
@@ -167,7 +169,7 @@ class RPN(nn.Module):
             torch.cat(scores, dim=1).masked_fill(~large, -torch.inf),
             torch.cat(levels, dim=1),
             iou_threshold=self.nms_threshold,
-            count=counts.after_nms,
+            count=counts.post_nms_top_n,
         )
         return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), best)
 
@@ -175,8 +177,8 @@ class RPN(nn.Module):
         """Logits `(B, H * W * A)` and deltas `(B, H * W * A, 4)` of every anchor of a level."""
         hidden = F.relu_(self.conv(level))
         # (B, A, H, W) -> (B, H, W, A): the anchors of a cell come together.
-        logits = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(logits), -1, 4)
+        logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.anchor_deltas(hidden).permute(0, 2, 3, 1).reshape(len(logits), -1, 4)
         return logits, deltas
 
     def losses(self, features: Sequence[Tensor], targets: Targets, seeds: Tensor) -> RPNLosses:
@@ -190,28 +192,28 @@ class RPN(nn.Module):
         anchors = torch.cat(self.anchors(features))  # (N, 4)
         rule = self.assignment
         matches = match_boxes(
-            anchors, targets, foreground=rule.foreground, background=rule.background, low_quality=True
+            anchors, targets, foreground=rule.foreground, background=rule.background, allow_low_quality_matches=True
         )
         indices, drawn = sample_balanced(
             matches.labels,
-            count=rule.samples,
-            positive_share=rule.positive_share,
+            count=rule.batch_size_per_image,
+            positive_fraction=rule.positive_fraction,
             seeds=seeds,
             stream=RPN_STREAM,
         )
         positive = (matches.labels.gather(1, indices) > 0) & drawn
         objects = targets.boxes.gather(1, matches.matched.gather(1, indices)[..., None].expand(-1, -1, 4))
-        logits, deltas = self.score_drawn(features, indices)
-        wanted = encode_deltas(objects, anchors[indices], weights=self.box_weights)
+        logits, deltas = self.sampled_outputs(features, indices)
+        wanted = encode_deltas(objects, anchors[indices], weights=self.bbox_reg_weights)
         objectness = F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
-        box = box_regression_loss(deltas, wanted, beta=self.box_beta)
+        box = box_regression_loss(deltas, wanted, beta=self.smooth_l1_beta)
         return RPNLosses(self._mean(objectness * drawn, drawn), self._mean(box * positive, drawn))
 
     def _mean(self, values: Tensor, drawn: Tensor) -> Tensor:
         images = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
         return sample_mean(values.flatten(), images.flatten(), drawn.sum(dim=1), per=self.normalizer)
 
-    def score_drawn(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+    def sampled_outputs(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, S)` and deltas `(B, S, 4)` of the anchors `indices` `(B, S)` alone.
 
         The loss touches at most S anchors of an image, so the 3x3 convolution is evaluated on their neighbourhoods
@@ -222,8 +224,8 @@ class RPN(nn.Module):
         patches = self._neighbourhoods(features, indices // number)  # (B, S, 9 * C)
         kernel = self.conv.weight.permute(0, 2, 3, 1).reshape(channels, -1)  # (C', C, 3, 3) -> (C', 9 * C)
         hidden = F.relu_(F.linear(patches, kernel, self.conv.bias))
-        logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)  # (B, S, A)
-        deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias)  # (B, S, A * 4)
+        logits = F.linear(hidden, self.objectness_logits.weight.flatten(1), self.objectness_logits.bias)  # (B, S, A)
+        deltas = F.linear(hidden, self.anchor_deltas.weight.flatten(1), self.anchor_deltas.bias)  # (B, S, A * 4)
         which = (indices % number)[..., None]  # (B, S, 1)
         deltas = deltas.unflatten(-1, (number, 4)).gather(2, which[..., None].expand(-1, -1, -1, 4))
         return logits.gather(2, which)[..., 0], deltas[:, :, 0]

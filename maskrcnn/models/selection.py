@@ -22,13 +22,17 @@ RECALLED = 0.5  # IoU from which a proposal finds an object
 class SamplingConfig(Section):
     """Which proposals train the heads, in each image (Mask R-CNN, section 3.1; Detectron2's defaults)."""
 
-    count: int = Field(512, ge=1)
-    positive_share: float = Field(0.25, ge=0, le=1)
+    batch_size_per_image: int = Field(512, ge=1)
+    positive_fraction: float = Field(0.25, ge=0, le=1)
     foreground: float = Field(0.5, ge=0, le=1)  # IoU from which a proposal is positive; below, it is background
 
     def build(self) -> RegionSampler:
         """The sampler."""
-        return RegionSampler(count=self.count, positive_share=self.positive_share, foreground=self.foreground)
+        return RegionSampler(
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+            foreground=self.foreground,
+        )
 
 
 class DetectionConfig(Section):
@@ -36,32 +40,32 @@ class DetectionConfig(Section):
 
     score_threshold: float = Field(0.05, ge=0, le=1)
     nms_threshold: float = Field(0.5, ge=0, le=1)
-    count: int = Field(100, ge=1)
+    detections_per_image: int = Field(100, ge=1)
     min_size: NonNegativeFloat = 0.0  # px
 
-    def build(self, *, box_weights: BoxWeights) -> DetectionSelector:
+    def build(self, *, bbox_reg_weights: BoxWeights) -> DetectionSelector:
         """The selector for deltas with these weights."""
         return DetectionSelector(
             score_threshold=self.score_threshold,
             nms_threshold=self.nms_threshold,
-            count=self.count,
+            detections_per_image=self.detections_per_image,
             min_size=self.min_size,
-            box_weights=box_weights,
+            bbox_reg_weights=bbox_reg_weights,
         )
 
 
 class RegionSampler:
     """Draws positives and background from the proposals, to which the objects' own boxes are added."""
 
-    def __init__(self, *, count: int, positive_share: float, foreground: float) -> None:
-        self.count = count
-        self.positive_share = positive_share
+    def __init__(self, *, batch_size_per_image: int, positive_fraction: float, foreground: float) -> None:
+        self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
         self.foreground = foreground
 
     @property
     def max_positives(self) -> int:
         """Positives are among the first so many samples of an image."""
-        return int(self.count * self.positive_share)
+        return int(self.batch_size_per_image * self.positive_fraction)
 
     @torch.no_grad()
     def __call__(self, proposals: Proposals, targets: Targets, seeds: Tensor) -> RoISamples:
@@ -69,10 +73,16 @@ class RegionSampler:
         # An object's own box is a perfect proposal: without it a young RPN gives the heads no positives.
         boxes = torch.cat((proposals.boxes, targets.boxes), dim=1)
         usable = torch.cat((proposals.valid, targets.valid), dim=1)
-        matches = match_boxes(boxes, targets, foreground=self.foreground, background=self.foreground, low_quality=False)
+        matches = match_boxes(
+            boxes, targets, foreground=self.foreground, background=self.foreground, allow_low_quality_matches=False
+        )
         labels = torch.where(usable, matches.labels, -1)
         indices, drawn = sample_balanced(
-            labels, count=self.count, positive_share=self.positive_share, seeds=seeds, stream=HEAD_STREAM
+            labels,
+            count=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+            seeds=seeds,
+            stream=HEAD_STREAM,
         )
         return RoISamples(
             boxes=boxes.gather(1, indices[..., None].expand(-1, -1, 4)),
@@ -91,7 +101,7 @@ def diagnose(proposals: Proposals, targets: Targets, samples: RoISamples) -> Dia
     found = (best >= RECALLED) & targets.valid
     return Diagnostics(
         proposal_recall=found.sum() / targets.valid.sum(),
-        positive_share=(samples.labels > 0).sum() / samples.valid.sum(),
+        positive_fraction=(samples.labels > 0).sum() / samples.valid.sum(),
     )
 
 
@@ -103,38 +113,40 @@ class DetectionSelector:
         *,
         score_threshold: float,
         nms_threshold: float,
-        count: int,
+        detections_per_image: int,
         min_size: float,
-        box_weights: BoxWeights,
+        bbox_reg_weights: BoxWeights,
     ) -> None:
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
-        self.count = count
+        self.detections_per_image = detections_per_image
         self.min_size = min_size
-        self.box_weights = box_weights
+        self.bbox_reg_weights = bbox_reg_weights
 
-    def __call__(self, proposals: Proposals, scores: Tensor, deltas: Tensor, sizes: Tensor) -> Detections:
+    def __call__(self, proposals: Proposals, class_logits: Tensor, box_deltas: Tensor, sizes: Tensor) -> Detections:
         """Select D detections in each image, without masks as yet: `masks` is `(B, D, 0, 0)`.
 
         Args:
             proposals: the regions.
-            scores: `(B, P, K + 1)` logits of each; anything for padding.
-            deltas: `(B, P, K, 4)`.
+            class_logits: `(B, P, K + 1)`; anything for padding.
+            box_deltas: `(B, P, K, 4)`.
             sizes: `(B, 2)` height and width of each image.
         """
-        batch, number, classes, _ = deltas.shape
-        boxes = decode_deltas(deltas, proposals.boxes[:, :, None], weights=self.box_weights)
+        batch, number, classes, _ = box_deltas.shape
+        boxes = decode_deltas(box_deltas, proposals.boxes[:, :, None], weights=self.bbox_reg_weights)
         boxes = clip_boxes(boxes, sizes).flatten(1, 2)  # (B, P, K, 4) -> (B, P * K, 4)
-        probabilities = scores.float().softmax(dim=-1)[..., 1:]
+        probabilities = class_logits.float().softmax(dim=-1)[..., 1:]
         wanted = (probabilities > self.score_threshold) & proposals.valid[..., None]
         large = ((boxes[..., 2:] - boxes[..., :2]) > self.min_size).all(dim=-1)
         candidates = torch.where(wanted.flatten(1) & large, probabilities.flatten(1), -torch.inf)
         labels = torch.arange(1, classes + 1, device=boxes.device).repeat(number).expand(batch, -1)
-        indices, best = batched_nms(boxes, candidates, labels, iou_threshold=self.nms_threshold, count=self.count)
+        indices, best = batched_nms(
+            boxes, candidates, labels, iou_threshold=self.nms_threshold, count=self.detections_per_image
+        )
         found = best > -torch.inf
         return Detections(
             boxes=torch.where(found[..., None], boxes.gather(1, indices[..., None].expand(-1, -1, 4)), 0),
             scores=best,
             labels=torch.where(found, labels.gather(1, indices), -1),
-            masks=boxes.new_zeros(batch, self.count, 0, 0),
+            masks=boxes.new_zeros(batch, self.detections_per_image, 0, 0),
         )

@@ -28,26 +28,28 @@ class Matches(NamedTuple):
     matched: Tensor  # (B, N) int64: index of the object with the largest IoU; 0 in images without objects
 
 
-def match_boxes(boxes: Tensor, targets: Targets, *, foreground: float, background: float, low_quality: bool) -> Matches:
+def match_boxes(
+    boxes: Tensor, targets: Targets, *, foreground: float, background: float, allow_low_quality_matches: bool
+) -> Matches:
     """Assign to each box the object that it overlaps most.
 
     A box is positive from IoU `foreground` on, background below `background`, and not used between the two or where it
-    lies in an ignored region. With `low_quality`, the boxes that overlap an object most are positive whatever the
-    overlap, all of them in a tie, so that no object is without an anchor (Faster R-CNN, section 3.1.2). Such a box
-    keeps the object that it overlaps most itself, as in Detectron2 and torchvision.
+    lies in an ignored region. With `allow_low_quality_matches`, the boxes that overlap an object most are positive
+    whatever the overlap, all of them in a tie, so that no object is without an anchor (Faster R-CNN, section 3.1.2).
+    Such a box keeps the object that it overlaps most itself, as in Detectron2 and torchvision.
 
     Args:
         boxes: `(N, 4)` shared by all images, or `(B, N, 4)`.
         targets: ground truth of B images.
         foreground: smallest IoU of a positive.
         background: IoU below which a box is background.
-        low_quality: whether each object's best boxes become positive.
+        allow_low_quality_matches: whether each object's best boxes become positive.
     """
     boxes = boxes.expand(len(targets.labels), *boxes.shape[-2:])
     step = max(1, PAIRS_AT_ONCE // targets.labels.numel())  # many objects: fewer boxes at once
     chunks = [(chunk, _rivals(chunk, targets)) for chunk in boxes.split(step, dim=1)]
-    best_of_object = torch.full_like(targets.boxes[..., 0], 0 if low_quality else torch.inf)
-    if low_quality:  # a first pass over all boxes finds each object's largest IoU
+    best_of_object = torch.full_like(targets.boxes[..., 0], 0 if allow_low_quality_matches else torch.inf)
+    if allow_low_quality_matches:  # a first pass over all boxes finds each object's largest IoU
         for chunk, rivals in chunks:
             best = _overlaps(chunk, rivals)[0].amax(dim=1)
             best_of_object[:, rivals.columns] = torch.maximum(best_of_object[:, rivals.columns], best)
@@ -100,14 +102,14 @@ def _overlaps(boxes: Tensor, rivals: _Rivals) -> tuple[Tensor, Tensor]:
 
 
 def sample_balanced(
-    labels: Tensor, *, count: int, positive_share: float, seeds: Tensor, stream: int
+    labels: Tensor, *, count: int, positive_fraction: float, seeds: Tensor, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Draw boxes for training: at most `count * positive_share` positives, filled up with background.
+    """Draw boxes for training: at most `count * positive_fraction` positives, filled up with background.
 
     Args:
         labels: `(B, N)`: above 0 positive, 0 background, below 0 never drawn.
         count: samples of an image, S.
-        positive_share: largest share of positives among them.
+        positive_fraction: largest share of positives among them.
         seeds: `(B,)` int64. The draw of an image depends on its seed alone, not on the rest of the batch.
         stream: tells the draws of one image apart (RPN, heads).
 
@@ -117,7 +119,7 @@ def sample_balanced(
     """
     keys = random_keys(seeds, labels.shape[1], stream=stream)
     positive_keys = torch.where(labels > 0, keys, -1)
-    chosen_keys, chosen = positive_keys.topk(min(int(count * positive_share), labels.shape[1]), dim=1)
+    chosen_keys, chosen = positive_keys.topk(min(int(count * positive_fraction), labels.shape[1]), dim=1)
     is_chosen = torch.zeros_like(labels, dtype=torch.bool).scatter(1, chosen, chosen_keys >= 0)
     # Ranks: a chosen positive above every negative, and those above whatever may not be drawn.
     ranks = torch.where(is_chosen, 2 * _KEYS + keys, torch.where(labels == 0, _KEYS + keys, 0))

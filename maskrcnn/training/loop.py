@@ -28,7 +28,7 @@ from maskrcnn.training.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.training.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
 from maskrcnn.training.profiler import Profiler
 from maskrcnn.training.schedule import MultiStepConfig, Schedule, ScheduleConfig
-from maskrcnn.training.step import Outcome, Precision, TrainingStep
+from maskrcnn.training.step import Precision, StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ class TrainingConfig(Section):
     """How to train: by default the reference 1x recipe."""
 
     batch_size: PositiveInt = Field(16, description="images of one step, of all processes together")
-    accumulate: PositiveInt = Field(1, description="parts in which a process computes its share of a batch")
+    grad_accum_steps: PositiveInt = Field(
+        1, description="parts in which a process computes its share of a batch, one after another"
+    )
     optimizer: OptimizerConfig = SGDConfig()
     schedule: ScheduleConfig = MultiStepConfig()
     seed: NonNegativeInt = 0
@@ -65,7 +67,7 @@ class TrainingConfig(Section):
     log_every: PositiveInt = Field(20, description="iterations between records in metrics.jsonl")
 
 
-class Rhythm(NamedTuple):
+class Intervals(NamedTuple):
     """How many iterations lie between two of a kind; each also comes at the end."""
 
     evaluate: int
@@ -88,7 +90,7 @@ def train(
     *,
     start: int,
     iterations: int,
-    rhythm: Rhythm,
+    intervals: Intervals,
     writer: MetricsWriter,
     save: Save,
     evaluate: Evaluate,
@@ -107,17 +109,17 @@ def train(
     """
     speed, processes = Speedometer(), step.processes
     with (
-        StopRequest(insistent=processes.world == 1) as stop,
+        StopRequest(second_signal_kills=processes.world == 1) as stop,
         _progress_bar(start, iterations, shown=processes.is_main) as bar,
     ):
-        _evaluate_once(start, writer, evaluate, due=_is_due(start, rhythm.evaluate, iterations))
+        _evaluate_once(start, writer, evaluate, due=_is_due(start, intervals.evaluate, iterations))
         batches = iter(loader)
         level = logging.INFO if bar.disable else logging.DEBUG  # a progress line tells the user already
         for iteration in range(start + 1, iterations + 1):
-            if _is_due(iteration - 1, rhythm.evaluate, iterations) and is_over():
+            if _is_due(iteration - 1, intervals.evaluate, iterations) and is_over():
                 logger.info("no better evaluation for a while: training ends after iteration %d", iteration - 1)
                 break
-            log_due = _is_due(iteration, rhythm.log, iterations)
+            log_due = _is_due(iteration, intervals.log, iterations)
             with speed.waiting():
                 parts = _fetch(batches, processes, save, iteration - 1, start)
             with speed.working(images=sum(len(batch.images) for batch in parts) * processes.world):
@@ -133,8 +135,8 @@ def train(
                 writer.log_step(shown)
                 speed.reset()
             _stop_if_asked(stop, processes, save, iteration)
-            evaluation_due = _is_due(iteration, rhythm.evaluate, iterations)
-            if evaluation_due or _is_due(iteration, rhythm.save, iterations):
+            evaluation_due = _is_due(iteration, intervals.evaluate, iterations)
+            if evaluation_due or _is_due(iteration, intervals.save, iterations):
                 save(iteration)
             _evaluate_once(iteration, writer, evaluate, due=evaluation_due)
     writer.log_end()
@@ -149,7 +151,9 @@ def _stop_if_asked(stop: StopRequest, processes: Processes, save: Save, iteratio
         raise Interrupted(signal.Signals(number), message)
 
 
-def _shown(found: Outcome, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool) -> Step:
+def _shown(
+    found: StepResult, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool
+) -> Step:
     """The step as it is recorded; `whole` takes the means over all processes."""
     losses = found.losses
     if whole and processes.world > 1:
@@ -257,14 +261,14 @@ def _progress_bar(start: int, iterations: int, *, shown: bool) -> tqdm:
 class StopRequest:
     """Notes SIGINT and SIGTERM inside a `with` block, instead of dying from them; works in the main thread alone.
 
-    The first signal is noted in `signal`; a second one acts at once, as if there were no block, unless `insistent` is
-    false: of several processes each may be signalled by SLURM and by torchrun alike. Ctrl-C and SLURM signal the data
-    loader's workers too; these must ignore it, or the next batch never comes.
+    The first signal is noted in `signal`. A second one acts at once, as if there were no block, unless
+    `second_signal_kills` is false: of several processes each may be signalled by SLURM and by torchrun alike. Ctrl-C
+    and SLURM signal the data loader's workers too; these must ignore it, or the next batch never comes.
     """
 
-    def __init__(self, *, insistent: bool = True) -> None:
+    def __init__(self, *, second_signal_kills: bool = True) -> None:
         self.signal: signal.Signals | None = None
-        self._insistent = insistent
+        self._second_signal_kills = second_signal_kills
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -277,10 +281,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        if self._insistent:
+        if self._second_signal_kills:
             self._put_back()
         # Not print(): the signal may have come in the middle of one.
-        hint = "; another stops at once" if self._insistent else ""
+        hint = "; another stops at once" if self._second_signal_kills else ""
         os.write(2, f"\n{self.signal.name}: finishing this step, then saving{hint}\n".encode())
 
     def _put_back(self) -> None:

@@ -14,7 +14,7 @@ an interruption, and TensorBoard smooths anyway):
     peak_memory         bytes: the most that the process held so far, or on a GPU, that tensors took up there
     proposal_recall     share of the objects that a proposal of the RPN overlaps with IoU 0.5 or more, 0 to 1; the
                         objects' own boxes, which are added to the proposals, do not count
-    positive_share      share of positives among the regions that train the heads, 0 to 1
+    positive_fraction      share of positives among the regions that train the heads, 0 to 1
                         (either is absent where there was nothing to measure: a step without objects, or regions)
 
 `"kind": "evaluation"`:
@@ -26,7 +26,7 @@ an interruption, and TensorBoard smooths anyway):
 
 `"kind": "end"` is the last record of a training that came to its end, by its schedule or by running out of patience.
 
-TensorBoard has each number under its path, `train/losses/mask` or `evaluation/mask/AP`; but for the classes it has
+TensorBoard has each number under its path, `train/losses/loss_mask` or `evaluation/mask/AP`; but for the classes it has
 `class_AP/mask/NAME`. Besides, it has the pictures of some validation images at each evaluation, `pictures/IMAGE_ID`,
 and the resolved configuration as text, `config`, of each start.
 
@@ -69,7 +69,7 @@ class Step:
     images_per_second: float
     data_share: float
     peak_memory: int  # bytes
-    diagnostics: Mapping[str, float] = field(default_factory=dict)  # `proposal_recall`, `positive_share`
+    diagnostics: Mapping[str, float] = field(default_factory=dict)  # `proposal_recall`, `positive_fraction`
 
     @property
     def loss(self) -> float:

@@ -28,7 +28,7 @@ Keep = Callable[[int, Sequence[Batch]], Path]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step found, on this process."""
 
     losses: Mapping[str, float]  # means over the images
@@ -71,7 +71,7 @@ class TrainingStep:
         self._skips, self._skipped = skips, 0
         self._keep = keep
 
-    def __call__(self, batches: Sequence[Batch], iteration: int, *, diagnose: bool = False) -> Outcome:
+    def __call__(self, batches: Sequence[Batch], iteration: int, *, diagnose: bool = False) -> StepResult:
         """Take a step.
 
         Raises:
@@ -96,7 +96,7 @@ class TrainingStep:
         scaler.update()
         if self.state.average is not None:
             self.state.average.update(iteration)
-        return Outcome(losses, length, _means(seen))
+        return StepResult(losses, length, _means(seen))
 
     def gradients(
         self, batches: Sequence[Batch], observe: Callable[[Diagnostics], None] | None = None
@@ -176,6 +176,6 @@ def _memory_explained(batches: Sequence[Batch], iteration: int) -> Iterator[None
         raise MemoryError(
             f"iteration {iteration}: out of memory with {len(largest.images)} images of {height} x {width} px at a "
             f"time and up to {objects} objects in an image (image ids {_image_ids(batches)}). What helps: a larger "
-            "training.accumulate (fewer images at a time, with the same result), training.precision: bf16, "
+            "training.grad_accum_steps (fewer images at a time, with the same result), training.precision: bf16, "
             "model.backbone.checkpoint_activations: true, a smaller data.train_transforms.short_side"
         ) from error

@@ -31,8 +31,8 @@ resamples: 200
 variants:
   pool: {set: [model.roi.kind=roi_pool], paper: {mask/AP: 23.6, mask/AP75: 21.6}}
   align: {paper: {mask/AP: 30.9, mask/AP75: 32.1}}
-  same: {set: [model.detection.count=99]}
-  coarse: {set: [model.rpn.samples=32]}
+  same: {set: [model.detection.detections_per_image=99]}
+  coarse: {set: [model.rpn.batch_size_per_image=32]}
 """
 
 SHIFTS = {"pool": 3, "align": 1, "same": 3, "coarse": 6}  # pixels

@@ -11,7 +11,7 @@ from maskrcnn.errors import InputError
 
 EXPERIMENT = """
 model:
-  rpn: {samples: 8}
+  rpn: {batch_size_per_image: 8}
   roi: {kind: roi_align}
 data:
   train: {kind: shapes, length: 4, height: 64, width: 64}
@@ -48,11 +48,11 @@ def test_every_variant_has_a_run_for_every_seed(tmp_path: Path) -> None:
 
 
 def test_a_variant_may_name_another_experiment(tmp_path: Path) -> None:
-    other = EXPERIMENT.replace("samples: 8", "samples: 16")
+    other = EXPERIMENT.replace("batch_size_per_image: 8", "batch_size_per_image: 16")
     (tmp_path / "other.yaml").write_text(other)
     ablation = ABLATION.replace("pool: {set: [", "pool: {experiment: other.yaml, set: [")
     pool, align = load_plan(write(tmp_path, ablation), tmp_path / "out").runs[:2]
-    assert (pool.config.model.rpn.samples, align.config.model.rpn.samples) == (16, 8)
+    assert (pool.config.model.rpn.batch_size_per_image, align.config.model.rpn.batch_size_per_image) == (16, 8)
 
 
 def test_ablations_with_a_run_in_common_share_it(tmp_path: Path) -> None:
@@ -65,9 +65,9 @@ def test_ablations_with_a_run_in_common_share_it(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_every_variant_and_lose_against_its_own(tmp_path: Path) -> None:
-    overrides = ["model.rpn.samples=32", "model.roi={kind: roi_align, sampling_ratio: 7}"]
+    overrides = ["model.rpn.batch_size_per_image=32", "model.roi={kind: roi_align, sampling_ratio: 7}"]
     plan = load_plan(write(tmp_path), tmp_path / "out", overrides)
-    assert {run.config.model.rpn.samples for run in plan.runs} == {32}
+    assert {run.config.model.rpn.batch_size_per_image for run in plan.runs} == {32}
     assert plan.runs_of("align")[0].config.model.roi.sampling_ratio == 1
     assert plan.runs_of("pool")[0].config.model.roi.kind == "roi_pool"
 

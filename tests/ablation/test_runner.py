@@ -28,13 +28,13 @@ model:
   backbone: {kind: resnet, depth: 18, width: 8, output: c5, norm: bn, freeze: 0, weights: none}
   rpn:
     anchor_sizes: [[32]]
-    samples: 8
-    training: {before_nms: 8, after_nms: 8}
-    inference: {before_nms: 8, after_nms: 8}
-  sampling: {count: 8}
+    batch_size_per_image: 8
+    training: {pre_nms_top_n: 8, post_nms_top_n: 8}
+    inference: {pre_nms_top_n: 8, post_nms_top_n: 8}
+  sampling: {batch_size_per_image: 8}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
-  detection: {count: 4, score_threshold: 0.0}
+  detection: {detections_per_image: 4, score_threshold: 0.0}
 data:
   train: {kind: shapes, length: 4, height: 64, width: 64}
   validation: {kind: shapes, length: 4, height: 64, width: 64, seed: 1}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskrcnn.data.loader import Draw, TrainingStream, collate, evaluation_loader, training_loader
+from maskrcnn.data.loader import BatchSampler, Draw, collate, evaluation_loader, training_loader
 from maskrcnn.data.transforms import TransformsConfig
 from maskrcnn.errors import InputError
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
@@ -35,7 +35,7 @@ class BrokenError(Exception):
 
 
 class Small:
-    """Images of value id = 10 + index; every third is upright; image `i` has `i % 3` objects."""
+    """Images of value id = 10 + index; every third is portrait; image `i` has `i % 3` objects."""
 
     classes = ClassTable(("thing",), (1,))
 
@@ -65,7 +65,7 @@ class Small:
 
 
 def draws(length: int, count: int, **options: Any) -> list[list[Draw]]:
-    return list(islice(TrainingStream(Small(length).image_sizes(), **options), count))
+    return list(islice(BatchSampler(Small(length).image_sizes(), **options), count))
 
 
 def images(batches: Iterable[list[Draw]]) -> list[int]:
@@ -100,7 +100,7 @@ def test_the_remainder_of_an_epoch_changes() -> None:
 
 
 def test_a_batch_holds_one_orientation_except_for_what_is_left() -> None:
-    batches = draws(28, 7, batch_size=4, seed=3)  # 10 upright, 18 broad: 2 + 4 pure batches, 2 + 2 left
+    batches = draws(28, 7, batch_size=4, seed=3)  # 10 portrait, 18 landscape: 2 + 4 pure batches, 2 + 2 left
     kinds = [{draw.image % 3 == 0 for draw in batch} for batch in batches]
     assert kinds.count({True}) == 2
     assert kinds.count({False}) == 4
@@ -194,7 +194,7 @@ def test_workers_change_nothing(workers: int) -> None:
 def test_the_parts_of_a_batch_are_the_batch() -> None:
     options: dict[str, Any] = {"batch_size": 6, "seed": 0, "size_divisor": 8, "workers": 0}
     wholes = training_loader(Small(10), TRANSFORM, **options)
-    halves = training_loader(Small(10), TRANSFORM, parts=2, start=1, **options)
+    halves = training_loader(Small(10), TRANSFORM, grad_accum_steps=2, start=1, **options)
     (whole,), parts = list(islice(wholes, 2))[1], next(iter(halves))
     assert [len(part.images) for part in parts] == [3, 3]
     assert sum((part.image_ids for part in parts), ()) == whole.image_ids
@@ -203,7 +203,7 @@ def test_the_parts_of_a_batch_are_the_batch() -> None:
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
     with pytest.raises(InputError, match=r"batch_size: 6 images cannot be shared equally by 2 processes .* in 2 parts"):
-        TrainingStream(Small(10).image_sizes(), batch_size=6, seed=0, world=2, parts=2)
+        BatchSampler(Small(10).image_sizes(), batch_size=6, seed=0, world=2, grad_accum_steps=2)
 
 
 def test_training_draws_nothing_from_the_global_generator() -> None:

@@ -33,7 +33,7 @@ def samples(labels: list[list[int]]) -> RoISamples:
 
 
 def figures(found: Diagnostics) -> tuple[float, float]:
-    return found.proposal_recall.item(), found.positive_share.item()
+    return found.proposal_recall.item(), found.positive_fraction.item()
 
 
 SQUARE = [0.0, 0, 10, 10]
@@ -83,7 +83,7 @@ def test_there_is_no_recall_without_objects_and_no_share_without_samples() -> No
     none = targets(torch.zeros(1, 1, 4), torch.tensor([[-1]]))
     found = diagnose(Proposals(torch.tensor([[AWAY]]), torch.zeros(1, 1)), none, samples([[-1, -1]]))
     assert found.proposal_recall.isnan()
-    assert found.positive_share.isnan()
+    assert found.positive_fraction.isnan()
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,12 @@ def model() -> MaskRCNN:
     return MaskRCNNConfig.model_validate(
         {
             "backbone": {"kind": "resnet", "depth": 18, "output": "c5", "width": 8, "weights": "none", "freeze": 0},
-            "rpn": {"anchor_sizes": [[16, 32]], "training": {"before_nms": 20, "after_nms": 10}, "samples": 16},
-            "sampling": {"count": 8},
+            "rpn": {
+                "anchor_sizes": [[16, 32]],
+                "training": {"pre_nms_top_n": 20, "post_nms_top_n": 10},
+                "batch_size_per_image": 16,
+            },
+            "sampling": {"batch_size_per_image": 8},
             "box_head": {"kind": "fc", "width": 8},
             "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
         }
@@ -119,7 +123,9 @@ def test_an_observer_changes_nothing(model: MaskRCNN, batch: Batch, monkeypatch:
 def test_the_rpn_alone_is_asked(model: MaskRCNN, batch: Batch) -> None:
     """The objects' own boxes are among the samples, but are no proposals."""
     proposals = Proposals(torch.tensor([[AWAY]] * 2), torch.zeros(2, 1))
-    drawn = RegionSampler(count=8, positive_share=0.25, foreground=0.5)(proposals, batch.targets, batch.images.seeds)
+    drawn = RegionSampler(batch_size_per_image=8, positive_fraction=0.25, foreground=0.5)(
+        proposals, batch.targets, batch.images.seeds
+    )
     assert figures(diagnose(proposals, batch.targets, drawn)) == (0.0, 0.5)
 
 

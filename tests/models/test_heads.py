@@ -26,7 +26,9 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def box_head(trunk: nn.Module, features: int) -> BoxHead:
-    return BoxHead(trunk=trunk, features=features, num_classes=K, weights=WEIGHTS, beta=0.0, normalizer="image")
+    return BoxHead(
+        trunk=trunk, features=features, num_classes=K, bbox_reg_weights=WEIGHTS, smooth_l1_beta=0.0, normalizer="image"
+    )
 
 
 # The mean of losses.
@@ -67,11 +69,11 @@ def test_smooth_l1_by_hand(beta: float, expected: float) -> None:
 
 def test_box_losses_by_hand() -> None:
     head = box_head(nn.Flatten(), 1)
-    nn.init.zeros_(head.scores.weight)
-    nn.init.zeros_(head.deltas.weight)
+    nn.init.zeros_(head.cls_score.weight)
+    nn.init.zeros_(head.bbox_pred.weight)
     with torch.no_grad():
-        head.scores.bias.copy_(torch.tensor([1.0, 0, 2, 0, 0, 0]))
-        head.deltas.bias.copy_(torch.arange(20.0))
+        head.cls_score.bias.copy_(torch.tensor([1.0, 0, 2, 0, 0, 0]))
+        head.bbox_pred.bias.copy_(torch.arange(20.0))
     regions = torch.zeros(4, 1, 1, 1)
     boxes = torch.tensor([[0.0, 0, 10, 20]]).expand(4, 4)
     objects = torch.tensor([[1.0, 0, 11, 20], [0, 0, 20, 20], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -81,12 +83,12 @@ def test_box_losses_by_hand() -> None:
     )
     total = math.e + math.e**2 + 4
     labels = [math.log(total) - logit for logit in (2.0, 0, 1, 1)]
-    assert found.label.item() == pytest.approx((sum(labels[:3]) / 3 + labels[3]) / 2)
+    assert found.loss_classifier.item() == pytest.approx((sum(labels[:3]) / 3 + labels[3]) / 2)
     # Class 2 predicts (4, 5, 6, 7), and should say 10 * (1 / 10, 0); class 1 predicts (0, 1, 2, 3), and should say
     # 10 * (5 / 10, 0) and 5 * (log 2, 0). Image 0 has three samples, image 1 one, without a box.
     first = 3 + 5 + 6 + 7
     second = 5 + 1 + abs(5 * math.log(2) - 2) + 3
-    assert found.box.item() == pytest.approx((first + second) / 3 / 2)
+    assert found.loss_box_reg.item() == pytest.approx((first + second) / 3 / 2)
 
 
 def test_the_deltas_of_other_classes_get_no_gradient() -> None:
@@ -101,7 +103,7 @@ def test_the_deltas_of_other_classes_get_no_gradient() -> None:
         images=torch.zeros(2, dtype=torch.int64),
         batch=1,
     )
-    (gradient,) = torch.autograd.grad(losses.box, outputs.deltas)
+    (gradient,) = torch.autograd.grad(losses.loss_box_reg, outputs.box_deltas)
     assert gradient[0, 1].all()
     gradient[0, 1] = 0
     assert not gradient.any()
@@ -110,10 +112,10 @@ def test_the_deltas_of_other_classes_get_no_gradient() -> None:
 def test_each_class_has_its_row_of_four_deltas() -> None:
     head = box_head(nn.Flatten(), 2)
     outputs = head(torch.randn(3, 2, 1, 1))
-    assert outputs.scores.shape == (3, K + 1)
-    assert outputs.deltas.shape == (3, K, 4)
+    assert outputs.class_logits.shape == (3, K + 1)
+    assert outputs.box_deltas.shape == (3, K, 4)
     # Rows 4 k to 4 k + 3 of the layer belong to class k + 1: what checkpoints rely on.
-    (gradient,) = torch.autograd.grad(outputs.deltas[:, 2].sum(), head.deltas.bias)
+    (gradient,) = torch.autograd.grad(outputs.box_deltas[:, 2].sum(), head.bbox_pred.bias)
     assert gradient.nonzero()[:, 0].tolist() == [8, 9, 10, 11]
 
 
@@ -130,7 +132,7 @@ def test_a_trunk_says_how_many_features_it_gives(trunk: Any, features: int) -> N
     head = box_head(trunk(), features)
     assert head.trunk(torch.randn(3, 4, 7, 7)).shape == (3, features)
     nothing = head(torch.zeros(0, 4, 7, 7))
-    assert nothing.scores.shape == (0, K + 1)
+    assert nothing.class_logits.shape == (0, K + 1)
     losses = head.losses(
         nothing,
         labels=torch.zeros(0, dtype=torch.int64),
@@ -428,7 +430,7 @@ def proposals(*images: list[list[float]]) -> Proposals:
 
 
 def sampler(count: int, share: float = 0.5) -> RegionSampler:
-    return RegionSampler(count=count, positive_share=share, foreground=0.5)
+    return RegionSampler(batch_size_per_image=count, positive_fraction=share, foreground=0.5)
 
 
 OBJECTS = targets([[[0.0, 0, 10, 10], [20, 20, 60, 60]]], [[3, 1]])
@@ -501,8 +503,8 @@ def test_regions_inside_a_crowd_are_not_background() -> None:
 
 
 def selector(**settings: Any) -> DetectionSelector:
-    defaults = {"score_threshold": 0.05, "nms_threshold": 0.5, "count": 4}
-    return DetectionConfig.model_validate(defaults | settings).build(box_weights=WEIGHTS)
+    defaults = {"score_threshold": 0.05, "nms_threshold": 0.5, "detections_per_image": 4}
+    return DetectionConfig.model_validate(defaults | settings).build(bbox_reg_weights=WEIGHTS)
 
 
 def logits(*probabilities: list[float]) -> Tensor:
@@ -535,7 +537,7 @@ def test_boxes_of_one_class_suppress_each_other_and_no_other_class() -> None:
     # Class 1: the second box beats the first; class 2: the first beats the second.
     assert kept(found) == [(1, 0.7), (2, 0.5), (2, 0.3), (1, 0.1)]
     assert found.boxes[0].tolist() == [[12, 10, 52, 50], [100, 10, 150, 50], [10, 10, 50, 50], [100, 10, 150, 50]]
-    assert kept(selector(nms_threshold=1.0, count=9)(where, scores, still(3), SIZE)) == [
+    assert kept(selector(nms_threshold=1.0, detections_per_image=9)(where, scores, still(3), SIZE)) == [
         (1, 0.7), (1, 0.6), (2, 0.5), (2, 0.3), (2, 0.2), (1, 0.1)
     ]  # fmt: skip
 
@@ -544,7 +546,7 @@ def test_the_best_are_kept_up_to_the_count_and_above_the_threshold() -> None:
     where = proposals([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
     scores = logits([0.5], [0.3], [0.049])
     assert kept(selector()(where, scores, still(3), SIZE)) == [(1, 0.5), (1, 0.3)]
-    assert kept(selector(count=1)(where, scores, still(3), SIZE)) == [(1, 0.5)]
+    assert kept(selector(detections_per_image=1)(where, scores, still(3), SIZE)) == [(1, 0.5)]
     assert kept(selector(score_threshold=0.4)(where, scores, still(3), SIZE)) == [(1, 0.5)]
 
 
@@ -588,7 +590,7 @@ def test_no_proposal_gives_no_detection() -> None:
 
 def test_scores_are_a_softmax_over_classes_and_background() -> None:
     scores = torch.randn(1, 1, K + 1)
-    found = selector(score_threshold=0.0, count=K)(proposals([[0.0, 0, 10, 10]]), scores, still(1), SIZE)
+    found = selector(score_threshold=0.0, detections_per_image=K)(proposals([[0.0, 0, 10, 10]]), scores, still(1), SIZE)
     expected = F.softmax(scores[0, 0], dim=0)[1:].sort(descending=True)
     torch.testing.assert_close(found.scores[0], expected.values)
     assert found.labels[0].tolist() == (expected.indices + 1).tolist()

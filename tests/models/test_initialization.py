@@ -31,8 +31,8 @@ def box_head(how: Initialization) -> BoxHead:
         trunk=trunk,
         features=trunk.features,
         num_classes=CLASSES,
-        weights=(10, 10, 5, 5),
-        beta=0,
+        bbox_reg_weights=(10, 10, 5, 5),
+        smooth_l1_beta=0,
         normalizer="image",
         initialization=how,
     )
@@ -83,7 +83,7 @@ def test_torchvisions_start() -> None:
     theirs = [*TwoMLPHead(64 * 49, 1024).modules(), *FastRCNNPredictor(1024, CLASSES + 1).modules()]
     expected = stds([layer for layer in theirs if isinstance(layer, nn.Linear)])
     box = box_head("torchvision")
-    assert stds([box.trunk[1], box.trunk[3], box.scores, box.deltas]) == pytest.approx(expected, rel=0.05)
+    assert stds([box.trunk[1], box.trunk[3], box.cls_score, box.bbox_pred]) == pytest.approx(expected, rel=0.05)
 
 
 def test_detectron2s_start() -> None:
@@ -95,7 +95,7 @@ def test_detectron2s_start() -> None:
     )
     box = box_head("detectron2")
     expected = [(64 * 49) ** -0.5, 1024**-0.5, 0.01, 0.001]
-    assert stds([box.trunk[1], box.trunk[3], box.scores, box.deltas]) == pytest.approx(expected, rel=0.05)
+    assert stds([box.trunk[1], box.trunk[3], box.cls_score, box.bbox_pred]) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("lineage", ["detectron2", "torchvision"])

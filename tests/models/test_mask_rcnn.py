@@ -52,11 +52,14 @@ def build(kind: str, *, classes: int = K, **settings: Any) -> MaskRCNN:
     parts = {key: dict(value) for key, value in BACKBONES[kind].items()}
     parts["backbone"]["weights"] = "none"
     parts["rpn"] |= {
-        "training": {"before_nms": 60, "after_nms": 30},
-        "inference": {"before_nms": 40, "after_nms": 20},
+        "training": {"pre_nms_top_n": 60, "post_nms_top_n": 30},
+        "inference": {"pre_nms_top_n": 40, "post_nms_top_n": 20},
         "samples": 32,
     }
-    small = {"sampling": {"count": 16}, "detection": {"count": 10, "score_threshold": 0.0}}
+    small = {
+        "sampling": {"batch_size_per_image": 16},
+        "detection": {"detections_per_image": 10, "score_threshold": 0.0},
+    }
     return MaskRCNNConfig.model_validate(parts | small | settings).build(classes)
 
 
@@ -183,21 +186,21 @@ def test_every_parameter_learns(model: MaskRCNN) -> None:
 
 def test_images_without_objects(model: MaskRCNN) -> None:
     found = losses(model, example((), key=1), example((), key=2))
-    assert found.proposal_box == found.box == found.mask == 0
-    assert found.objectness > 0
-    assert found.label > 0
+    assert found.loss_rpn_box_reg == found.loss_box_reg == found.loss_mask == 0
+    assert found.loss_objectness > 0
+    assert found.loss_classifier > 0
     assert_learns(model, found)
 
 
 def test_an_image_without_objects_beside_one_with(model: MaskRCNN) -> None:
     found = losses(model, example((), key=1), example(key=2))
-    assert found.mask > 0
+    assert found.loss_mask > 0
     assert_learns(model, found)
 
 
 def test_objects_of_one_pixel(model: MaskRCNN) -> None:
     found = losses(model, example([((10, 10, 11, 11), 2), ((63, 63, 64, 64), 1), ((0, 0, 1, 1), 4)]))
-    assert found.mask > 0
+    assert found.loss_mask > 0
     assert_learns(model, found)
 
 
@@ -207,13 +210,13 @@ def test_objects_without_area(model: MaskRCNN) -> None:
 
 def test_objects_without_mask_pixels(model: MaskRCNN) -> None:
     found = losses(model, example(empty_masks=True))
-    assert found.mask > 0  # every cell should be 0
+    assert found.loss_mask > 0  # every cell should be 0
     assert_learns(model, found)
 
 
 def test_crowds_are_neither_objects_nor_background(pyramid: MaskRCNN) -> None:
     found = losses(pyramid, example([((0, 0, SIDE, SIDE), -1)], empty_masks=True))
-    assert found.box == found.mask == found.label == 0
+    assert found.loss_box_reg == found.loss_mask == found.loss_classifier == 0
     assert_learns(pyramid, found)
 
 
@@ -385,7 +388,7 @@ def test_the_mask_of_a_detection_is_that_of_its_predicted_class(model: MaskRCNN)
 def test_every_mask_head_learns_and_detects(kind: str, mask_head: dict[str, Any]) -> None:
     model = build(kind, mask_head=mask_head)
     found = losses(model, example(key=1), example((), key=2))
-    assert found.mask > 0
+    assert found.loss_mask > 0
     assert_learns(model, found)
     assert all(p.grad is not None and p.grad.any() for p in model.mask_head.parameters())
     detections = model.detect(batch(model, example()).images)

@@ -15,7 +15,7 @@ STRIDES = (8, 16)
 
 def rpn(**settings: object) -> RPN:
     torch.manual_seed(0)
-    config = RPNConfig.model_validate({"anchor_sizes": [[16, 24], [32, 48]], "samples": 20, **settings})
+    config = RPNConfig.model_validate({"anchor_sizes": [[16, 24], [32, 48]], "batch_size_per_image": 20, **settings})
     return config.build(channels=16, strides=STRIDES, normalizer="image")
 
 
@@ -39,7 +39,7 @@ def test_scoring_the_drawn_anchors_equals_scoring_all_and_choosing() -> None:
     scored = [head(level) for level in dense_maps]
     logits = torch.cat([part for part, _ in scored], dim=1).gather(1, indices)
     deltas = torch.cat([part for _, part in scored], dim=1).gather(1, indices[..., None].expand(-1, -1, 4))
-    drawn_logits, drawn_deltas = head.score_drawn(sparse_maps, indices)
+    drawn_logits, drawn_deltas = head.sampled_outputs(sparse_maps, indices)
     torch.testing.assert_close(drawn_logits, logits)
     torch.testing.assert_close(drawn_deltas, deltas)
 
@@ -54,7 +54,7 @@ def test_scoring_the_drawn_anchors_equals_scoring_all_and_choosing() -> None:
 
 def test_proposals_are_inside_the_image_sorted_and_of_fixed_size() -> None:
     sizes = torch.tensor([[64, 96], [40, 50]])
-    proposals = rpn().propose(features(), sizes, ProposalCounts(before_nms=100, after_nms=80))
+    proposals = rpn().propose(features(), sizes, ProposalCounts(pre_nms_top_n=100, post_nms_top_n=80))
     assert proposals.boxes.shape == (2, 80, 4)
     assert (proposals.scores.diff(dim=1)[proposals.valid[:, 1:]] <= 0).all()
     for image in range(2):
@@ -81,19 +81,19 @@ def test_losses_of_two_images_are_the_mean_of_each_alone() -> None:
 def test_an_image_without_objects_has_no_box_loss_and_all_parameters_get_gradients() -> None:
     head, maps = rpn(), features(1)
     losses = head.losses(maps, targets([[[0.0, 0, 0, 0]]], [[-1]]), torch.tensor([0]))
-    assert losses.proposal_box == 0
-    assert losses.objectness > 0
+    assert losses.loss_rpn_box_reg == 0
+    assert losses.loss_objectness > 0
     sum(losses).backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
 def test_the_objectness_loss_by_hand() -> None:
-    head, maps = rpn(samples=100000), features(1)
-    torch.nn.init.zeros_(head.objectness.weight)
-    torch.nn.init.constant_(head.objectness.bias, 1.0)
+    head, maps = rpn(batch_size_per_image=100000), features(1)
+    torch.nn.init.zeros_(head.objectness_logits.weight)
+    torch.nn.init.constant_(head.objectness_logits.bias, 1.0)
     losses = head.losses(maps, targets([[[0.0, 0, 0, 0]]], [[-1]]), torch.tensor([0]))
     # Every anchor is background and has logit 1: -log(1 - sigmoid(1)) = log(1 + e) each.
-    assert losses.objectness.item() == pytest.approx(1.3132617, rel=1e-4)
+    assert losses.loss_objectness.item() == pytest.approx(1.3132617, rel=1e-4)
 
 
 def test_levels_must_have_equally_many_anchors() -> None:

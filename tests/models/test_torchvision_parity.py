@@ -63,9 +63,9 @@ def models(
         file,
         ExperimentConfig,
         [
-            f"model.rpn.samples={EVERYTHING}",
-            f"model.sampling.count={EVERYTHING}",
-            "model.sampling.positive_share=0.5",
+            f"model.rpn.batch_size_per_image={EVERYTHING}",
+            f"model.sampling.batch_size_per_image={EVERYTHING}",
+            "model.sampling.positive_fraction=0.5",
             "model.backbone.norm_eps=1.0e-5",  # FrozenBatchNorm2d's as built; the published files want 0
         ],
     )

@@ -29,34 +29,34 @@ def test_by_hand() -> None:
     boxes = torch.tensor(
         [[0.0, 0, 10, 10], [0, 0, 10, 20], [0, 0, 10, 50], [52, 50, 62, 60], [80, 80, 90, 90]]
     )  # IoU 1, 0.5, 0.2 with the first object; 0.67 with the second; 0 with both
-    with_ties = match_boxes(boxes, objects, **RULE, low_quality=True)
+    with_ties = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
     assert with_ties.labels.tolist() == [[7, -1, 0, 3, 0]]
     assert with_ties.matched[0, :4].tolist() == [0, 0, 0, 1]
-    without = match_boxes(boxes, objects, **RULE, low_quality=False)
+    without = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=False)
     assert without.labels.tolist() == [[7, -1, 0, -1, 0]]
 
 
 def test_all_boxes_that_tie_for_an_object_are_positive() -> None:
     objects = targets(torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[1]]))
     boxes = torch.tensor([[5.0, 0, 15, 10], [0, 5, 10, 15], [6, 0, 16, 10]])
-    assert match_boxes(boxes, objects, **RULE, low_quality=True).labels.tolist() == [[1, 1, 0]]
+    assert match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True).labels.tolist() == [[1, 1, 0]]
 
 
 def test_boxes_in_an_ignored_region_are_not_background() -> None:
     objects = targets(torch.tensor([[[0.0, 0, 10, 10], [40, 40, 90, 90]]]), torch.tensor([[1, -1]]))
     boxes = torch.tensor([[50.0, 50, 60, 60], [35, 40, 42, 50], [0, 0, 10, 10]])
-    assert match_boxes(boxes, objects, **RULE, low_quality=True).labels.tolist() == [[-1, 0, 1]]
+    assert match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True).labels.tolist() == [[-1, 0, 1]]
 
 
 def test_images_without_objects_are_background_throughout() -> None:
     objects = targets(torch.zeros(1, 2, 4), torch.full((1, 2), -1))
-    found = match_boxes(random_boxes(9), objects, **RULE, low_quality=True)
+    found = match_boxes(random_boxes(9), objects, **RULE, allow_low_quality_matches=True)
     assert (found.labels == 0).all()
 
 
 def test_against_a_loop_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, objects = random_boxes(2, 40), targets(random_boxes(2, 5), torch.randint(1, 9, (2, 5)))
-    found = match_boxes(boxes, objects, **RULE, low_quality=True)
+    found = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
     for b in range(2):
         iou = pairwise_iou(boxes[b], objects.boxes[b])
         for i in range(40):
@@ -66,13 +66,13 @@ def test_against_a_loop_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
             assert found.labels[b, i] == expected
             assert found.matched[b, i] == best
     monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 70)  # seven boxes at a time
-    in_chunks = match_boxes(boxes, objects, **RULE, low_quality=True)
+    in_chunks = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
     assert torch.equal(in_chunks.labels, found.labels)
     assert torch.equal(in_chunks.matched, found.matched)
 
 
-@pytest.mark.parametrize("low_quality", [False, True])
-def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, low_quality: bool) -> None:
+@pytest.mark.parametrize("allow_low_quality_matches", [False, True])
+def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, allow_low_quality_matches: bool) -> None:
     """Chunks that leave out the objects beyond them find what all pairs at once do; ignored regions and padding too."""
     corners = torch.cartesian_prod(torch.arange(0.0, 100, 5), torch.arange(0.0, 100, 5)).flip(1)  # row by row
     anchors = torch.cat((corners, corners + 9), dim=1)  # (400, 4)
@@ -89,10 +89,10 @@ def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, low_quality:
         compared.append(len(rivals.columns))
         return overlaps(chunk, rivals)
 
-    found = match_boxes(anchors, objects, **RULE, low_quality=low_quality)
+    found = match_boxes(anchors, objects, **RULE, allow_low_quality_matches=allow_low_quality_matches)
     monkeypatch.setattr(matching, "_overlaps", watched)
     monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 20 * 120)  # a row at a time
-    in_strips = match_boxes(anchors, objects, **RULE, low_quality=low_quality)
+    in_strips = match_boxes(anchors, objects, **RULE, allow_low_quality_matches=allow_low_quality_matches)
     assert torch.equal(in_strips.labels, found.labels)
     assert torch.equal(in_strips.matched, found.matched)
     assert min(compared) == 1  # random_boxes() has none below 61
@@ -101,7 +101,7 @@ def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, low_quality:
 
 def test_sampling_takes_positives_first_and_fills_with_background() -> None:
     labels = torch.tensor([[1, 0, 2, 0, 0, -1, 3, 0], [0, 0, 0, 0, 0, 0, 0, 5], [-1, -1, 4, -1, 0, -1, -1, -1]])
-    indices, drawn = sample_balanced(labels, count=4, positive_share=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)
+    indices, drawn = sample_balanced(labels, count=4, positive_fraction=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)
     chosen = labels.gather(1, indices)
     assert (chosen[0] > 0).tolist() == [True, True, False, False]
     assert chosen[1].tolist() == [5, 0, 0, 0]
@@ -114,7 +114,7 @@ def test_sampling_takes_positives_first_and_fills_with_background() -> None:
 
 def test_sampling_more_than_there_is_pads() -> None:
     indices, drawn = sample_balanced(
-        torch.tensor([[0, 1]]), count=5, positive_share=0.5, seeds=torch.tensor([0]), stream=0
+        torch.tensor([[0, 1]]), count=5, positive_fraction=0.5, seeds=torch.tensor([0]), stream=0
     )
     assert indices.shape == (1, 5)
     assert drawn.tolist() == [[True, True, False, False, False]]
@@ -122,9 +122,9 @@ def test_sampling_more_than_there_is_pads() -> None:
 
 def test_an_images_draw_depends_on_its_seed_alone() -> None:
     labels = torch.randint(0, 2, (3, 200))
-    together, _ = sample_balanced(labels, count=20, positive_share=0.5, seeds=torch.tensor([5, 6, 7]), stream=1)
-    alone, _ = sample_balanced(labels[1:2], count=20, positive_share=0.5, seeds=torch.tensor([6]), stream=1)
-    other, _ = sample_balanced(labels[1:2], count=20, positive_share=0.5, seeds=torch.tensor([9]), stream=1)
+    together, _ = sample_balanced(labels, count=20, positive_fraction=0.5, seeds=torch.tensor([5, 6, 7]), stream=1)
+    alone, _ = sample_balanced(labels[1:2], count=20, positive_fraction=0.5, seeds=torch.tensor([6]), stream=1)
+    other, _ = sample_balanced(labels[1:2], count=20, positive_fraction=0.5, seeds=torch.tensor([9]), stream=1)
     assert torch.equal(together[1:2], alone)
     assert not torch.equal(alone, other)
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskrcnn.data.loader import TrainingStream, training_loader
+from maskrcnn.data.loader import BatchSampler, training_loader
 from maskrcnn.data.transforms import TransformsConfig
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
@@ -52,14 +52,14 @@ SIDE = 64  # px
 SMALL: dict[str, Any] = {
     "rpn": {
         "anchor_sizes": [[8], [16], [32], [48], [64]],
-        "training": {"before_nms": 30, "after_nms": 20},
-        "inference": {"before_nms": 30, "after_nms": 10},
+        "training": {"pre_nms_top_n": 30, "post_nms_top_n": 20},
+        "inference": {"pre_nms_top_n": 30, "post_nms_top_n": 10},
         "samples": 16,
     },
-    "sampling": {"count": 16},
+    "sampling": {"batch_size_per_image": 16},
     "box_head": {"kind": "fc", "width": 16},
     "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
-    "detection": {"score_threshold": 0.0, "count": 5},
+    "detection": {"score_threshold": 0.0, "detections_per_image": 5},
 }
 RESNET: dict[str, Any] = {"kind": "resnet", "depth": 18, "width": 8, "freeze": 0, "weights": "none"}
 FPN = {**RESNET, "output": "fpn", "norm": "none", "fpn": {"channels": 32}}
@@ -102,7 +102,7 @@ class Noise:
     classes = ClassTable(("a", "b", "c"), (1, 2, 3))
 
     def __init__(self, empty: bool) -> None:
-        stream = TrainingStream(self.image_sizes(), batch_size=BATCH, seed=0, rank=1, world=WORLD)
+        stream = BatchSampler(self.image_sizes(), batch_size=BATCH, seed=0, rank=1, world=WORLD)
         second = {draw.image for draws in islice(stream, STEPS) for draw in draws}
         assert len(second) == IMAGES // WORLD
         self._empty: set[int] = second if empty else set()
@@ -141,7 +141,7 @@ def train(group: Processes, name: str) -> dict[str, Tensor]:
         size_divisor=model.size_divisor,
         rank=group.rank,
         world=group.world,
-        parts=training.parts if group.world > 1 else 1,
+        grad_accum_steps=training.parts if group.world > 1 else 1,
     )
     norms = []
     for iteration, batches in enumerate(islice(loader, STEPS), start=1):
@@ -422,10 +422,10 @@ model:
   backbone: {kind: resnet, depth: 18, width: 8, output: c5, freeze: 0, weights: none}
   rpn:
     anchor_sizes: [[32]]
-    samples: 8
-    training: {before_nms: 8, after_nms: 8}
-    inference: {before_nms: 8, after_nms: 8}
-  sampling: {count: 8}
+    batch_size_per_image: 8
+    training: {pre_nms_top_n: 8, post_nms_top_n: 8}
+    inference: {pre_nms_top_n: 8, post_nms_top_n: 8}
+  sampling: {batch_size_per_image: 8}
   box_head: {kind: fc, width: 16}
   mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
 data:

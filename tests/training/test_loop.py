@@ -10,7 +10,7 @@ from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTable
 from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState, load_checkpoint, restore
 from maskrcnn.training.distributed import Processes
 from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.loop import Interrupted, Rhythm, Speedometer, StopRequest, TrainingConfig, train
+from maskrcnn.training.loop import Interrupted, Intervals, Speedometer, StopRequest, TrainingConfig, train
 from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, read_records
 from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
 from maskrcnn.training.schedule import MultiStepConfig
@@ -116,7 +116,7 @@ class Run:
         return Measurement(metrics, images_per_second=1.0)
 
     def train(self):
-        options = {"evaluate": self.evaluate, "rhythm": Rhythm(evaluate=4, save=3, log=2)}
+        options = {"evaluate": self.evaluate, "intervals": Intervals(evaluate=4, save=3, log=2)}
         schedule = MultiStepConfig(iterations=STEPS, steps=(9,), warmup_iterations=4).build()
         with MetricsWriter(self.folder, start=self.start) as writer:
             train(
@@ -225,7 +225,7 @@ def test_each_record_measures_the_speed_since_the_one_before(tmp_path, monkeypat
 
 
 def test_the_last_step_is_saved_evaluated_and_logged_whatever_the_intervals(tmp_path):
-    run = Run(tmp_path, iterations=3, rhythm=Rhythm(evaluate=100, save=100, log=100)).train()
+    run = Run(tmp_path, iterations=3, intervals=Intervals(evaluate=100, save=100, log=100)).train()
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").iteration == 3
     kinds = [(record["kind"], record["iteration"]) for record in run.records()]
     assert kinds == [("train", 3), ("evaluation", 3), ("end", 3)]
@@ -273,8 +273,8 @@ def poisoned(place):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("loss", r"iteration 4: .* proposal_box \d\S*, label nan, box .*; image ids 12, 13, 14, 15"),
-        ("gradient", r"iteration 4: .* label \d\S*, .*gradient norm (nan|inf); image ids 12, 13, 14, 15"),
+        ("loss", r"iteration 4: .*_rpn_box_reg \d\S*, loss_classifier nan, .*; image ids 12, 13, 14, 15"),
+        ("gradient", r"iteration 4: .* loss_classifier \d\S*, .*gradient norm (nan|inf); image ids 12, 13, 14, 15"),
     ],
 )
 def test_training_stops_before_a_step_that_is_not_finite(tmp_path, place, message, clip_norm):

@@ -34,13 +34,13 @@ def scalars(events):
 def step(iteration, objectness=0.25):
     return Step(
         iteration,
-        losses={"objectness": objectness, "mask": 0.5},
+        losses={"loss_objectness": objectness, "loss_mask": 0.5},
         lr=0.02,
         gradient_norm=3.0,
         images_per_second=4.0,
         data_share=0.125,
         peak_memory=3 * 2**29,
-        diagnostics={"proposal_recall": 0.75, "positive_share": 0.25},
+        diagnostics={"proposal_recall": 0.75, "positive_fraction": 0.25},
     )
 
 
@@ -48,7 +48,7 @@ WHOLE = Measurement(
     metrics={"box/AP": 0.25, "mask/AP": 0.5},
     images_per_second=7.5,
     classes={"cat": {"mask/AP": 0.5}, "traffic light": {"box/AP": 0.25, "mask/AP": NAN}},
-    losses={"objectness": 0.25, "mask": 0.5},
+    losses={"loss_objectness": 0.25, "loss_mask": 0.5},
     pictures={"17": np.full((4, 6, 3), 200, np.uint8)},
 )
 
@@ -63,14 +63,14 @@ def test_records_hold_the_documented_keys(tmp_path):
         "kind": "train",
         "iteration": 20,
         "loss": 0.75,
-        "losses": {"objectness": 0.25, "mask": 0.5},
+        "losses": {"loss_objectness": 0.25, "loss_mask": 0.5},
         "lr": 0.02,
         "gradient_norm": 3.0,
         "images_per_second": 4.0,
         "data_share": 0.125,
         "peak_memory": 3 * 2**29,
         "proposal_recall": 0.75,
-        "positive_share": 0.25,
+        "positive_fraction": 0.25,
     }
     assert train.keys() > TIMING_KEYS
     assert evaluation == {
@@ -80,7 +80,7 @@ def test_records_hold_the_documented_keys(tmp_path):
         "images_per_second": 7.5,
         "classes": {"cat": {"mask/AP": 0.5}, "traffic light": {"box/AP": 0.25, "mask/AP": None}},
         "loss": 0.75,
-        "losses": {"objectness": 0.25, "mask": 0.5},
+        "losses": {"loss_objectness": 0.25, "loss_mask": 0.5},
     }
     assert end == {"kind": "end", "iteration": 20}
 
@@ -90,13 +90,13 @@ def test_what_was_not_measured_is_absent(tmp_path):
         writer.log_step(replace(step(20), diagnostics={}))
         writer.log_evaluation(20, Measurement({"mask/AP": 0.5}, 7.5))
     train, evaluation = read_records(tmp_path / "metrics.jsonl")
-    assert not train.keys() & {"proposal_recall", "positive_share"}
+    assert not train.keys() & {"proposal_recall", "positive_fraction"}
     assert not evaluation.keys() & {"loss", "losses"}
     assert not [tag for tag in scalars(events_of(tmp_path)) if "recall" in tag or "evaluation/loss" in tag]
 
 
 def test_the_figures_of_averaged_weights_stand_beside_the_others():
-    average = Measurement({"box/AP": 0.75}, 9.0, {"cat": {"mask/AP": 0.625}}, {"mask": 0.1})
+    average = Measurement({"box/AP": 0.75}, 9.0, {"cat": {"mask/AP": 0.625}}, {"loss_mask": 0.1})
     both = WHOLE.with_average(average)
     assert both.metrics == {"box/AP": 0.25, "mask/AP": 0.5, "ema/box/AP": 0.75}
     assert both.classes["cat"] == {"mask/AP": 0.5, "ema/mask/AP": 0.625}
@@ -136,7 +136,7 @@ def test_a_resumed_run_drops_what_it_repeats(tmp_path):
         ("evaluation", 20),
         ("train", 30),
     ]
-    assert records[-1]["losses"]["objectness"] == 1.0
+    assert records[-1]["losses"]["loss_objectness"] == 1.0
 
 
 def test_a_run_from_the_start_has_no_past(tmp_path):
@@ -158,19 +158,19 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/loss",
-        "train/losses/objectness",
-        "train/losses/mask",
+        "train/losses/loss_objectness",
+        "train/losses/loss_mask",
         "train/lr",
         "train/gradient_norm",
         "train/images_per_second",
         "train/data_share",
         "train/peak_memory",
         "train/proposal_recall",
-        "train/positive_share",
+        "train/positive_fraction",
         "evaluation/segm/AP",
         "evaluation/images_per_second",
     }
-    objectness = [(event.step, event.value) for event in events.Scalars("train/losses/objectness")]
+    objectness = [(event.step, event.value) for event in events.Scalars("train/losses/loss_objectness")]
     assert objectness == [(10, 0.25), (20, 0.25), (30, 1.0), (40, 2.0)]
     assert [(event.step, event.value) for event in events.Scalars("evaluation/segm/AP")] == [(20, 0.5)]
     assert events.Scalars("train/lr")[0].value == pytest.approx(0.02)
@@ -185,8 +185,8 @@ def test_tensorboard_has_what_an_evaluation_found(tmp_path):
         "evaluation/mask/AP": [(20, 0.5)],
         "evaluation/images_per_second": [(20, 7.5)],
         "evaluation/loss": [(20, 0.75)],
-        "evaluation/losses/objectness": [(20, 0.25)],
-        "evaluation/losses/mask": [(20, 0.5)],
+        "evaluation/losses/loss_objectness": [(20, 0.25)],
+        "evaluation/losses/loss_mask": [(20, 0.5)],
         "class_AP/mask/cat": [(20, 0.5)],
         "class_AP/box/traffic light": [(20, 0.25)],  # and no point where there is nothing to measure
     }
@@ -246,11 +246,11 @@ def test_a_silent_writer_writes_nothing(tmp_path, monkeypatch):
 
 def test_step_in_one_line():
     assert step(20).brief == "loss 0.750 lr 0.02 4 img/s data 12% 1.5 GiB"
-    assert str(step(20)) == step(20).brief + "; objectness 0.250, mask 0.500"
+    assert str(step(20)) == step(20).brief + "; loss_objectness 0.250, loss_mask 0.500"
 
 
 def test_the_progress_of_a_long_training_fits_80_columns():
-    long = Step(135_000, {"mask": 1.0726}, 0.02 / 171, 3.0, 14.234, 0.123, int(10.5 * 2**30))
+    long = Step(135_000, {"loss_mask": 1.0726}, 0.02 / 171, 3.0, 14.234, 0.123, int(10.5 * 2**30))
     line = f"135000/270000 26:15:05 left, {long.brief}"
     assert line.endswith("loss 1.073 lr 0.00012 14.2 img/s data 12% 10.5 GiB")
     assert len(line) < 80  # tqdm leaves the last column free

@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_is_refused_and_stored(tmp_path: Path) -> None
         kept.append((iteration, batches))
         return tmp_path / "step.pt"
 
-    message = r"iteration 7: .* label nan.*image ids 0, 1, 2, 3, 4, 5\. .*step\.pt: tools/replay_batch\.py repeats it"
+    message = r"iteration 7: .* loss_classifier nan.*image ids 0, 1, 2, 3, 4, 5\. .*step\.pt: tools/replay_batch\.py repeats it"
     with pytest.raises(FloatingPointError, match=message):
         step_of(model, keep=keep)(PARTS, 7)
     assert kept == [(7, PARTS)]
@@ -199,7 +199,7 @@ def test_out_of_memory_says_what_did_not_fit_and_what_helps(error: Exception, mo
 
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(
-        MemoryError, match=r"iteration 3: .* 2 images of 2 x 2 px .* up to 1 objects .*accumulate"
+        MemoryError, match=r"iteration 3: .* 2 images of 2 x 2 px .* up to 1 objects .*grad_accum_steps"
     ) as seen:
         step_of(model)(PARTS, 3)
     assert seen.value.__cause__ is error

@@ -117,12 +117,12 @@ def _torchvision_target(scene: Scene) -> dict[str, Tensor]:
 
 
 def _our_experiment() -> ExperimentConfig:
-    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.after_nms=2000"])  # as many as torchvision
+    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.post_nms_top_n=2000"])  # as many as torchvision
 
 
 def _our_model(config: ExperimentConfig, device: torch.device) -> MaskRCNN:
     model = config.model.build(NUM_CLASSES, pretrained=False)
-    _draw_weights(model, model.box_head.scores)
+    _draw_weights(model, model.box_head.cls_score)
     return model.to(device)
 
 
