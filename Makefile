@@ -11,11 +11,12 @@ demo: .venv/ready
 	rm -rf $(DEMO)
 	$(BIN)/python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out $(DEMO)
 
+# A process for each core, each with one thread.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-all: .venv/ready  ## also what takes long, and what needs a GPU
-	$(BIN)/python -m pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ''
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

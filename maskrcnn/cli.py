@@ -1,6 +1,6 @@
-"""The frame of the command-line tools: arguments that many share, logging, exit statuses.
+"""Shared parts of the command-line tools: arguments, logging and exit statuses.
 
-A tool parses its arguments first and imports what needs torch afterwards, so that `--help` answers at once.
+A tool parses its arguments before it imports modules that need torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ from maskrcnn.errors import InputError
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add CONFIG (`args.config`, a Path) and `--set KEY=VALUE`, again and again (`args.overrides`, a list)."""
-    count = "?" if optional else None
-    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=count, help="the experiment, a YAML file")
+    """Add the arguments CONFIG (`args.config`, a Path) and `--set KEY=VALUE` (`args.overrides`, a list of str).
+
+    With `optional`, CONFIG may be omitted (None).
+    """
+    nargs = "?" if optional else None
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="YAML file of the experiment")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         dest="overrides",
         action="append",
         default=[],
-        help="set one key of the configuration, such as model.roi.kind=roi_pool; may be repeated",
+        help="override a key of the configuration, such as model.roi.kind=roi_pool; may be repeated",
     )
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--device` (`args.device`, text)."""
+    """Add the argument `--device` (`args.device`, a str for `choose_device`)."""
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a tool and leave the process: status 0 done, 2 wrong input, 130 interrupted.
+    """Run a tool and exit with status 0 (success), 2 (InputError) or 130 (interrupted).
 
-    Any other exception goes on to the interpreter, which prints the traceback and leaves with status 1.
+    Any other exception propagates: the interpreter prints the traceback and exits with status 1.
     """
     try:
         main()
@@ -53,11 +56,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
-    """Send log records to stderr as plain lines and, with times, to the end of `log_file`.
+    """Log to stderr as plain lines and, with timestamps, append to `log_file`.
 
-    The console shows the package from INFO on, the file from DEBUG on; other libraries speak from WARNING on. A
-    second call replaces the first. Of several processes, numbered from 0, the first speaks for all: the others show
-    warnings alone, with their number.
+    The level of this package is INFO for the console and DEBUG for the file; that of other libraries is WARNING. A
+    second call replaces the handlers of the first.
+
+    Args:
+        log_file: the file to append to; None logs to stderr only.
+        process: rank of this process. Processes other than 0 show only warnings, prefixed with their rank.
     """
     console = _ConsoleHandler()
     console.setFormatter(logging.Formatter(f"process {process}: %(message)s" if process else "%(message)s"))
@@ -72,10 +78,10 @@ def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stderr above any progress bar, which a plain stream handler would cut in two."""
+    """Writes to stderr above a progress bar. A plain stream handler would break the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:
-            self.handleError(record)  # what the standard handlers do: logging must not stop the program
+            self.handleError(record)  # as the standard handlers do: a logging error must not stop the program

@@ -1,9 +1,9 @@
-"""The one exception that speaks to the user."""
+"""The exception for invalid user input."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used.
+    """Invalid user input: a file, an image, a configuration value or a command-line argument.
 
-    The message is complete in itself: it names the file, the configuration key or the image, says what is wrong
-    and, where it can, what to do. The tools print it without a traceback and exit with status 2.
+    The message names the file, image, configuration key or argument, states the problem and, where possible, the
+    remedy. Command-line tools print it without a traceback and exit with status 2.
     """

@@ -1,4 +1,4 @@
-"""The whole YAML as one typed object."""
+"""The configuration of an experiment: model, data, training and evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskrcnn.training.loop import TrainingConfig
 
 Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
 # fmt: off
-AnyMetric = Literal[  # ema/: of the averaged weights
+AnyMetric = Literal[  # ema/: metrics of the averaged weights
     "box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75",
     "ema/box/AP", "ema/box/AP50", "ema/box/AP75", "ema/mask/AP", "ema/mask/AP50", "ema/mask/AP75",
 ]
@@ -30,53 +30,57 @@ AnyMetric = Literal[  # ema/: of the averaged weights
 
 
 class DataConfig(Section):
-    """What to learn from, and what to measure on."""
+    """Datasets and transforms for training and validation."""
 
-    root: Path = Path("datasets/coco")  # of the datasets that do not name their own
+    root: Path = Path("datasets/coco")  # for datasets without a root of their own
     train: DatasetConfig
     validation: DatasetConfig
     train_transforms: TransformsConfig = TransformsConfig()
     validation_transforms: TransformsConfig = TransformsConfig(flip=0)
-    num_classes: PositiveInt | None = None  # comes from the annotations; where it is stated, they must agree
+    num_classes: PositiveInt | None = None  # comes from the annotations; if given, it must match them
 
     def build_both(self) -> tuple[DetectionDataset, DetectionDataset]:
-        """The datasets to train on and to validate on; InputError if they are unusable or their classes differ."""
+        """Return the training and the validation dataset.
+
+        Raises:
+            InputError: a dataset is invalid, their classes differ, or `num_classes` does not match.
+        """
         train, validation = self.build_train(), self.build_validation()
         if self.num_classes is not None and self.num_classes != len(train.classes):
             raise InputError(
                 f"data.num_classes is {self.num_classes}, but the annotations have {len(train.classes)} classes: "
-                f"{', '.join(train.classes.names)}. Leave the key away: the number comes from the annotations"
+                f"{', '.join(train.classes.names)}. Remove the key: the number comes from the annotations"
             )
         require_same_classes(train.classes, validation.classes, "data.train", "data.validation")
         return train, validation
 
     def build_train(self) -> DetectionDataset:
-        """The dataset to train on; InputError if it is unusable."""
-        return self._rooted(self.train).build()
+        """Return the training dataset. Raises InputError if it is invalid."""
+        return self._with_root(self.train).build()
 
     def build_validation(self) -> DetectionDataset:
-        """The dataset to validate on; InputError if it is unusable."""
-        return self._rooted(self.validation).build()
+        """Return the validation dataset. Raises InputError if it is invalid."""
+        return self._with_root(self.validation).build()
 
-    def _rooted(self, part: CocoConfig | ShapesConfig) -> CocoConfig | ShapesConfig:
-        if isinstance(part, CocoConfig) and part.root is None:
-            return part.model_copy(update={"root": self.root})
-        return part
+    def _with_root(self, dataset: CocoConfig | ShapesConfig) -> CocoConfig | ShapesConfig:
+        if isinstance(dataset, CocoConfig) and dataset.root is None:
+            return dataset.model_copy(update={"root": self.root})
+        return dataset
 
 
 class EvaluationConfig(Section):
-    """How to measure COCO's box and mask AP, and what to draw."""
+    """Settings of the COCO evaluation and of the pictures of predictions."""
 
     batch_size: PositiveInt = 1
     backend: Backend = "faster"
-    best_metric: AnyMetric = "mask/AP"  # by which the best checkpoint is chosen
-    losses: bool = False  # compute the losses on the validation set, too
-    pictures: int = Field(12, ge=0)  # images to draw after training, ground truth beside prediction
-    picture_score: float = 0.5  # detections below it are not drawn
+    best_metric: AnyMetric = "mask/AP"  # selects the best checkpoint
+    losses: bool = False  # also compute the losses on the validation set
+    pictures: int = Field(12, ge=0)  # number of images to draw after training, ground truth beside prediction
+    picture_score: float = 0.5  # detections with a lower score are not drawn
 
 
 class ExperimentConfig(Section):
-    """One experiment."""
+    """The configuration of one experiment."""
 
     model: MaskRCNNConfig = MaskRCNNConfig()
     data: DataConfig
@@ -84,7 +88,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _the_average_exists(self) -> ExperimentConfig:
+    def _check_best_metric(self) -> ExperimentConfig:
         if self.evaluation.best_metric.startswith("ema/") and self.training.ema_decay is None:
             raise ValueError(
                 f"evaluation.best_metric is {self.evaluation.best_metric}, but there are no averaged weights: set "
@@ -94,12 +98,16 @@ class ExperimentConfig(Section):
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one. Raises InputError for a device that torch does not have here."""
+    """Return the device `name`; `auto` is a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: the device does not exist.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type != "cuda":  # of several processes, each would take memory of the first GPU
+        if device.type != "cuda":  # on a GPU, each process would allocate memory on the first one
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -109,7 +117,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def require_same_classes(first: ClassTable, second: ClassTable, first_name: str, second_name: str) -> None:
-    """Raise InputError, which names both sides, unless the classes are the same in the same order."""
+    """Raise InputError, which names both sources, unless the class names are the same in the same order."""
     if first.names != second.names:
         raise InputError(
             f"{first_name} and {second_name} have different classes:\n  {', '.join(first.names)}\n  "

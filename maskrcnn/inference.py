@@ -1,4 +1,4 @@
-"""What can be done with a trained model: find objects, measure how well, draw them."""
+"""Inference with a trained model: prediction, evaluation, and pictures of detections."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]  # one detection in COCO's results format
 
-# At COCO's sizes, these 4 pictures take some 5 MB at each evaluation.
+# With COCO images, 4 pictures take about 5 MB per evaluation.
 PREVIEW_IMAGES = 4
-PREVIEW_SIDE = 1280  # px, of the two pictures beside each other
+PREVIEW_SIDE = 1280  # px, longer side of a ground truth and prediction pair
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with what it takes to use it: its classes, the transform of images, the device."""
+    """A model with its class table, image transform, mask paste convention and device.
+
+    Call it with a batch to get detections as COCO results.
+    """
 
     model: MaskRCNN
     classes: ClassTable
@@ -55,12 +58,15 @@ class Predictor:
 
     @classmethod
     def of(cls, config: ExperimentConfig, model: MaskRCNN, classes: ClassTable, device: torch.device) -> Predictor:
-        """The predictor of an experiment's model."""
+        """Return a predictor with the validation transforms and the paste convention of `config`."""
         transform = config.data.validation_transforms.build()
         return cls(model, classes, transform, config.model.mask_head.paste, device)
 
     def __call__(self, batch: Batch) -> list[Result]:
-        """What is found in a batch, as COCO results in pixels of the original images, best first in each image."""
+        """Return the detections of a batch as COCO results, by descending score within each image.
+
+        Boxes `(x, y, width, height)` and masks are in pixels of the original images.
+        """
         self.model.eval()
         detections = self.model.detect(batch.images.to(self.device))
         return coco_results(detections, batch, self.classes, paste=self.paste)
@@ -69,30 +75,41 @@ class Predictor:
 def load_predictor(
     config: ExperimentConfig, weights: Path, device: torch.device, *, average: bool = False
 ) -> Predictor:
-    """The predictor of a checkpoint, with its averaged weights if `average`.
+    """Return the predictor of a checkpoint.
 
-    Raises InputError unless every tensor fits the configuration's model.
+    Args:
+        config: the experiment, whose model must match the checkpoint.
+        weights: path of the checkpoint.
+        device: where to run the model.
+        average: whether to use the averaged weights of the checkpoint.
+
+    Raises:
+        InputError: the file is not a checkpoint, does not match the model, or has no averaged weights.
     """
     keep_freed_memory()
     checkpoint = load_checkpoint(weights)
     if average and not checkpoint.average:
-        raise InputError(f"{weights}: it holds no averaged weights (training.ema_decay keeps them); leave --ema away")
+        raise InputError(f"{weights}: it holds no averaged weights (training.ema_decay creates them); omit --ema")
     model = config.model.build(len(checkpoint.classes), pretrained=False)
-    chosen = checkpoint.average if average else checkpoint.model
-    load_weights(model, chosen, source=str(weights)).require_complete()
+    state = checkpoint.average if average else checkpoint.model
+    load_weights(model, state, source=str(weights)).require_complete()
     return Predictor.of(config, model.to(device), checkpoint.classes, device)
 
 
 def evaluate_checkpoint(
     config: ExperimentConfig, weights: Path, out: Path, device: torch.device, *, average: bool = False
 ) -> Evaluation:
-    """Evaluate a checkpoint on the validation set; figures, results and pictures go to folder `out`."""
+    """Evaluate a checkpoint on the validation set and write metrics, results and pictures to folder `out`.
+
+    Raises:
+        InputError: the checkpoint does not match the model or the classes of the validation set.
+    """
     dataset = config.data.build_validation()
     predictor = load_predictor(config, weights, device, average=average)
     require_same_classes(predictor.classes, dataset.classes, str(weights), "data.validation")
-    found, _ = evaluate_predictor(config, predictor, dataset, out)
+    evaluation, _ = evaluate_predictor(config, predictor, dataset, out)
     draw_predictions(config, predictor, dataset, out / "predictions")
-    return found
+    return evaluation
 
 
 def evaluate_predictor(
@@ -102,48 +119,57 @@ def evaluate_predictor(
     out: Path,
     processes: Processes | None = None,
 ) -> tuple[Evaluation, float]:
-    """Run over `dataset`, write `results.json` and `metrics.json` to folder `out`, and log the tables.
+    """Evaluate a predictor on `dataset`, write `results.json` and `metrics.json`, and log the tables.
 
-    Several processes share the images; the main one measures and writes. With the same threads and kind of device the
-    results are those of one process. Every process must call this, and gets what is returned.
+    The images are divided among the processes; the main process computes the metrics and writes the files. With the
+    same number of threads and kind of device, the results equal those of a single process.
 
-    Returns the figures, and the images per second that it took to find the objects.
+    Args:
+        config: the experiment.
+        predictor: the predictor to evaluate.
+        dataset: the dataset with ground truth.
+        out: folder of the two files.
+        processes: the process group; None for a single process. Every process must call this function.
+
+    Returns:
+        The evaluation, which is the same on every process, and the images per second of inference, without the
+        computation of the metrics.
     """
     processes = processes or Processes(predictor.device)
     processes.share_buffers(predictor.model)
-    # The class names agree; the ids are those of the annotations that the results are compared with.
+    # The class names are the same, but results need the category ids of this dataset.
     predictor = replace(predictor, classes=dataset.classes)
-    began = time.perf_counter()
-    results = _find_all(config, predictor, dataset, processes)
-    images_per_second = len(dataset) / (time.perf_counter() - began)
+    started_at = time.perf_counter()
+    results = _predict_all(config, predictor, dataset, processes)
+    images_per_second = len(dataset) / (time.perf_counter() - started_at)
 
-    def measure() -> Evaluation:
+    def compute_metrics() -> Evaluation:
         out.mkdir(parents=True, exist_ok=True)
         write_results(out / "results.json", results)
         return report(dataset.ground_truth(), results, out, backend=config.evaluation.backend)
 
-    return processes.from_main(measure), images_per_second
+    return processes.from_main(compute_metrics), images_per_second
 
 
-def _find_all(
+def _predict_all(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, processes: Processes
 ) -> list[Result]:
-    """What is found in all images, in their order, on the main process; nothing on others."""
-    hidden = None if processes.is_main else True  # None: where there is no terminal
-    batches = tqdm(_batches(config, predictor, dataset, processes), desc="evaluating", leave=False, disable=hidden)
-    shares = processes.gather([predictor(batch) for batch in batches]) or []
-    # The first batch is the first process's first, the second one the second process's first, and so on.
-    turns = zip_longest(*shares, fillvalue=[])
-    return [result for turn in turns for found in turn for result in found]
+    """Return the results of all images in dataset order on the main process, and an empty list on the others."""
+    disable = None if processes.is_main else True  # None: disabled if stderr is not a terminal
+    batches = tqdm(_batches(config, predictor, dataset, processes), desc="evaluating", leave=False, disable=disable)
+    results_by_rank = processes.gather([predictor(batch) for batch in batches]) or []
+    # Batch i of the dataset is on process i % world.
+    rounds = zip_longest(*results_by_rank, fillvalue=[])
+    return [result for batches_of_round in rounds for results in batches_of_round for result in results]
 
 
 @torch.no_grad()
 def validation_losses(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, processes: Processes
 ) -> dict[str, float]:
-    """The terms of the loss by name, means over the images of `dataset`, with the model as it is for inference.
+    """Return each loss term by name, mean over the images of `dataset`, with the model in eval mode.
 
-    Several processes share the images. Every one must call this, and gets what is returned.
+    The images are divided among the processes. Every process must call this function and gets the same result.
     """
     processes.share_buffers(predictor.model)
     predictor.model.eval()
@@ -151,23 +177,30 @@ def validation_losses(
     for batch in _batches(config, predictor, dataset, processes):
         losses = predictor.model(batch.images.to(predictor.device), batch.targets.to(predictor.device))
         sums += torch.stack(tuple(losses)).double().cpu() * len(batch.images)
-    gathered = processes.gather(sums)
-    means = processes.broadcast((torch.stack(gathered or [sums]).sum(dim=0) / len(dataset)).tolist())
+    sums_by_rank = processes.gather(sums)
+    means = processes.broadcast((torch.stack(sums_by_rank or [sums]).sum(dim=0) / len(dataset)).tolist())
     return dict(zip(Losses._fields, means, strict=True))
 
 
 def report(
     ground_truth: dict[str, Any] | Path, results: Sequence[Result], out: Path | None, *, backend: Backend
 ) -> Evaluation:
-    """Measure `results`, log the tables, and write `metrics.json` to folder `out` if there is one."""
-    found = evaluate(ground_truth, results, backend=backend)
-    logger.info("%s\n\n%s", found.format_class_table(), found.format_table())
-    if not any(figures.ap50 > 0 for figures in (found.box, found.mask) if figures is not None):
+    """Compute box and mask AP, log the tables, and write `metrics.json`.
+
+    Args:
+        ground_truth: COCO annotations, or the path of an annotation file.
+        results: detections in COCO's results format.
+        out: folder of `metrics.json`; None writes no file.
+        backend: implementation of the COCO evaluation.
+    """
+    evaluation = evaluate(ground_truth, results, backend=backend)
+    logger.info("%s\n\n%s", evaluation.format_class_table(), evaluation.format_table())
+    if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
         logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return found
+        (out / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return evaluation
 
 
 def _batches(
@@ -185,19 +218,22 @@ def _batches(
 
 
 def draw_ground_truth(dataset: DetectionDataset, count: int, out: Path) -> None:
-    """Draw the first `count` images with their objects: one PNG each, and all in `contact_sheet.png`, in `out`."""
+    """Draw the ground truth of the first `count` images: one PNG per image and `contact_sheet.png`, in folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for index in range(min(count, len(dataset))):
         example = dataset[index]
-        pictures.append(_draw_truth(example, dataset.classes))
+        pictures.append(_draw_ground_truth(example, dataset.classes))
         save_image(out / f"{example.image_id}.png", pictures[-1])
     if pictures:
         save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
 
 
 def draw_predictions(config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, out: Path) -> None:
-    """Draw the first images of `dataset`, ground truth beside prediction: one PNG each, and all in `overview.png`."""
+    """Draw ground truth beside prediction for the first `config.evaluation.pictures` images of `dataset`.
+
+    Writes one PNG per image and `overview.png` to folder `out`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pairs = []
     for image_id, pair in _pairs(config, predictor, dataset, config.evaluation.pictures):
@@ -210,7 +246,7 @@ def draw_predictions(config: ExperimentConfig, predictor: Predictor, dataset: De
 def preview_pictures(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset
 ) -> dict[str, np.ndarray]:
-    """Draw the first few of what `draw_predictions` draws, small enough to be kept at every evaluation, by image id."""
+    """Return the first pictures of `draw_predictions` by image id, reduced in size to be stored at every evaluation."""
     count = min(PREVIEW_IMAGES, config.evaluation.pictures)
     return {str(image_id): shrink(pair, PREVIEW_SIDE) for image_id, pair in _pairs(config, predictor, dataset, count)}
 
@@ -218,31 +254,31 @@ def preview_pictures(
 def _pairs(
     config: ExperimentConfig, predictor: Predictor, dataset: DetectionDataset, count: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the id of each of the first `count` images, and a picture: its ground truth beside the prediction."""
+    """Yield image id and a picture of ground truth beside prediction for the first `count` images."""
     for index in range(min(count, len(dataset))):
         example = dataset[index]
         results = predictor(_batch_of_one(predictor, example))
-        found = draw_results(
+        prediction = draw_results(
             _as_picture(example), results, predictor.classes, min_score=config.evaluation.picture_score
         )
-        yield example.image_id, side_by_side(_draw_truth(example, dataset.classes), found)
+        yield example.image_id, side_by_side(_draw_ground_truth(example, dataset.classes), prediction)
 
 
 def draw_results(image: np.ndarray, results: Sequence[Result], classes: ClassTable, *, min_score: float) -> np.ndarray:
-    """Draw the COCO results of one image `(H, W, 3)` whose score is at least `min_score`."""
-    shown = [result for result in results if result["score"] >= min_score]
-    corners = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in shown)]
+    """Return `image` `(H, W, 3)` with those of its COCO results drawn whose score is at least `min_score`."""
+    detections = [result for result in results if result["score"] >= min_score]
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in detections)]
     return draw_objects(
         image,
-        corners,
-        [classes.category_ids.index(result["category_id"]) + 1 for result in shown],
-        [cocoapi.decode(result["segmentation"]).astype(bool) for result in shown],
+        boxes,
+        [classes.category_ids.index(result["category_id"]) + 1 for result in detections],
+        [cocoapi.decode(result["segmentation"]).astype(bool) for result in detections],
         classes.names,
-        [result["score"] for result in shown],
+        [result["score"] for result in detections],
     )
 
 
-def _draw_truth(example: Example, classes: ClassTable) -> np.ndarray:
+def _draw_ground_truth(example: Example, classes: ClassTable) -> np.ndarray:
     return draw_objects(_as_picture(example), example.boxes, example.labels, example.masks, classes.names)
 
 
@@ -256,37 +292,47 @@ def _as_picture(example: Example) -> np.ndarray:
 
 
 def predict_images(predictor: Predictor, inputs: Sequence[Path], out: Path, *, min_score: float) -> Path:
-    """Find and draw the objects in images that have no ground truth.
+    """Detect and draw objects in images without ground truth.
 
-    Writes one PNG for each image, and `results.json`: COCO's results format, with a `file_name` for each detection,
-    `image_id` counting the images from 1. Returns the path of that file.
+    Writes one PNG per image, and `results.json` in COCO's results format. There, each detection also has the
+    `file_name` of its image, and `image_id` counts the images from 1.
+
+    Args:
+        predictor: the predictor.
+        inputs: image files, or folders of images.
+        out: folder of the files to write.
+        min_score: detections with a lower score are left out.
+
+    Returns:
+        The path of `results.json`.
 
     Raises:
-        InputError: an input does not exist or is no image, or `out` is its folder. Images before it are done.
+        InputError: an input does not exist or is not an image, or `out` is the folder of an input image. Images before
+            an unreadable one are already written.
     """
     files = list(_image_files(inputs))
     out.mkdir(parents=True, exist_ok=True)
     if any(path.resolve().parent == out.resolve() for path in files):
         raise InputError(f"{out}: the pictures would replace the images there; name another folder with --out")
-    found: list[Result] = []
-    pairs = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
-    for image_id, (path, name) in enumerate(pairs, start=1):
-        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
-        example = Example(image_id, read_image(path), *nothing)
+    detections: list[Result] = []
+    named_files = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
+    for image_id, (path, name) in enumerate(named_files, start=1):
+        no_objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ()
+        example = Example(image_id, read_image(path), *no_objects)
         results = [result for result in predictor(_batch_of_one(predictor, example)) if result["score"] >= min_score]
         picture = draw_results(_as_picture(example), results, predictor.classes, min_score=min_score)
         save_image(out / name, picture)
-        found += [{**result, "file_name": str(path)} for result in results]
-    write_results(out / "results.json", found)
-    logger.info("%d images, %d objects: pictures and results.json are in %s", len(files), len(found), out)
+        detections += [{**result, "file_name": str(path)} for result in results]
+    write_results(out / "results.json", detections)
+    logger.info("%d images, %d objects: pictures and results.json are in %s", len(files), len(detections), out)
     return out / "results.json"
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:
-    """The image's own name, with its number where several images share it."""
-    uses = Counter(path.stem for path in files)
+    """Return a PNG name for each image: its own name, followed by its number if several images have this name."""
+    counts = Counter(path.stem for path in files)
     return [
-        f"{path.stem}.png" if uses[path.stem] == 1 else f"{path.stem}_{image_id}.png"
+        f"{path.stem}.png" if counts[path.stem] == 1 else f"{path.stem}_{image_id}.png"
         for image_id, path in enumerate(files, start=1)
     ]
 
@@ -294,10 +340,10 @@ def _picture_names(files: Sequence[Path]) -> list[str]:
 def _image_files(inputs: Sequence[Path]) -> Iterator[Path]:
     for path in inputs:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
                 raise InputError(f"{path}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            yield from inside
+            yield from images
         elif path.is_file():
             yield path
         else:

@@ -1,4 +1,4 @@
-"""Memory: how much a process took, and the C library's allocator, tuned for large tensors that come and go."""
+"""Peak memory of a process, and allocator settings for large tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import resource
 
 import torch
 
-# Of mallopt(3), from malloc.h.
+# Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGEST = 2**30  # bytes; glibc caps nothing below on 64 bits
+_LARGEST = 2**30  # bytes; within glibc's limits on 64-bit systems
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process, to be used again; for training and inference on a CPU.
+    """Configure glibc to keep freed memory in the process for reuse; for training and inference on a CPU.
 
-    By default glibc maps each tensor above 32 MiB anew and gives it back at once, and the kernel then clears every
-    page again: a third of the time of a step. The process holds up to a fifth more memory. Elsewhere than on glibc
-    this does nothing.
+    By default, glibc allocates each tensor above 32 MiB with mmap and unmaps it when it is freed. The kernel clears
+    the pages at each allocation, which takes a third of the time of a training step. With this setting the process
+    holds up to a fifth more memory. Without glibc the function does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of tensors on a GPU, else of the whole process."""
+    """Return the peak memory in bytes: of the tensors on a GPU, or of the whole process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kibibytes = platform.system() == "Linux"  # elsewhere ru_maxrss counts bytes

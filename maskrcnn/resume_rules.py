@@ -1,8 +1,8 @@
-"""Which keys of the configuration may change when a run goes on, and why.
+"""Rules for configuration changes when a run is resumed.
 
-A run is one line of steps. A change is refused where the steps before and after would not belong together: where
-stored tensors would mean something else, or images would be seen twice or never. Where the steps go on, but no single
-configuration describes the run any more, the change is warned of. The rest does not touch what is learnt.
+- refused: the checkpoint does not match the new configuration, or the order of the images would change within an epoch.
+- warned: training can continue, but no single configuration describes the whole run any more.
+- harmless: the change does not affect training or metrics.
 """
 
 from __future__ import annotations
@@ -16,97 +16,103 @@ Effect = Literal["refused", "warned", "harmless"]
 
 
 class Rule(NamedTuple):
-    """What becomes of a change, and why."""
+    """The effect of a change, and the reason."""
 
     effect: Effect
     reason: str
 
 
-_MEASURED = Rule("warned", "figures before and after do not compare, and best.pt is chosen among both")
-_ROUNDING = Rule("warned", "sums are rounded otherwise from the next step on")
-_NEXT_STEP = Rule("warned", "from the next step on")
-_START = Rule("harmless", "a run that goes on takes its weights from the checkpoint")
-_WHEN = Rule("harmless", "when something is done beside the steps")
-_PLACE = Rule("harmless", "where the files lie, not what they hold")
+_MEASURED = Rule("warned", "metrics before and after are not comparable, but best.pt is chosen among both")
+_ROUNDING = Rule("warned", "rounding differs from the next training step on")
+_NEXT_STEP = Rule("warned", "takes effect from the next training step on")
+_START = Rule("harmless", "a resumed run loads its weights from the checkpoint")
+_WHEN = Rule("harmless", "does not affect the training steps")
+_PLACE = Rule("harmless", "location of the files, not their content")
 
-# A rule is for a key and for all keys below it; of two rules, the longer key's holds.
+# A rule applies to a key and all keys below it. The rule of the longest matching key applies.
 RULES: Mapping[str, Rule] = {
-    "model": Rule("refused", "the stored weights belong to another model, or mean something else in it"),
+    "model": Rule("refused", "the stored weights belong to another model, or have another meaning in it"),
     "model.backbone.weights": _START,
     "model.box_head.initialization": _START,
     "model.mask_head.initialization": _START,
-    "model.backbone.checkpoint_activations": Rule("harmless", "the same numbers in less memory"),
+    "model.backbone.checkpoint_activations": Rule("harmless", "same results with less memory"),
     "model.rpn.inference": _MEASURED,
     "model.detection": _MEASURED,
     "model.mask_head.paste": _MEASURED,
     "data.root": _PLACE,
-    "data.train": Rule("refused", "the dataset gives the order of the images: some would be seen twice, others never"),
+    "data.train": Rule(
+        "refused", "the order of the images changes: some would be used twice in an epoch, others never"
+    ),
     "data.train.root": _PLACE,
     "data.validation": _MEASURED,
     "data.validation.root": _PLACE,
-    "data.train_transforms": Rule("warned", "images are changed in other ways from the next step on"),
+    "data.train_transforms": Rule("warned", "images are transformed differently from the next training step on"),
     "data.validation_transforms": _MEASURED,
-    "data.num_classes": Rule("harmless", "it is compared with the annotations, no more"),
-    "training.batch_size": Rule("refused", "the iterations done would stand for other images, and another epoch"),
-    "training.grad_accum_steps": Rule(
-        "warned", "rounded otherwise from the next step on, and batch norms see other batches"
+    "data.num_classes": Rule("harmless", "only compared with the annotations"),
+    "training.batch_size": Rule(
+        "refused", "the finished iterations would correspond to other images and another epoch"
     ),
-    "training.optimizer": Rule("refused", "the stored momenta belong to other groups of parameters, or another method"),
+    "training.grad_accum_steps": Rule(
+        "warned", "rounding and the batches of batch norms differ from the next training step on"
+    ),
+    "training.optimizer": Rule("refused", "the stored momenta belong to other parameter groups or another optimizer"),
     "training.optimizer.lr": _NEXT_STEP,
     "training.optimizer.base_batch": _NEXT_STEP,
     "training.optimizer.momentum": _NEXT_STEP,
     "training.optimizer.betas": _NEXT_STEP,
     "training.schedule": Rule(
-        "warned", "the learning rate follows the new schedule from the next step on; that of a cosine jumps there"
+        "warned", "the learning rate follows the new schedule from the next step on; a cosine schedule jumps there"
     ),
-    "training.seed": Rule("refused", "the seed gives the order of the images: some would be seen twice, others never"),
-    "training.workers": Rule("harmless", "batches do not depend on who loads them"),
+    "training.seed": Rule(
+        "refused", "the order of the images changes: some would be used twice in an epoch, others never"
+    ),
+    "training.workers": Rule("harmless", "batches do not depend on the number of workers"),
     "training.precision": _ROUNDING,
     "training.compile": _ROUNDING,
     "training.deterministic": _ROUNDING,
     "training.clip_norm": _NEXT_STEP,
     "training.skip_non_finite": _NEXT_STEP,
-    "training.ema_decay": Rule("refused", "the checkpoint's average was made with the old one, or there is none in it"),
+    "training.ema_decay": Rule("refused", "the stored average was computed with the old decay, or there is none"),
     "training.profile": _WHEN,
     "training.evaluate_every": _WHEN,
     "training.patience": _WHEN,
     "training.checkpoint_every": _WHEN,
     "training.keep_checkpoints": _WHEN,
     "training.log_every": _WHEN,
-    "evaluation": Rule("harmless", "measured and drawn beside the steps"),
-    "evaluation.best_metric": Rule("warned", "the best.pt so far was chosen by the old one"),
+    "evaluation": Rule("harmless", "evaluation does not affect the training steps"),
+    "evaluation.best_metric": Rule("warned", "the current best.pt was selected by the old metric"),
 }
-UNKNOWN = Rule("refused", "no rule says that it may change")
+UNKNOWN = Rule("refused", "no rule allows a change")
 
 
 def rule_of(key: str) -> Rule:
-    """Return the rule for a key, `training.schedule.steps` for one."""
-    parts = key.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    """Return the rule for a key such as `training.schedule.steps`."""
+    names = key.split(".")
+    prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
     return next((RULES[prefix] for prefix in prefixes if prefix in RULES), UNKNOWN)
 
 
 class Changes(NamedTuple):
-    """The keys that changed, by what becomes of it: `key: old -> new (reason)` each."""
+    """The changed keys by effect, each as `key: old -> new (reason)`."""
 
     refused: list[str]
     warned: list[str]
     harmless: list[str]
 
     def describe(self) -> str:
-        """Return the changes for people to read, in groups; empty if there is none."""
+        """Return the changes as text, grouped by effect; empty if there are none."""
         groups = {
             "may not change in a run": self.refused,
-            "changes what is learnt or measured": self.warned,
-            "changes nothing of that": self.harmless,
+            "changes training or metrics": self.warned,
+            "changes neither training nor metrics": self.harmless,
         }
         return "\n".join("\n    ".join([f"  {title}:", *lines]) for title, lines in groups.items() if lines)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
-    """Compare two configurations in plain types, both with all defaults (`maskrcnn.config.to_dict`)."""
-    found = Changes([], [], [])
+    """Return the changes between two configurations in plain types with all defaults (`maskrcnn.config.to_dict`)."""
+    by_effect = Changes([], [], [])
     for line in differences(old, new):
         rule = rule_of(line.partition(": ")[0])
-        getattr(found, rule.effect).append(f"{line} ({rule.reason})")
-    return found
+        getattr(by_effect, rule.effect).append(f"{line} ({rule.reason})")
+    return by_effect

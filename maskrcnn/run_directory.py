@@ -1,10 +1,10 @@
-"""The folder that a run leaves behind, and whom it belongs to.
+"""The files of a run directory, and the checks that keep a run from overwriting another one.
 
 ```
 config.yaml      the resolved configuration        checkpoints/   last.pt to resume from, best.pt
 environment.txt  versions, hardware, command       evaluation/    metrics.json, results.json (COCO's format)
-train.log        what the console said             predictions/   pictures
-metrics.jsonl    one JSON object a record          tensorboard/   events
+train.log        the console log                   predictions/   pictures
+metrics.jsonl    one JSON object per record         tensorboard/   events
 ```
 """
 
@@ -30,7 +30,7 @@ from maskrcnn.resume_rules import Changes, changes
 from maskrcnn.training.checkpoint import Checkpoint, load_checkpoint, temporary_of, write_atomically
 from maskrcnn.training.metrics import FILE_NAME as METRICS_FILE
 
-# What decides how many threads compute, on which GPUs, and whether GPU libraries may choose algorithms freely.
+# Number of threads, choice of GPUs, and settings of the GPU libraries that affect the numerical results.
 VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -38,12 +38,13 @@ VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
 )
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over quota, too large, read-only
+# Disk full, over quota, file too large, read-only file system.
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "faster-coco-eval", "pydantic")
 
 
 class RunDirectory:
-    """Paths inside a run's folder."""
+    """The paths of a run directory, and the operations on its files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -57,14 +58,20 @@ class RunDirectory:
         self.predictions = root / "predictions"
 
     def claim(self, config: Section, *, resume: bool) -> str:
-        """Make the folder this experiment's. A run that never took a step leaves it free for another.
+        """Create the run directory, or check that it belongs to this experiment, and store the configuration.
+
+        A directory of a run without any training step can be claimed by another experiment.
+
+        Args:
+            config: the configuration of the experiment.
+            resume: whether to resume the run in the directory.
 
         Returns:
-            What a run that goes on has otherwise than before, by the keys of its configuration; empty if nothing.
+            The changes to the configuration of a resumed run as text; empty if there are none.
 
         Raises:
-            InputError: it holds another experiment, or this one and `resume` is false, or nothing that `resume` could
-                go on with, or cannot go on under this configuration (`resume_rules`), or it cannot be written.
+            InputError: the directory holds another experiment, this experiment and `resume` is False, no run to resume,
+                a run that cannot be resumed with this configuration (`resume_rules`), or it is not writable.
         """
         try:
             return self._claim(config, resume=resume)
@@ -72,60 +79,62 @@ class RunDirectory:
             raise InputError(f"{self.root}: cannot write the run here ({error.strerror})") from error
 
     def _claim(self, config: Section, *, resume: bool) -> str:
-        found = ""
+        changes_text = ""
         if self.started:
-            found = self._go_on(config) if resume else self._refuse_to_start_again(config)
+            changes_text = self._check_resumable(config) if resume else self._raise_already_started(config)
         elif resume and not self.config.exists():
-            raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); leave --resume away")
-        elif not self.config.exists() and self._holds_foreign_files():
-            raise InputError(f"{self.root} is not empty and no run of ours: name another folder with --out")
-        # Before anything else, so that what a kill leaves behind is known for ours.
+            raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); omit --resume")
+        elif not self.config.exists() and self._has_other_files():
+            raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
+        # Written first, so that after a kill the folder is recognized as a run directory.
         write_atomically(self.config, lambda file: file.write(to_yaml(config).encode()))
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(exist_ok=True)
-        return found
+        return changes_text
 
-    def _holds_foreign_files(self) -> bool:
-        ours = temporary_of(self.config)  # of a run that was killed at its very start
-        return self.root.exists() and any(path != ours for path in self.root.iterdir())
+    def _has_other_files(self) -> bool:
+        """Return whether the folder has files that do not come from a run."""
+        temporary = temporary_of(self.config)  # left by a run that was killed while it wrote the configuration
+        return self.root.exists() and any(path != temporary for path in self.root.iterdir())
 
     @property
     def started(self) -> bool:
-        """Whether there is something to lose: a checkpoint, or records of steps on the way to one."""
+        """Whether the run has a checkpoint or recorded metrics."""
         return self.last.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
-    def _go_on(self, config: Section) -> str:
-        """Describe what changed since the run was last started; InputError where that would corrupt it."""
-        found = self._changes(config)
-        if found.refused:
+    def _check_resumable(self, config: Section) -> str:
+        """Return the changes to the configuration as text. Raises InputError if a changed key must not change."""
+        changed = self._changes(config)
+        if changed.refused:
             raise InputError(
-                f"{self.root}: the run cannot go on under another configuration than its {self.config.name}:\n"
-                f"{found.describe()}\nkeep what may not change as it was, or begin another run with --out, "
-                f"if you like from the weights of this one: --init {self.last}"
+                f"{self.root}: the run cannot be resumed with this configuration, which differs from its "
+                f"{self.config.name}:\n{changed.describe()}\nrestore the keys that may not change, or start another "
+                f"run with --out; to start it from the weights of this run, add --init {self.last}"
             )
-        return found.describe()
+        return changed.describe()
 
-    def _refuse_to_start_again(self, config: Section) -> NoReturn:
-        found = self._changes(config).describe()
-        if found:
+    def _raise_already_started(self, config: Section) -> NoReturn:
+        """Raise the InputError for a run directory that is in use."""
+        changes_text = self._changes(config).describe()
+        if changes_text:
             raise InputError(
-                f"{self.root} holds another experiment; its {self.config.name} differs from this one:\n{found}\n"
-                "name another folder with --out"
+                f"{self.root} holds another experiment; its {self.config.name} differs from this one:\n"
+                f"{changes_text}\nchoose another folder with --out"
             )
         raise InputError(
-            f"{self.root} already holds this experiment: add --resume to go on with it, or name another folder with "
+            f"{self.root} already holds this experiment: add --resume to continue it, or choose another folder with "
             "--out"
         )
 
     def _changes(self, config: Section) -> Changes:
-        """What differs from the stored configuration, in which keys that are newer than it have their defaults."""
+        """Return the changes from the stored configuration, where missing (newer) keys have their default values."""
         return changes(to_dict(load_config(self.config, type(config))), to_dict(config))
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """Read the checkpoint to go on from; None before there is one.
+        """Return the checkpoint to resume from, or None if there is none.
 
         Raises:
-            InputError: it is damaged; the message names those that could take its place.
+            InputError: the checkpoint is damaged. The message names the checkpoints that can replace it.
         """
         if not self.last.exists():
             return None
@@ -133,13 +142,14 @@ class RunDirectory:
             return load_checkpoint(self.last)
         except InputError as error:
             files = sorted(self.checkpoints.glob("*.pt"), reverse=True)
-            others = [file.name for file in files if not file.samefile(self.last)]  # one is but a name of the same file
+            # The newest `iteration_N.pt` may be a hard link to `last.pt`.
+            others = [file.name for file in files if not file.samefile(self.last)]
             advice = f"copy one of these over it: {', '.join(others)}; or " if others else ""
-            raise InputError(f"{error}\nTo go on, {advice}delete it to begin the run anew") from error
+            raise InputError(f"{error}\nTo resume, {advice}delete it to restart the run from the beginning") from error
 
     @contextmanager
     def explaining_full_disks(self) -> Iterator[None]:
-        """Name the run, or the file, where a write fails in this block: not every library does."""
+        """Add the path and advice to errors of a full or read-only disk; not every library names the file."""
         try:
             yield
         except OSError as error:
@@ -149,19 +159,19 @@ class RunDirectory:
             raise OSError(error.errno, advice, str(error.filename or self.root)) from error
 
     def contents(self) -> str:
-        """Where everything lies, for people to read."""
+        """Return a text that lists the main files of the run."""
         return "\n".join(
             [
                 f"the run is in {self.root}:",
                 f"  {self.predictions / 'overview.png'}: ground truth beside prediction",
-                f"  {self.evaluation / 'metrics.json'}: the figures above, and the AP of each class",
+                f"  {self.evaluation / 'metrics.json'}: the metrics above, and the AP of each class",
                 f"  {self.checkpoints / 'best.pt'}: the weights of the best evaluation",
-                f"  tensorboard --logdir {self.root}: the curves; {self.metrics}: their numbers",
+                f"  tensorboard --logdir {self.root}: the curves; {self.metrics}: the same numbers",
             ]
         )
 
     def describe_environment(self, *, seed: int, device: torch.device) -> None:
-        """Add to `environment.txt` what someone needs to repeat the run; one block each time that it starts."""
+        """Append the command, the seed and the software environment to `environment.txt`, one block for each start."""
         lines = [
             f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}",
             f"seed: {seed}",
@@ -172,12 +182,12 @@ class RunDirectory:
 
 
 def environment(device: torch.device) -> list[str]:
-    """Commit, hardware, versions and what else decides the numbers, one line each."""
+    """Return commit, hardware, versions and numerical settings, one `name: value` line each."""
     return [
         f"commit: {_commit()}",
         f"device: {_gpu(device) if device.type == 'cuda' else _cpu_name()}",
         *(_gpu_software() if device.type == "cuda" else [f"cpu kernels: {torch.backends.cpu.get_cpu_capability()}"]),
-        f"processes: {os.environ.get('WORLD_SIZE', '1')}",  # torchrun sets it
+        f"processes: {os.environ.get('WORLD_SIZE', '1')}",  # set by torchrun
         f"threads: {torch.get_num_threads()}",
         f"deterministic: {str(torch.are_deterministic_algorithms_enabled()).lower()}",
         f"float32 products: {torch.get_float32_matmul_precision()}",
@@ -188,7 +198,7 @@ def environment(device: torch.device) -> list[str]:
 
 
 def _commit() -> str:
-    """The commit of the code that runs, and whether it was changed since."""
+    """Return the git commit of the code, with `-dirty` if there are uncommitted changes."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -197,13 +207,13 @@ def _commit() -> str:
 
 
 def _gpu(device: torch.device) -> str:
-    found = torch.cuda.get_device_properties(device)
-    return f"{found.name} ({found.total_memory / 2**30:.1f} GiB, compute capability {found.major}.{found.minor})"
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{gpu.name} ({gpu.total_memory / 2**30:.1f} GiB, compute capability {gpu.major}.{gpu.minor})"
 
 
 def _gpu_software() -> list[str]:
-    """Driver, CUDA and cuDNN, and how cuDNN chooses."""
-    driver = Path("/proc/driver/nvidia/version")  # Linux alone
+    """Return the versions of driver, CUDA and cuDNN, and whether cuDNN benchmarks algorithms."""
+    driver = Path("/proc/driver/nvidia/version")  # exists only on Linux
     cudnn = torch.backends.cudnn
     return [
         f"driver: {driver.read_text().splitlines()[0] if driver.exists() else 'unknown'}",

@@ -1,4 +1,4 @@
-"""One training from its configuration to a run directory."""
+"""Run a training from its configuration and write the run directory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from maskrcnn.training.checkpoint import (
 )
 from maskrcnn.training.distributed import Processes
 from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.loop import Intervals, train
+from maskrcnn.training.loop import train
 from maskrcnn.training.metrics import Measurement, MetricsWriter, SilentWriter, read_records
 from maskrcnn.training.optimizer import clip_gradients
 from maskrcnn.training.profiler import Profiler
@@ -55,14 +55,18 @@ logger = logging.getLogger(__name__)
 def train_experiment(
     config: ExperimentConfig, out: Path, *, resume: bool, init: Path | None, processes: Processes
 ) -> None:
-    """Train, evaluate, and leave a run directory at `out`.
+    """Train and evaluate a model and write the run directory `out`.
 
     Args:
         config: the experiment.
         out: the run directory, written by the main process.
-        resume: go on from its last checkpoint.
-        init: take weights, and nothing else, from this checkpoint.
-        processes: which train together; each calls this function.
+        resume: resume from the last checkpoint of the run directory.
+        init: checkpoint to load the initial weights from; no other state is loaded.
+        processes: the process group. Every process calls this function.
+
+    Raises:
+        InputError: the configuration, the data, the run directory or a checkpoint is invalid.
+        Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
     keep_freed_memory()
     if config.training.deterministic:
@@ -71,14 +75,11 @@ def train_experiment(
     dataset, validation = config.data.build_both()
     schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
-        _open(run, config, resume=resume, device=processes.device)
+        _claim(run, config, resume=resume, device=processes.device)
     processes.wait()
 
     model, state, start = _set_up(config, run, dataset.classes, resume=resume, init=init, processes=processes)
-    where = (
-        f"{processes.world} processes, this one with {processes.device}" if processes.world > 1 else processes.device
-    )
-    logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), where)
+    logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), processes)
     checkpoints = CheckpointFolder(
         run.checkpoints,
         state=state,
@@ -93,33 +94,31 @@ def train_experiment(
         writer = stack.enter_context(MetricsWriter(run.root, start=start) if processes.is_main else SilentWriter())
         writer.last_evaluation = processes.broadcast(writer.last_evaluation)
         writer.log_config(config)
-        profiled = config.training.profile and processes.is_main
+        use_profiler = config.training.profile and processes.is_main
         train(
             _step(config, run, state, dataset.classes, processes),
             _training_batches(config, model, dataset, start, processes),
             schedule.build(),
             start=start,
             iterations=schedule.num_iterations,
-            intervals=Intervals(
-                config.training.evaluate_every, config.training.checkpoint_every, config.training.log_every
-            ),
+            intervals=config.training.intervals,
             writer=writer,
-            save=checkpoints.save if processes.is_main else _leave_it_to_the_main_process,
+            save=checkpoints.save if processes.is_main else _save_nothing,
             evaluate=evaluator,
             is_over=evaluator.is_over,
-            profiler=stack.enter_context(Profiler(run.root)) if profiled else None,
+            profiler=stack.enter_context(Profiler(run.root)) if use_profiler else None,
         )
     if processes.is_main:
         draw_predictions(config, predictor, validation, run.predictions)
         logger.info("%s", run.contents())
 
 
-def _open(run: RunDirectory, config: ExperimentConfig, *, resume: bool, device: torch.device) -> None:
-    """Make the folder this run's, and say in it what begins."""
-    changed = run.claim(config, resume=resume)
+def _claim(run: RunDirectory, config: ExperimentConfig, *, resume: bool, device: torch.device) -> None:
+    """Claim the run directory, start its log, and describe the environment."""
+    changes = run.claim(config, resume=resume)
     setup_logging(run.log)
-    if changed:
-        logger.warning("%s goes on under another configuration than before:\n%s", run.root, changed)
+    if changes:
+        logger.warning("%s resumes with a changed configuration:\n%s", run.root, changes)
     run.describe_environment(seed=config.training.seed, device=device)
 
 
@@ -132,12 +131,14 @@ def _set_up(
     init: Path | None,
     processes: Processes,
 ) -> tuple[MaskRCNN, TrainingState, int]:
-    """What training starts from, or goes on from, and the iterations that it has behind it."""
-    # A run that was stopped before its first checkpoint resumes at its beginning.
+    """Return the model, the training state, and the number of finished training steps."""
+    # A run that was stopped before its first checkpoint resumes from iteration 0.
     checkpoint = run.last_checkpoint() if resume else None
     start = checkpoint.iteration if checkpoint else 0
     if processes.any(start != processes.broadcast(start)):
-        raise InputError(f"{run.root}: the processes read different checkpoints; all must see this folder")
+        raise InputError(
+            f"{run.root}: the processes read different checkpoints; the folder must be on a shared file system"
+        )
     device = processes.device
     seed_generators(config.training.seed)
     model = config.model.build(len(classes), pretrained=checkpoint is None and init is None).to(device)
@@ -158,8 +159,8 @@ def _set_up(
     return model, state, start
 
 
-def _leave_it_to_the_main_process(iteration: int) -> None:
-    """What other processes do in place of saving: they have nothing that the main one lacks."""
+def _save_nothing(iteration: int) -> None:
+    """Do nothing: only the main process saves checkpoints."""
 
 
 def _step(
@@ -197,7 +198,7 @@ def _training_batches(
 
 
 class _Evaluator:
-    """Measures the model, and the average of its weights if there is one; the processes share the images."""
+    """Evaluates the model and its averaged weights, if any. The images are divided among the processes."""
 
     def __init__(
         self,
@@ -214,57 +215,64 @@ class _Evaluator:
         self._validation, self._processes, self._checkpoints = validation, processes, checkpoints
 
     def __call__(self, iteration: int) -> Measurement:
-        """Evaluate after `iteration` steps."""
+        """Evaluate the model after `iteration` training steps and update `best.pt`."""
         logger.info("evaluating after iteration %d on %d images", iteration, len(self._validation))
-        found = self._measure(self._run.evaluation)
+        measurement = self._measure(self._run.evaluation)
         if self._config.evaluation.losses:
             losses = validation_losses(self._config, self._predictor, self._validation, self._processes)
-            found = found._replace(losses=losses)
+            measurement = measurement._replace(losses=losses)
         if self._average is not None:
             with self._average.applied():
-                found = found.with_average(self._measure(self._run.evaluation / "average"))
+                measurement = measurement.with_average(self._measure(self._run.evaluation / "average"))
         if self._processes.is_main:
-            self._checkpoints.keep_best(iteration, found.metrics)
+            self._checkpoints.keep_best(iteration, measurement.metrics)
             pictures = preview_pictures(self._config, self._predictor, self._validation)
-            found = found._replace(pictures=pictures)
-        return found
+            measurement = measurement._replace(pictures=pictures)
+        return measurement
 
     def is_over(self) -> bool:
-        """Whether as many evaluations as there is patience for were no better than the best before them."""
+        """Return True after `patience` evaluations without improvement."""
         patience = self._config.training.patience
         if patience is None:
             return False
-        return self._processes.broadcast(self._processes.is_main and self._since_best() >= patience)
+        return self._processes.broadcast(self._processes.is_main and self._evaluations_since_best() >= patience)
 
-    def _since_best(self) -> int:
-        best = self._checkpoints.best_iteration
+    def _evaluations_since_best(self) -> int:
+        best_iteration = self._checkpoints.best_iteration
         records = read_records(self._run.metrics)
-        return sum(record["kind"] == "evaluation" and record["iteration"] > best for record in records)
+        return sum(record["kind"] == "evaluation" and record["iteration"] > best_iteration for record in records)
 
     def _measure(self, out: Path) -> Measurement:
-        found, images_per_second = evaluate_predictor(
+        evaluation, images_per_second = evaluate_predictor(
             self._config, self._predictor, self._validation, out, self._processes
         )
-        return Measurement(found.summary(), images_per_second, found.class_summary())
+        return Measurement(evaluation.summary(), images_per_second, evaluation.class_summary())
 
 
 class Repeated(NamedTuple):
-    """A step that was computed again, without taking it."""
+    """The losses and gradients of a replayed training step. The weights are not updated."""
 
     losses: dict[str, float]
     gradient_norm: float
-    broken: dict[str, float]  # parameters with numbers in their gradient that are not finite, and the share of these
+    broken: dict[str, float]  # fraction of gradient elements that are not finite, for each parameter that has any
 
     @property
     def finite(self) -> bool:
-        """Whether the step could be taken."""
+        """Whether all losses and gradients are finite."""
         return not self.broken and all(map(math.isfinite, (*self.losses.values(), self.gradient_norm)))
 
 
 def repeat_step(replay: Replay, source: str, device: torch.device, *, precision: Precision | None = None) -> Repeated:
-    """Compute the losses and gradients of a stored step; `precision` is the run's unless given.
+    """Compute the losses and gradients of a stored training step again.
 
-    Raises InputError, which names `source`, where the stored weights are not of the stored configuration's model.
+    Args:
+        replay: the stored step.
+        source: name of the file in error messages.
+        device: where to compute.
+        precision: autocast precision; None uses that of the run.
+
+    Raises:
+        InputError: the stored weights do not match the model of the stored configuration.
     """
     config = ExperimentConfig.model_validate_json(json.dumps(replay.config))
     model = config.model.build(len(replay.classes), pretrained=False).to(device)
@@ -274,31 +282,39 @@ def repeat_step(replay: Replay, source: str, device: torch.device, *, precision:
     step = TrainingStep(state, Processes(device), precision=precision or config.training.precision)
     losses = [float(term) for term in step.gradients(replay.batches)]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    broken = {name: 1 - gradient.isfinite().float().mean().item() for name, gradient in gradients.items()}
+    non_finite = {name: 1 - gradient.isfinite().float().mean().item() for name, gradient in gradients.items()}
     return Repeated(
         dict(zip(Losses._fields, losses, strict=True)),
         float(clip_gradients(optimizer, None)),
-        {name: share for name, share in broken.items() if share > 0},
+        {name: fraction for name, fraction in non_finite.items() if fraction > 0},
     )
 
 
 def make_deterministic() -> None:
-    """Let torch refuse operations whose result may differ from run to run (docs/reliability.md has the limits)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    """Make torch use deterministic algorithms and raise an error where there are none.
+
+    docs/reliability.md describes the limits.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
-    """Take what fits from a checkpoint; class rows go by class name, and the log tells what was kept.
+    """Load the matching weights of a checkpoint, class-specific rows by class name, and log what was loaded.
+
+    Args:
+        model: the model to load into.
+        weights: path of the checkpoint.
+        classes: class table of the model.
 
     Raises:
-        InputError: it is no checkpoint, or nothing of it fits.
+        InputError: the file is not a checkpoint, or none of its weights match.
     """
     checkpoint = load_checkpoint(weights)
     report = load_weights(
         model, checkpoint.model, source=str(weights), source_classes=checkpoint.classes, classes=classes
     )
     if not report.loaded:
-        raise InputError(f"{weights}: nothing in it fits the model\n{report.describe()}")
+        raise InputError(f"{weights}: no weights match the model\n{report.describe()}")
     logger.info("%s", report.describe())

@@ -1,7 +1,8 @@
-"""Pictures for people: objects drawn over an image, two pictures side by side, many on one sheet.
+"""Visualization: masks, boxes and labels drawn on images, side-by-side comparisons and contact sheets.
 
-Everything takes and returns RGB images, (H, W, 3) uint8 arrays. Boxes are `(x1, y1, x2, y2)` in continuous pixels of
-the image that is drawn on.
+All images are RGB, (H, W, 3) uint8. Boxes are `(x1, y1, x2, y2)` in continuous pixels of the image.
+
+Shapes: H, W image height and width; G objects; K classes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from maskrcnn.structures import MaskCrop
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# Okabe and Ito's seven colours, which colour-blind people can tell apart, and three of Paul Tol's for more classes.
+# The seven colours of Okabe and Ito, which are colour-blind safe, and three of Paul Tol's.
 PALETTE: tuple[Colour, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -36,11 +37,11 @@ IGNORED: Colour = (160, 160, 160)
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
-LEGIBLE_SIDE = 320  # an image is enlarged until its longer side has at least so many pixels
+LEGIBLE_SIDE = 320  # minimum length of the longer image side, in pixels; smaller images are enlarged
 FONT_SIZE = 11
 TITLE_SIZE = 15
-GAP = 8  # between pictures
-OPACITY = 0.4  # of the masks' fill
+GAP = 8  # pixels between images of a sheet
+OPACITY = 0.4  # of the mask fill
 
 
 def draw_objects(
@@ -53,17 +54,17 @@ def draw_objects(
     *,
     scale: int | None = None,
 ) -> np.ndarray:
-    """Draw masks, boxes and captions over an image; each class has its colour.
+    """Draw masks, boxes and captions on an image, in one colour per class. The first object is drawn on top.
 
     Args:
         image: (H, W, 3) uint8 RGB; it is not changed.
         boxes: (G, 4).
-        labels: (G,), 1..K; anything below 1 is drawn in grey as "ignored".
-        masks: G masks, each cropped, or a full-size (H, W) bool array; or none at all, to draw boxes only.
+        labels: (G,), 1..K; labels below 1 are drawn in grey as "ignored".
+        masks: G masks, each a crop or a full-size (H, W) bool array; empty to draw only boxes.
         names: K class names; label `i` is `names[i - 1]`.
-        scores: (G,), written behind the names. Objects are drawn with the first on top, as detections come best first.
-        scale: whole factor by which the picture is enlarged before drawing; by default as much as small images need
-            for their captions to be read.
+        scores: (G,), written after the class names.
+        scale: integer factor by which the image is enlarged before drawing; by default the smallest factor with which
+            the longer side has `LEGIBLE_SIDE` pixels.
 
     Returns:
         (scale * H, scale * W, 3) uint8 RGB.
@@ -73,13 +74,13 @@ def draw_objects(
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
     classes = [int(label) for label in np.asarray(labels)]
     colours = [class_colour(label) for label in classes]
-    assert len(masks) in (0, len(classes)), "a mask for each object, or none at all"
+    assert len(masks) in (0, len(classes)), "expected one mask per object, or no masks"
     for mask, colour in reversed(list(zip(masks, colours, strict=False))):
         _tint(picture, enlarge(_full_mask(mask, image.shape[:2]), scale), colour)
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     for (x1, y1, x2, y2), colour in reversed(list(zip(corners.tolist(), colours, strict=True))):
-        # The last pixel inside the box is the one before its right and bottom edge.
+        # The box ends at continuous coordinates x2 and y2, so its last pixels are x2 - 1 and y2 - 1.
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour)
     _draw_captions(draw, corners, _captions(classes, names, scores), colours)
     return np.array(canvas)
@@ -88,18 +89,18 @@ def draw_objects(
 def side_by_side(
     left: np.ndarray, right: np.ndarray, titles: tuple[str, str] = ("ground truth", "prediction")
 ) -> np.ndarray:
-    """Put two pictures beside each other, each under its title."""
+    """Return two images next to each other, each below its title."""
     return contact_sheet([_titled(left, titles[0]), _titled(right, titles[1])], columns=2)
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Lay pictures out in rows on white, in reading order, in cells of the largest picture's size.
+    """Return images arranged in rows on a white background; all cells have the size of the largest image.
 
     Args:
-        images: at least one (h, w, 3) uint8 RGB picture; sizes may differ.
-        columns: pictures per row.
+        images: at least one (h, w, 3) uint8 RGB image; sizes may differ.
+        columns: images per row.
     """
-    assert images, "a sheet needs a picture"
+    assert images, "expected at least one image"
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     height = GAP + max(image.shape[0] for image in images)
@@ -113,12 +114,12 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB to a file, in the format that its suffix names."""
+    """Write an (H, W, 3) uint8 RGB image to a file; the suffix selects the format."""
     Image.fromarray(image).save(path)
 
 
 def shrink(image: np.ndarray, longest: int) -> np.ndarray:
-    """Resize a picture so that no side is longer than `longest` pixels; a small one comes back as it is."""
+    """Reduce an image so that its longer side is at most `longest` pixels; a smaller image is returned unchanged."""
     factor = longest / max(image.shape[:2])
     if factor >= 1:
         return image
@@ -127,12 +128,12 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """Repeat every pixel `scale` times along both axes; always a copy."""
+    """Return a copy with every pixel repeated `scale` times along both axes."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def class_colour(label: int) -> Colour:
-    """Return the colour of a class, from 1 on; grey below."""
+    """Return the colour of a label, 1..K; grey for labels below 1."""
     return PALETTE[(label - 1) % len(PALETTE)] if label > 0 else IGNORED
 
 
@@ -147,12 +148,12 @@ def _full_mask(mask: MaskCrop | np.ndarray, size: tuple[int, int]) -> np.ndarray
 
 
 def _tint(picture: np.ndarray, mask: np.ndarray, colour: Colour) -> None:
-    """Lay a translucent colour over a mask, and an opaque line on the mask's outermost pixels."""
+    """Blend a colour into the pixels of a mask and draw the mask outline, in place."""
     blended = picture[mask] * (1 - OPACITY) + np.array(colour) * OPACITY
     picture[mask] = np.rint(blended).astype(np.uint8)
     padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    picture[mask & ~inner] = colour
+    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    picture[mask & ~interior] = colour
 
 
 def _captions(labels: list[int], names: Sequence[str], scores: ArrayLike | Tensor | None) -> list[str]:
@@ -163,22 +164,22 @@ def _captions(labels: list[int], names: Sequence[str], scores: ArrayLike | Tenso
 
 
 def _draw_captions(draw: ImageDraw.ImageDraw, corners: np.ndarray, captions: list[str], colours: list[Colour]) -> None:
-    """Write each caption near its box, where it hides the fewest others; the first ones choose first."""
+    """Draw each caption near its box, at the position with the smallest overlap with the previous captions."""
     font = ImageFont.load_default(size=FONT_SIZE)
-    taken: list[Rectangle] = []
+    drawn: list[Rectangle] = []
     for box, caption, colour in zip(corners.tolist(), captions, colours, strict=True):
         _, _, right, _ = font.getbbox(caption)
         width, height = right + 4, FONT_SIZE + 3
-        places = _places(box, width, height, draw.im.size)
-        place = min(places, key=lambda candidate: sum(_overlap(candidate, other) for other in taken))
-        taken.append(place)
-        x, y = place[:2]
+        candidates = _places(box, width, height, draw.im.size)
+        rectangle = min(candidates, key=lambda candidate: sum(_overlap(candidate, other) for other in drawn))
+        drawn.append(rectangle)
+        x, y = rectangle[:2]
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-        draw.text((x + 2, y + height // 2), caption, fill=_ink(colour), font=font, anchor="lm")
+        draw.text((x + 2, y + height // 2), caption, fill=_text_colour(colour), font=font, anchor="lm")
 
 
 def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> Iterator[Rectangle]:
-    """Yield rectangles for a caption, best first: above the box, below it, then inside; never beyond the picture."""
+    """Yield candidate rectangles for a caption, best first: above, below, then inside the box; all inside the image."""
     x1, y1, x2, y2 = box
     for y in (y1 - height, y2, y1, y2 - height):
         for x in (x1, x2 - width):
@@ -187,20 +188,20 @@ def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) 
 
 
 def _overlap(first: Rectangle, second: Rectangle) -> float:
-    """Return the area that two rectangles share."""
+    """Return the intersection area of two rectangles."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _ink(background: Colour) -> Colour:
-    """Return black or white, whichever is read better on the colour (luma of ITU-R BT.601)."""
+def _text_colour(background: Colour) -> Colour:
+    """Return black or white, whichever has more contrast to the background (luma of ITU-R BT.601)."""
     red, green, blue = background
     return BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else WHITE
 
 
 def _titled(image: np.ndarray, title: str) -> np.ndarray:
-    """Add a white strip with a title above the picture."""
+    """Return the image with a title on a white strip above it."""
     strip = TITLE_SIZE + 8
     canvas = Image.new("RGB", (image.shape[1], image.shape[0] + strip), WHITE)
     canvas.paste(Image.fromarray(image), (0, strip))

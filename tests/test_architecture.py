@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, how long a function may be, what is typed and documented."""
+"""Rules for the whole code base: import layers, function length, type hints and docstrings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-LONGEST_FUNCTION = 60  # lines, with signature and docstring
+LONGEST_FUNCTION = 60  # lines, including signature and docstring
 
-# A part is a subpackage or a module of `maskrcnn`, or the folder of the tools. It imports from parts above it in this
-# list, and from itself. Two parts on one line do not know each other.
-FLOORS = (
+# The layers, lowest first. A part is a subpackage or module of `maskrcnn`, or the folder `tools`. It may import from
+# itself and from parts in lower layers, which come earlier in this list, but not from other parts of its own layer.
+LAYERS = (
     {"errors"},
     {"structures", "config", "cli", "memory"},
     {"ops"},
@@ -33,7 +33,7 @@ FLOORS = (
 class Import(NamedTuple):
     importer: str  # dotted name of the module
     line: int
-    imported: str  # dotted name, of a module or of a thing in one
+    imported: str  # dotted name of a module or of an object in a module
 
 
 def modules() -> dict[str, Path]:
@@ -49,7 +49,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, 
 
 
 def imports_of(module: str, tree: ast.Module) -> Iterator[Import]:
-    """Every import of the project's own, also those inside functions."""
+    """Yield every import of a module of this project, including imports inside functions."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -63,24 +63,25 @@ def imports_of(module: str, tree: ast.Module) -> Iterator[Import]:
 
 
 def part(name: str) -> str:
-    """`maskrcnn.ops.boxes.box_area` is in part `ops`, `tools.train` in `tools`."""
-    first, *rest = name.split(".")
-    return first if first == "tools" else rest[0]
+    """Return `ops` for `maskrcnn.ops.boxes.box_area`, and `tools` for `tools.train`."""
+    package, *rest = name.split(".")
+    return package if package == "tools" else rest[0]
 
 
-def height(name: str) -> int:
-    return next(index for index, floor in enumerate(FLOORS) if part(name) in floor)
+def layer(name: str) -> int:
+    return next(index for index, parts in enumerate(LAYERS) if part(name) in parts)
 
 
-def misplaced(found: Import) -> bool:
-    return part(found.imported) != part(found.importer) and height(found.imported) >= height(found.importer)
+def breaks_layers(statement: Import) -> bool:
+    source, target = statement.importer, statement.imported
+    return part(target) != part(source) and layer(target) >= layer(source)
 
 
-IMPORTS = [found for name, tree in TREES.items() for found in imports_of(name, tree)]
+IMPORTS = [statement for name, tree in TREES.items() for statement in imports_of(name, tree)]
 
 
 def module_of(name: str) -> str:
-    """The module that `from a import b` loads: `a.b` if that is a module, else `a`."""
+    """Return the module that `from a import b` loads: `a.b` if that is a module, otherwise `a`."""
     return name if name in MODULES else name.rpartition(".")[0]
 
 
@@ -92,7 +93,7 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 
 
 def public_definitions(name: str, body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """Functions and classes that others may use, and the public methods of these classes."""
+    """Yield public functions and classes, and the public methods of these classes."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield f"{name}.{node.name}:{node.lineno}", node
@@ -100,15 +101,19 @@ def public_definitions(name: str, body: list[ast.stmt]) -> Iterator[tuple[str, a
                 yield from public_definitions(f"{name}.{node.name}", node.body)
 
 
-def test_every_module_has_a_place() -> None:
+def test_every_module_has_a_layer() -> None:
     parts = {part(name) for name in MODULES if name != "maskrcnn"}
-    assert parts == set.union(*FLOORS), "a new part needs its place in FLOORS, a removed one leaves it"
+    assert parts == set.union(*LAYERS), "LAYERS must list exactly the existing parts"
 
 
-def test_a_module_imports_from_below_alone() -> None:
+def test_modules_import_only_from_lower_layers() -> None:
     assert len(IMPORTS) > 50
-    wrong = [f"{found.importer}:{found.line} imports {found.imported}" for found in IMPORTS if misplaced(found)]
-    assert not wrong, "not from a floor below:\n" + "\n".join(wrong)
+    wrong = [
+        f"{statement.importer}:{statement.line} imports {statement.imported}"
+        for statement in IMPORTS
+        if breaks_layers(statement)
+    ]
+    assert not wrong, "not from a lower layer:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
@@ -122,41 +127,43 @@ def test_a_module_imports_from_below_alone() -> None:
         ("maskrcnn.cli", "tools.train.main", True),
     ],
 )
-def test_the_rule_tells_right_from_wrong(importer: str, imported: str, wrong: bool) -> None:
-    assert misplaced(Import(importer, 1, imported)) == wrong
+def test_the_layer_rule(importer: str, imported: str, wrong: bool) -> None:
+    assert breaks_layers(Import(importer, 1, imported)) == wrong
 
 
-def test_the_tools_stand_alone() -> None:
-    assert not [found for found in IMPORTS if part(found.importer) == part(found.imported) == "tools"]
+def test_tools_do_not_import_tools() -> None:
+    assert not [statement for statement in IMPORTS if part(statement.importer) == part(statement.imported) == "tools"]
 
 
-def test_no_circle_of_imports() -> None:
-    graph = {name: {module_of(found.imported) for found in IMPORTS if found.importer == name} for name in MODULES}
+def test_no_import_cycles() -> None:
+    graph = {
+        name: {module_of(statement.imported) for statement in IMPORTS if statement.importer == name} for name in MODULES
+    }
     assert all(imported in MODULES for targets in graph.values() for imported in targets)
-    assert list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
 def test_no_function_is_too_long() -> None:
-    lengths = {place: (node.end_lineno or 0) - node.lineno + 1 for place, node in functions()}
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
     assert len(lengths) > 200
-    too_long = [f"{place} has {length} lines" for place, length in lengths.items() if length > LONGEST_FUNCTION]
+    too_long = [f"{name} has {length} lines" for name, length in lengths.items() if length > LONGEST_FUNCTION]
     assert not too_long, "\n".join(too_long)
 
 
 def test_every_function_is_typed() -> None:
     untyped = []
-    for place, node in functions():
+    for name, node in functions():
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-        bare = [arg.arg for arg in arguments if arg and not arg.annotation and arg.arg not in ("self", "cls")]
-        bare += ["return"] if node.returns is None else []
-        untyped += [f"{place}: {', '.join(bare)}"] if bare else []
+        missing = [arg.arg for arg in arguments if arg and not arg.annotation and arg.arg not in ("self", "cls")]
+        missing += ["return"] if node.returns is None else []
+        untyped += [f"{name}: {', '.join(missing)}"] if missing else []
     assert not untyped, "\n".join(untyped)
 
 
 def test_everything_public_is_documented() -> None:
-    bare = [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
-    for name, tree in TREES.items():
-        for place, node in public_definitions(name, tree.body):
+    undocumented = [module for module, tree in TREES.items() if not ast.get_docstring(tree)]
+    for module, tree in TREES.items():
+        for name, node in public_definitions(module, tree.body):
             assert isinstance(node, ast.FunctionDef | ast.ClassDef)
-            bare += [] if ast.get_docstring(node) else [place]
-    assert not bare, "\n".join(bare)
+            undocumented += [] if ast.get_docstring(node) else [name]
+    assert not undocumented, "\n".join(undocumented)

@@ -30,10 +30,10 @@ def test_the_configuration_and_its_overrides() -> None:
     assert parse("x.yaml").overrides == []  # the default is not shared between calls
 
 
-def test_wrong_arguments_leave_with_two() -> None:
-    with pytest.raises(SystemExit) as left:
+def test_wrong_arguments_exit_with_status_2() -> None:
+    with pytest.raises(SystemExit) as exited:
         parse()
-    assert left.value.code == 2
+    assert exited.value.code == 2
 
 
 def done() -> None:
@@ -57,17 +57,17 @@ def interrupted() -> None:
     ],
 )
 def test_exit_status(main: Callable[[], None], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         run(main)
-    assert left.value.code == status
+    assert exited.value.code == status
     assert capsys.readouterr() == ("", message)
 
 
-def test_what_is_not_the_users_fault_keeps_its_traceback() -> None:
+def test_other_exceptions_keep_their_traceback() -> None:
     def broken() -> None:
-        raise ValueError("a defect of ours")
+        raise ValueError("a bug")
 
-    with pytest.raises(ValueError, match="a defect of ours"):
+    with pytest.raises(ValueError, match="a bug"):
         run(broken)
 
 
@@ -97,19 +97,19 @@ def test_a_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.usefixtures("logging_restored")
 def test_a_line_does_not_run_into_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", screen)
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
     setup_logging()
-    with tqdm(total=2, file=screen, ncols=40, leave=False) as bar:
+    with tqdm(total=2, file=stderr, ncols=40, leave=False) as bar:
         bar.update()
         logging.getLogger("maskrcnn").info("step 1")
-    shown = screen.getvalue()
-    assert re.search(r"\r +\rstep 1\n", shown)  # the bar was wiped before the line was written
+    output = stderr.getvalue()
+    assert re.search(r"\r +\rstep 1\n", output)  # the bar is cleared before the line is written
 
 
 @pytest.mark.usefixtures("logging_restored")
-def test_of_several_processes_the_first_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_show_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(process=3)
-    logging.getLogger("maskrcnn.something").info("unheard")
+    logging.getLogger("maskrcnn.something").info("hidden")
     logging.getLogger("maskrcnn.something").warning("careful")
     assert capsys.readouterr().err == "process 3: careful\n"

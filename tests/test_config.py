@@ -67,7 +67,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write files into one folder and return the path of the last."""
+    """Return a function that writes files into one folder and returns the path of the last."""
 
     def write_files(**files: str) -> Path:
         path = tmp_path
@@ -84,15 +84,14 @@ def load(path: Path, *overrides: str) -> Experiment:
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
-    """Return the lines of the message, without its first and with the folder cut out."""
-    with pytest.raises(InputError) as caught:
-        load(path, *overrides)
-    first, *rest = str(caught.value).replace(f"{path.parent}/", "").split("\n")
-    assert first == f"{path.name}: {len(rest)} problem{'s' if len(rest) > 1 else ''}"
-    return [line.strip() for line in rest]
+    """Return the lines of the error message after the first, without the folder in paths."""
+    first, *lines = refusal(path, *overrides).split("\n")
+    assert first == f"{path.name}: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return [line.strip() for line in lines]
 
 
 def refusal(path: Path, *overrides: str) -> str:
+    """Return the error message without the folder in paths."""
     with pytest.raises(InputError) as caught:
         load(path, *overrides)
     return str(caught.value).replace(f"{path.parent}/", "")
@@ -118,7 +117,7 @@ def test_base_is_relative_to_the_file_that_names_it(write: Write, tmp_path: Path
     assert load(write(top="base: parts/all.yaml")).classes == 5
 
 
-def test_one_part_may_be_reached_by_two_ways(write: Write) -> None:
+def test_a_file_may_be_a_base_twice(write: Write) -> None:
     path = write(root=MINIMAL, left="base: root.yaml", right="base: root.yaml", top="base: [left.yaml, right.yaml]")
     assert load(path).classes == 3
 
@@ -134,7 +133,7 @@ def test_mappings_merge_deeply_and_lists_are_replaced(write: Write) -> None:
 @pytest.mark.parametrize(
     ("child", "expected"),
     [
-        ("{kind: roi_pool}", Pool()),  # sampling_ratio of the other kind goes, and so does size
+        ("{kind: roi_pool}", Pool()),  # drops size and sampling_ratio of the other kind
         ("{kind: roi_pool, size: 3}", Pool(size=3)),
         ("{kind: roi_align, size: 3}", Align(size=3, sampling_ratio=2)),
         ("{size: 3}", Align(size=3, sampling_ratio=2)),
@@ -288,19 +287,19 @@ def test_wrong_choices(write: Write, line: str, message: str) -> None:
 
 
 def test_a_literal_outside_a_union_has_suggestions(write: Write) -> None:
-    class Only(Section):
+    class ModeConfig(Section):
         mode: Literal["train", "test"]
 
     with pytest.raises(InputError, match="mode: 'tain' is not one of train, test; did you mean 'train'"):
-        load_config(write(top="mode: tain"), Only)
+        load_config(write(top="mode: tain"), ModeConfig)
 
 
-def test_a_validator_speaks_with_the_path_of_its_section(write: Write) -> None:
+def test_a_validator_error_has_the_path_of_its_section(write: Write) -> None:
     (line,) = problems(write(top=f"{MINIMAL}optimizer: {{steps: [5]}}"))
     assert line == "optimizer: warmup (10) must end before the first step (5) [top.yaml:3]"
 
 
-def test_a_validator_of_the_whole_speaks_without_a_path(write: Write) -> None:
+def test_a_validator_error_of_the_whole_has_no_path(write: Write) -> None:
     path = write(top="warmup: 99")
     with pytest.raises(InputError) as caught:
         load_config(path, Optimizer)
@@ -353,11 +352,11 @@ def test_a_duplicate_in_a_base_is_found(write: Write) -> None:
         ),
         (
             {"top": "base: top.yaml"},
-            "top.yaml: base files must not lead back to themselves: top.yaml -> top.yaml",
+            "top.yaml: base files must not form a cycle: top.yaml -> top.yaml",
         ),
         (
             {"a": "base: b.yaml", "b": "base: top.yaml", "top": "base: a.yaml"},
-            "top.yaml: base files must not lead back to themselves: top.yaml -> a.yaml -> b.yaml -> top.yaml",
+            "top.yaml: base files must not form a cycle: top.yaml -> a.yaml -> b.yaml -> top.yaml",
         ),
     ],
 )
@@ -369,7 +368,7 @@ def test_a_file_that_is_absent_a_folder_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert refusal(tmp_path / "no.yaml") == "no.yaml: cannot read the file: No such file or directory"
     assert "Is a directory" in refusal(tmp_path)
-    assert refusal(tmp_path / "binary.yaml") == "binary.yaml: the file is not text in UTF-8"
+    assert refusal(tmp_path / "binary.yaml") == "binary.yaml: the file is not UTF-8 text"
 
 
 def test_an_empty_file_is_an_empty_mapping(write: Write) -> None:

@@ -1,4 +1,4 @@
-"""Every YAML that we ship is read, built, shrunken, and takes a step; so does each with the other RoI layer."""
+"""Every YAML file of the project is read, built at a small size, and trained for one step with each RoI layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 PARTS = [path for path in FILES if path.is_relative_to(CONFIGS / "base")]
 ABLATIONS = [path for path in FILES if path.is_relative_to(CONFIGS / "ablations")]
 EXPERIMENTS = [path for path in FILES if path not in PARTS and path not in ABLATIONS]
-REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # what parts that no experiment uses are tried on
+REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # the base for parts that no experiment uses
 
 TINY = [
     "data.train={kind: shapes, length: 4, height: 64, width: 64}",
@@ -44,7 +44,7 @@ TINY = [
     "model.detection.score_threshold=0.0",
     "training.batch_size=2",
     "training.workers=0",
-    "training.schedule={kind: multi_step, iterations: 1, steps: [], warmup_iterations: 0}",  # 1x and 3x are one
+    "training.schedule={kind: multi_step, iterations: 1, steps: [], warmup_iterations: 0}",  # makes 1x and 3x equal
 ]
 
 
@@ -56,9 +56,9 @@ each_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
 
 
 def bases(path: Path) -> set[Path]:
-    """All files that a YAML builds upon."""
-    named = yaml.safe_load(path.read_text()).get("base", [])
-    direct = {(path.parent / base).resolve() for base in ([named] if isinstance(named, str) else named)}
+    """Return all direct and indirect base files."""
+    names = yaml.safe_load(path.read_text()).get("base", [])
+    direct = {(path.parent / base).resolve() for base in ([names] if isinstance(names, str) else names)}
     return direct.union(*(bases(base) for base in direct))
 
 
@@ -82,24 +82,24 @@ def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> B
     return batch
 
 
-def learning_parts(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The parameters that learn, by part; of large ones the beginning."""
-    parts = {
-        part: [p.detach().flatten()[:1000] for p in child.parameters() if p.requires_grad]
-        for part, child in model.named_children()
+def trainable_parameters(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Return the first 1000 elements of each trainable parameter, by submodule."""
+    parameters = {
+        name: [p.detach().flatten()[:1000] for p in child.parameters() if p.requires_grad]
+        for name, child in model.named_children()
     }
-    return {part: values for part, values in parts.items() if values}
+    return {name: tensors for name, tensors in parameters.items() if tensors}
 
 
-def tame(model: nn.Module) -> None:
-    """Make frozen norms shrink what passes, as trained ones do: else each block of a deep net doubles the variance."""
+def scale_down_frozen_norms(model: nn.Module) -> None:
+    """Halve the output of frozen norms: with unit weights, each block of a deep network doubles the variance."""
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.weight.fill_(0.5)
 
 
 def check_step(config: ExperimentConfig) -> None:
-    """Build, train for one step, detect. Models that several files share are tried once."""
+    """Build the model, train it for one step, detect. Equal configurations are checked once."""
     _check_step(config.model_dump_json())
 
 
@@ -108,10 +108,10 @@ def _check_step(text: str) -> None:
     config = ExperimentConfig.model_validate_json(text)
     torch.manual_seed(0)
     model = config.model.build(len(config.data.train.build().classes))
-    tame(model)
+    scale_down_frozen_norms(model)
     optimizer = config.training.optimizer.build(model, batch_size=2)
     batch = first_batch(config, model, 2)
-    before = {part: [value.clone() for value in values] for part, values in learning_parts(model).items()}
+    before = {name: [tensor.clone() for tensor in tensors] for name, tensors in trainable_parameters(model).items()}
 
     step = TrainingStep(
         TrainingState(model, optimizer),
@@ -119,20 +119,20 @@ def _check_step(text: str) -> None:
         precision=config.training.precision,
         clip_norm=config.training.clip_norm,
     )
-    found = step([batch], 1)
+    result = step([batch], 1)
 
-    assert len(found.losses) == 5
-    assert min(found.losses.values()) >= 0
-    assert found.gradient_norm > 0
+    assert len(result.losses) == 5
+    assert min(result.losses.values()) >= 0
+    assert result.gradient_norm > 0
     assert not [key for key, p in model.named_parameters() if p.requires_grad == (p.grad is None)]
-    after = learning_parts(model)
+    after = trainable_parameters(model)
     assert after.keys() >= {"backbone", "rpn", "box_head", "mask_head"}
-    for part, values in after.items():
-        assert not all(map(torch.equal, values, before[part])), f"{part} did not move"
+    for name, tensors in after.items():
+        assert not all(map(torch.equal, tensors, before[name])), f"{name} did not change"
 
-    detected = model.eval().detect(batch.images)
-    assert detected.valid.any()
-    assert all(t.isfinite().all() for t in (detected.boxes, detected.scores[detected.valid], detected.masks))
+    detections = model.eval().detect(batch.images)
+    assert detections.valid.any()
+    assert all(t.isfinite().all() for t in (detections.boxes, detections.scores[detections.valid], detections.masks))
 
 
 def test_there_are_files() -> None:
@@ -179,16 +179,16 @@ def test_a_part_is_used_or_can_be(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem.endswith("_roi_pool")], ids=name)
 def test_a_pair_differs_in_the_roi_layer_alone(path: Path) -> None:
     pair = [path, path.with_name(path.name.replace("_roi_pool", "_roi_align"))]
-    pool, align = (to_dict(load_config(one, ExperimentConfig)) for one in pair)
-    changed = differences(pool, align)
-    assert changed
-    assert all(line.startswith("model.roi.") for line in changed)
+    pool, align = (to_dict(load_config(config_path, ExperimentConfig)) for config_path in pair)
+    lines = differences(pool, align)
+    assert lines
+    assert all(line.startswith("model.roi.") for line in lines)
 
 
 @each_experiment
 def test_an_experiment_opens_with_its_command(path: Path) -> None:
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"python tools/train.py configs/{name(path)}" in line for line in head)
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"python tools/train.py configs/{name(path)}" in line for line in comments)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=name)
@@ -201,8 +201,8 @@ def test_every_variant_of_an_ablation_takes_a_step(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=name)
 def test_an_ablation_opens_with_its_command(path: Path) -> None:
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"python tools/ablate.py configs/{name(path)}" in line for line in head)
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"python tools/ablate.py configs/{name(path)}" in line for line in comments)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_values_out_of_range_are_refused(override: str) -> None:
 
 
 def test_a_region_that_stage_5_halves_has_an_even_side() -> None:
-    odd = ["model.box_head.pool_size=7", "model.mask_head.pool_size=7"]
+    odd_sizes = ["model.box_head.pool_size=7", "model.mask_head.pool_size=7"]
     with pytest.raises(InputError, match="an even pool_size"):
-        load_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd)
+        load_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd_sizes)
 
 
 # The schema for editors.

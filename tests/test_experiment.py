@@ -1,4 +1,4 @@
-"""Training, evaluation and prediction as a whole, on scenes so small that it takes seconds."""
+"""Whole training, evaluation and prediction runs on small generated images."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def train(config: ExperimentConfig, out: Path, *, resume: bool = False, init: Pa
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, with its checkpoint after two steps beside it."""
+    """A finished run. The checkpoint after two steps is beside its folder."""
     folder = tmp_path_factory.mktemp("experiment")
     save = CheckpointFolder.save
 
-    def save_both(self: CheckpointFolder, iteration: int) -> None:
+    def save_and_copy(self: CheckpointFolder, iteration: int) -> None:
         save(self, iteration)
         shutil.copy(self.last, folder / f"{iteration}.pt")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointFolder, "save", save_both)
+        patch.setattr(CheckpointFolder, "save", save_and_copy)
         train(load(folder), folder / "run")
     return folder / "run"
 
@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Training.
 
 
-def test_a_run_leaves_everything_behind(run: Path) -> None:
+def test_a_run_writes_all_files(run: Path) -> None:
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     events = {name for name in files if name.startswith("tensorboard/events")}
     assert len(events) == 1
@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_behind(run: Path) -> None:
     assert load_config(run / "config.yaml", ExperimentConfig) == load(run.parent)
 
 
-def test_steps_and_evaluations_are_on_record(run: Path) -> None:
+def test_steps_and_evaluations_are_recorded(run: Path) -> None:
     records = read_records(run / "metrics.jsonl")
     assert [(record["kind"], record["iteration"]) for record in records] == [
         ("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("train", 4), ("evaluation", 4),
@@ -113,20 +113,20 @@ def test_steps_and_evaluations_are_on_record(run: Path) -> None:
     assert stored["classes"].keys() == {"disc", "cross", "star"}
 
 
-def test_the_classes_travel_in_the_checkpoint(run: Path) -> None:
+def test_the_checkpoint_has_the_class_table(run: Path) -> None:
     checkpoint = load_checkpoint(run / "checkpoints" / "last.pt")
     assert checkpoint.iteration == LAST
     assert checkpoint.classes.names == ("disc", "cross", "star")
 
 
 def halfway(run: Path, out: Path) -> Path:
-    """The run as it was after two steps."""
+    """Copy the run with its checkpoint after two steps to `out`."""
     shutil.copytree(run, out)
     shutil.copy(run.parent / "2.pt", out / "checkpoints" / "last.pt")
     return out
 
 
-def test_a_resumed_run_ends_like_an_undisturbed_one(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
     other = halfway(run, tmp_path / "run")
     train(load(tmp_path), other, resume=True)
     assert "resuming after iteration 2" in (other / "train.log").read_text()
@@ -141,7 +141,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(run: Path, tmp_path: Path) -
 
 
 def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path: Path) -> None:
-    """One that was killed early must be able to go on, by the same command as any other."""
+    """A run that was killed early resumes with the same command as any other."""
     other = halfway(run, tmp_path / "run")
     for file in (other / "checkpoints").iterdir():
         file.unlink()
@@ -153,7 +153,7 @@ def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path
 def test_a_finished_run_does_nothing_more(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    monkeypatch.setattr(training_run, "evaluate_predictor", None)  # calling it fails
+    monkeypatch.setattr(training_run, "evaluate_predictor", None)  # a call raises TypeError
     train(load(tmp_path), other, resume=True)
     assert read_records(other / "metrics.jsonl") == read_records(run / "metrics.jsonl")
 
@@ -167,8 +167,8 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path: Path) -> None:
     train(load(tmp_path, "training.schedule.iterations=1"), tmp_path / "run")
 
 
-def test_what_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image 5 is broken: what was learnt before it came is kept, and a resumed run goes on there."""
+def test_an_image_that_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image 5 is broken: the steps before it are saved, and a resumed run continues there."""
     config = load(tmp_path)
     read = type(config.data.train.build()).__getitem__
     broken = 5
@@ -203,10 +203,10 @@ def test_the_best_metric_must_exist(tmp_path: Path) -> None:
         load(tmp_path, "evaluation.best_metric=mask/APP50")
 
 
-# Weights of another run.
+# Initial weights from another run.
 
 
-def test_weights_go_to_the_classes_of_their_name(run: Path, tmp_path: Path) -> None:
+def test_class_rows_are_loaded_by_class_name(run: Path, tmp_path: Path) -> None:
     config = load(
         tmp_path,
         "data.train.classes=[star, ring, disc, cross]",
@@ -220,8 +220,8 @@ def test_weights_go_to_the_classes_of_their_name(run: Path, tmp_path: Path) -> N
     assert "classes found by name: star, disc, cross" in log
     assert "classes new, keep the model's values: ring" in log
     before, after = load_checkpoint(source), load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    masks, own = before.model["mask_head.logits.weight"], after.model["mask_head.logits.weight"]
-    torch.testing.assert_close(own[[0, 2, 3]], masks[[2, 0, 1]])
+    source_rows, rows = before.model["mask_head.logits.weight"], after.model["mask_head.logits.weight"]
+    torch.testing.assert_close(rows[[0, 2, 3]], source_rows[[2, 0, 1]])
     torch.testing.assert_close(after.model["rpn.conv.weight"], before.model["rpn.conv.weight"])
     assert after.iteration == 1
 
@@ -237,23 +237,23 @@ def test_weights_of_which_nothing_fits_are_refused(run: Path, tmp_path: Path) ->
     foreign = tmp_path / "foreign.pt"
     content = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     torch.save({**content, "model": {"stem.weight": torch.zeros(3)}}, foreign)
-    with pytest.raises(InputError, match=r"foreign\.pt: nothing in it fits the model"):
+    with pytest.raises(InputError, match=r"foreign\.pt: no weights match the model"):
         train(load(tmp_path), tmp_path / "run", init=foreign)
 
 
 # Evaluation and prediction.
 
 
-def test_a_checkpoint_gives_the_figures_that_its_run_gave(run: Path, tmp_path: Path) -> None:
-    found = evaluate_checkpoint(load(tmp_path), run / "checkpoints" / "last.pt", tmp_path / "out", CPU)
+def test_evaluating_a_checkpoint_gives_the_metrics_of_its_run(run: Path, tmp_path: Path) -> None:
+    evaluation = evaluate_checkpoint(load(tmp_path), run / "checkpoints" / "last.pt", tmp_path / "out", CPU)
     stored = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == stored == found.to_dict()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == stored == evaluation.to_dict()
     assert (tmp_path / "out" / "results.json").read_text() == (run / "evaluation" / "results.json").read_text()
     assert (tmp_path / "out" / "predictions" / "overview.png").is_file()
 
 
 def test_a_model_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"last\.pt: these weights are not of this model") as refusal:
+    with pytest.raises(InputError, match=r"last\.pt: these weights do not match this model") as refusal:
         load_predictor(load(tmp_path, "model.box_head.width=32"), run / "checkpoints" / "last.pt", CPU)
     assert "box_head.trunk.1.weight: [16, 392] in the file, [32, 392] in the model" in str(refusal.value)
 
@@ -265,31 +265,31 @@ def test_a_dataset_of_other_classes_is_refused(run: Path, tmp_path: Path) -> Non
 
 
 class Renumbered:
-    """Scenes whose category ids are not those that the model was trained with."""
+    """A dataset with other category ids than the training set."""
 
     def __init__(self) -> None:
-        self.scenes = ShapesConfig(length=2, height=64, width=64, classes=("disc", "cross", "star")).build()
-        self.classes = ClassTable(self.scenes.classes.names, (70, 80, 90))
+        self.dataset = ShapesConfig(length=2, height=64, width=64, classes=("disc", "cross", "star")).build()
+        self.classes = ClassTable(self.dataset.classes.names, (70, 80, 90))
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.scenes, name)
+        return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
-        return self.scenes[index]
+        return self.dataset[index]
 
     def ground_truth(self) -> dict[str, Any]:
-        data = self.scenes.ground_truth()
-        ids = dict(zip(self.scenes.classes.category_ids, self.classes.category_ids, strict=True))
-        renamed = [{**category, "id": ids[category["id"]]} for category in data["categories"]]
-        moved = [{**entry, "category_id": ids[entry["category_id"]]} for entry in data["annotations"]]
-        return {**data, "categories": renamed, "annotations": moved}
+        data = self.dataset.ground_truth()
+        ids = dict(zip(self.dataset.classes.category_ids, self.classes.category_ids, strict=True))
+        categories = [{**category, "id": ids[category["id"]]} for category in data["categories"]]
+        annotations = [{**entry, "category_id": ids[entry["category_id"]]} for entry in data["annotations"]]
+        return {**data, "categories": categories, "annotations": annotations}
 
 
 def test_results_have_the_category_ids_of_the_annotations(run: Path, tmp_path: Path) -> None:
-    """Not those of the training set, of which only the names must be the same."""
+    """Only the class names must be the same as in the training set, not the category ids."""
     predictor = load_predictor(load(tmp_path), run / "checkpoints" / "last.pt", CPU)
     evaluate_predictor(load(tmp_path), predictor, Renumbered(), tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -309,7 +309,7 @@ def picture(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def test_own_images_of_any_size(predictor: Predictor, tmp_path: Path) -> None:
+def test_predicting_images_of_any_size(predictor: Predictor, tmp_path: Path) -> None:
     files = [picture(tmp_path / "in" / "b.jpg", 100, 50), picture(tmp_path / "in" / "a.PNG", 33, 70)]
     (tmp_path / "in" / "notes.txt").write_text("no image")
     results = json.loads(predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0).read_text())
@@ -331,8 +331,8 @@ def test_detections_below_the_score_are_left_out(predictor: Predictor, tmp_path:
 
 
 def test_images_of_one_name_do_not_replace_each_other(predictor: Predictor, tmp_path: Path) -> None:
-    same = [picture(tmp_path / "x" / "a.png", 64, 64), picture(tmp_path / "y" / "a.jpg", 64, 64)]
-    predict_images(predictor, [*same, picture(tmp_path / "y" / "b.png", 64, 64)], tmp_path / "out", min_score=0.5)
+    same_name = [picture(tmp_path / "x" / "a.png", 64, 64), picture(tmp_path / "y" / "a.jpg", 64, 64)]
+    predict_images(predictor, [*same_name, picture(tmp_path / "y" / "b.png", 64, 64)], tmp_path / "out", min_score=0.5)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a_1.png", "a_2.png", "b.png"}
 
 
@@ -357,17 +357,17 @@ def test_there_must_be_images(predictor: Predictor, tmp_path: Path) -> None:
         assert wrong in str(refusal.value)
 
 
-def test_a_predictor_finds_the_same_in_a_batch_and_alone(predictor: Predictor, tmp_path: Path) -> None:
+def test_detections_do_not_depend_on_the_batch_size(predictor: Predictor, tmp_path: Path) -> None:
     config = load(tmp_path)
     dataset = config.data.build_validation()
-    whole = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 3})})
-    for number, chosen in ((1, config), (3, whole)):
-        evaluate_predictor(chosen, replace(predictor), dataset, tmp_path / str(number))
+    batched = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 3})})
+    for number, experiment in ((1, config), (3, batched)):
+        evaluate_predictor(experiment, replace(predictor), dataset, tmp_path / str(number))
     one, three = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (1, 3))
     assert [result["image_id"] for result in one] == [result["image_id"] for result in three]
-    for alone, together in zip(one, three, strict=True):
-        assert alone["score"] == pytest.approx(together["score"], abs=1e-4)
-        assert alone["bbox"] == pytest.approx(together["bbox"], abs=1e-2)
+    for single, batched_result in zip(one, three, strict=True):
+        assert single["score"] == pytest.approx(batched_result["score"], abs=1e-4)
+        assert single["bbox"] == pytest.approx(batched_result["bbox"], abs=1e-2)
 
 
 # Devices.
@@ -380,6 +380,6 @@ def test_devices() -> None:
         choose_device("abacus")
 
 
-def test_a_gpu_that_is_not_there() -> None:
+def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(InputError, match="--device cuda:99: torch sees"):
         choose_device("cuda:99")

@@ -1,4 +1,4 @@
-"""The picture of the RoI layers and the tool that draws it."""
+"""The figure of the RoI layers, and the tool that draws it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Explain = Callable[..., np.ndarray]
 
 @pytest.fixture
 def explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Explain:
-    """Runs the tool in this process and returns the picture, (h, w, 3)."""
+    """Return a function that runs the tool in this process and returns the figure, (h, w, 3)."""
 
     def call(*arguments: object) -> np.ndarray:
         out = tmp_path / "new folder" / "roi.png"
@@ -49,7 +49,7 @@ def explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Explain:
 
 
 def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
-    """How many pixels have a colour; the tool may have reduced the colours a little."""
+    """Return the number of pixels with a colour, within the tolerance of the colour quantisation."""
     return int((np.abs(picture.astype(int) - colour).max(axis=2) <= 6).sum())
 
 
@@ -87,15 +87,15 @@ def test_it_draws_the_same_picture_again(explain: Explain):
     ],
 )
 def test_wrong_input_gives_one_clear_message(explain: Explain, arguments: tuple[str, ...], message: str):
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as error:
         explain(*arguments)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
 def photograph(tmp_path: Path) -> tuple[Path, Path]:
-    """An image of 80 x 120 pixels, and the experiment."""
+    """Return the paths of an image of 80 x 120 pixels and of an experiment."""
     pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     (tmp_path / "experiment.yaml").write_text(EXPERIMENT)
@@ -109,16 +109,16 @@ def test_an_image_is_read_by_the_configs_backbone(explain: Explain, photograph: 
 
 
 def test_the_map_is_the_one_that_the_box_head_reads(photograph: tuple[Path, Path]):
-    parts = runpy.run_path(str(TOOL))
-    model, transform, origin = parts["_load_model"](photograph[1], [], None)
+    tool = runpy.run_path(str(TOOL))
+    model, transform, origin = tool["_load_model"](photograph[1], [], None)
     assert origin == "RANDOM WEIGHTS"
     pixels = torch.zeros(3, 80, 120, dtype=torch.uint8)
     # 80 x 120 becomes 85 x 128, padded to 96 x 128.
-    features, stride, box = parts["_feature_map"](model, transform, pixels, (0.0, 0.0, 60.0, 40.0))
+    features, stride, box = tool["_feature_map"](model, transform, pixels, (0.0, 0.0, 60.0, 40.0))
     assert stride == 4
     assert features.shape == (4, 24, 32)
     assert box == pytest.approx((0.0, 0.0, 64.0, 42.5))
-    _, stride, _ = parts["_feature_map"](model, transform, pixels, (-400.0, -400.0, 400.0, 400.0))
+    _, stride, _ = tool["_feature_map"](model, transform, pixels, (-400.0, -400.0, 400.0, 400.0))
     assert stride == 32  # 850 x 853 px
 
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path:
     CheckpointFolder(tmp_path, state=state, classes=classes, config={}, metric="mask/AP").save(1)
     loaded, _, origin = load_model(photograph[1], [], tmp_path / "last.pt")
     assert origin == "weights of last.pt"
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert all(torch.equal(saved, read) for saved, read in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(InputError, match=r"no\.pt"):
         load_model(photograph[1], [], tmp_path / "no.pt")
 
@@ -143,7 +143,7 @@ def test_a_box_outside_the_image_is_wrong_input(explain: Explain, photograph: tu
         explain("--image", image, "--config", config, "--box", "120,0,130,10")
 
 
-# The drawing
+# The figure
 
 
 def draw(features: torch.Tensor, box: tuple[float, float, float, float], size: int) -> np.ndarray:
@@ -155,8 +155,8 @@ def draw(features: torch.Tensor, box: tuple[float, float, float, float], size: i
     [
         (-500.0, -500.0, 900.0, 900.0),  # huge
         (3.0, 3.0, 3.1, 3.1),  # much smaller than a cell
-        (7.9, 7.9, 30.0, 30.0),  # over the corner
-        (0.0, 0.0, 8.0, 0.2),  # a line
+        (7.9, 7.9, 30.0, 30.0),  # beyond the corner
+        (0.0, 0.0, 8.0, 0.2),  # very flat
     ],
 )
 @pytest.mark.parametrize("size", [1, 5])
@@ -170,14 +170,14 @@ def test_a_constant_map_can_be_drawn():
     assert draw(torch.zeros(4, 4), (0.0, 0.0, 2.0, 2.0), 2).shape[2] == 3
 
 
-def test_a_view_cuts_off_what_lies_beyond_it():
+def test_a_view_clips_rectangles():
     view = View(left=-1, top=2, columns=10, rows=4, cell=20)
     assert view.size == (200, 80)
     assert view.rectangle((0, 1.5), (2, 3)) == (20, 0, 50, 20)
     assert view.rectangle((-5, 50), (-5, 50)) == (0, 0, 200, 80)
 
 
-def test_numbers_are_as_short_as_they_can_be():
+def test_numbers_have_no_trailing_zeros():
     assert [plain(value) for value in (2.5, 3.0, 20.78125, -0.001, 0.0, -1.5)] == [
         "2.5",
         "3",
@@ -199,7 +199,7 @@ def test_a_map_is_shaded_from_black_to_white():
     assert shade_map(torch.tensor([[-1.0, 0.0], [1.0, 1.0]]))[:, :, 0].tolist() == [[0, 128], [255, 255]]
 
 
-def test_a_picture_of_context_has_the_box_where_it_is():
+def test_a_context_image_has_the_box_at_its_position():
     picture = draw_box(np.zeros((10, 20, 3), dtype=np.uint8), (10.0, 0.0, 20.0, 10.0), "title")
     rows, columns = np.nonzero((picture == BOX).all(axis=2))
     assert (columns.min(), columns.max()) == (16 + 210, 16 + 419)

@@ -1,4 +1,4 @@
-"""Pictures of validation images, at each evaluation and at the end."""
+"""Pictures of validation images at each evaluation and after training."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def experiment(pictures: int) -> ExperimentConfig:
     )
 
 
-def filmed(pictures: int, out: Path) -> dict[str, np.ndarray]:
-    """What is kept at an evaluation, after the pictures of the end were written to `out`."""
+def previews(pictures: int, out: Path) -> dict[str, np.ndarray]:
+    """Write the pictures of predictions to `out` and return the preview pictures of an evaluation."""
     config = experiment(pictures)
     dataset = config.data.build_validation()
     model = config.model.build(len(dataset.classes))
@@ -44,16 +44,16 @@ def filmed(pictures: int, out: Path) -> dict[str, np.ndarray]:
     return preview_pictures(config, predictor, dataset)
 
 
-def test_the_film_shows_the_first_of_the_pictures(tmp_path: Path) -> None:
-    found = filmed(5, tmp_path)
+def test_previews_are_the_first_pictures(tmp_path: Path) -> None:
+    preview = previews(5, tmp_path)
     written = sorted(path.stem for path in tmp_path.iterdir() if path.stem != "overview")
     assert written == ["1", "2", "3", "4", "5"]
-    assert list(found) == written[:PREVIEW_IMAGES]
-    assert all((np.array(Image.open(tmp_path / f"{name}.png")) == picture).all() for name, picture in found.items())
+    assert list(preview) == written[:PREVIEW_IMAGES]
+    assert all((np.array(Image.open(tmp_path / f"{name}.png")) == picture).all() for name, picture in preview.items())
 
 
-def test_the_film_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previews_are_shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "PREVIEW_SIDE", 100)
-    (picture,) = filmed(1, tmp_path).values()
+    (picture,) = previews(1, tmp_path).values()
     assert picture.shape[1] == 100
-    assert filmed(0, tmp_path) == {}
+    assert previews(0, tmp_path) == {}

@@ -1,7 +1,7 @@
-"""Faults while a run trains: killed, interrupted, out of disk, damaged. What was trained must survive, bit for bit.
+"""Faults during training: kills, signals, a full disk, damaged files. The resumed run must be equal bit for bit.
 
-The runs are real processes of tools/train.py. They are forked from one that has imported torch, which saves seconds
-each; from there on they are as any other.
+Each run is a separate process of tools/train.py. The processes are forked from one that has already imported torch,
+which saves seconds per process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from maskrcnn.training.checkpoint import load_checkpoint
 from maskrcnn.training.metrics import TIMING_KEYS, read_records
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="forks a process that has imported torch, as is safe on Linux alone"
+    not sys.platform.startswith("linux"), reason="forks a process that has imported torch, which is safe only on Linux"
 )
 
 REPOSITORY = Path(__file__).parents[1]
-PATIENCE = 300  # seconds; only a hanging process takes so long
+TIMEOUT = 300  # seconds; only a hanging process takes this long
 
-# Everything that has a state: momenta, running statistics, an average of the weights; accumulation, and evaluations.
+# All state of a run: momenta, running statistics, averaged weights. Also gradient accumulation and evaluations.
 EXPERIMENT = """
 model:
   backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 8}, norm: bn, freeze: 0, weights: none}
@@ -72,7 +72,7 @@ import torch
 import maskrcnn.training_run
 
 torch.set_num_threads(1)
-gc.freeze()  # else each process would copy and take apart at its end what was imported here
+gc.freeze()  # otherwise each child would copy and collect the imported objects
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -100,23 +100,23 @@ class Launcher:
         )  # fmt: skip
 
     def start(self, arguments: Sequence[object], console: Path, largest_file: int) -> int:
-        """Start `tools/train.py` and return its process id, which is that of its group too."""
+        """Start `tools/train.py` and return its process id, which is also its process group id."""
         assert self._process.stdin is not None
         job = {"arguments": list(map(str, arguments)), "console": str(console), "largest_file": largest_file}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_int()
 
     def status(self) -> int:
-        """Wait for the end of the process; its exit status, or minus the signal that killed it."""
-        return self._answer()
+        """Wait for the process and return its exit status, or minus the number of the signal that killed it."""
+        return self._read_int()
 
-    def _answer(self) -> int:
+    def _read_int(self) -> int:
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
     def close(self) -> None:
-        self._process.communicate(timeout=PATIENCE)
+        self._process.communicate(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def launcher() -> Iterator[Launcher]:
 
 
 class Training:
-    """A run directory, and the process that trains in it."""
+    """A run directory and its training process."""
 
     def __init__(self, launcher: Launcher, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -137,12 +137,12 @@ class Training:
         self._launcher = launcher
         config = folder / "experiment.yaml"
         config.write_text(EXPERIMENT)
-        settings = [part for override in overrides for part in ("--set", override)]
+        settings = [argument for override in overrides for argument in ("--set", override)]
         self._arguments = [config, "--out", self.run, "--device", "cpu", *settings]
         self.process = 0
 
     def start(self, *, largest_file: int = 0) -> None:
-        """Begin, or go on; `largest_file` limits what the process can write to a file, in bytes."""
+        """Start or resume the run; a positive `largest_file` limits the size of each file, in bytes."""
         resume = ["--resume"] if (self.run / "config.yaml").exists() else []
         self.process = self._launcher.start([*self._arguments, *resume], self.console, largest_file)
 
@@ -151,22 +151,22 @@ class Training:
 
     def finish(self) -> None:
         self.start()
-        assert self.end() == 0, self.told
+        assert self.end() == 0, self.output
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         return self.console.read_text()
 
     def steps(self) -> int:
-        """Records of training steps; those of an interrupted process that are done again are gone when it is."""
+        """Return the number of recorded training steps. Records of repeated steps are dropped on resume."""
         metrics = self.run / "metrics.jsonl"
         return sum(record["kind"] == "train" for record in read_records(metrics)) if metrics.exists() else 0
 
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        """Wait until something happened, or the process ended."""
-        give_up = time.monotonic() + PATIENCE
-        while not happened() and self.alive():
-            assert time.monotonic() < give_up, self.told
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` is true or the process has ended."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition() and self.alive():
+            assert time.monotonic() < deadline, self.output
             time.sleep(0.005)
 
     def alive(self) -> bool:
@@ -181,14 +181,14 @@ class Training:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two checkpoints' contents are the same to the last bit."""
+    """Return whether the contents of two checkpoints are equal bit for bit."""
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, Mapping):
         return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(equal, first, second))
-    return bool(first == second) or (first != first and second != second)  # nan, where there is nothing to measure
+    return bool(first == second) or (first != first and second != second)  # NaN is equal to NaN here
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -199,12 +199,12 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def files(run: Path) -> set[str]:
-    """The files of a run, but for the events of TensorBoard: each start opens another."""
+    """Return the files of a run except for TensorBoard events, which each start writes to another file."""
     return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "events" not in path.name}
 
 
 def stored(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds, but for the number of workers, and the rates: each step sets them from the schedule."""
+    """Return the content of a checkpoint without the number of workers and the learning rates, which each step sets."""
     content = torch.load(checkpoint, weights_only=True)
     del content["config"]["training"]["workers"]
     for group in content["optimizer"]["param_groups"]:
@@ -224,32 +224,32 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that nothing happened to."""
-    training = Training(launcher, tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 steps."""
+    training = Training(launcher, tmp_path_factory.mktemp("uninterrupted"))
     training.finish()
     assert load_checkpoint(training.last).iteration == 12
     return training.run
 
 
-# Stopped and killed.
+# Signals and kills.
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_twice_and_killed_once_a_run_ends_as_if_nothing_had_happened(
-    launcher: Launcher, undisturbed: Path, tmp_path: Path, workers: int
+    launcher: Launcher, uninterrupted: Path, tmp_path: Path, workers: int
 ) -> None:
     training = Training(launcher, tmp_path, f"training.workers={workers}")
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
         before = training.steps()
         training.start()
         training.wait_for(lambda before=before: training.steps() > before)  # type: ignore[misc]
-        assert training.stop(number) == status, training.told
+        assert training.stop(number) == status, training.output
         if number != signal.SIGKILL:
-            assert f"{number.name}: stopped after iteration" in training.told
+            assert f"{number.name}: stopped after iteration" in training.output
             assert load_checkpoint(training.last).iteration == training.steps()
     training.finish()
-    assert_same_run(undisturbed, training.run)
+    assert_same_run(uninterrupted, training.run)
 
 
 KILLS = 20
@@ -261,58 +261,59 @@ STEPS = 48
 def test_killed_twenty_times_a_run_ends_as_if_nothing_had_happened(
     launcher: Launcher, tmp_path: Path, workers: int
 ) -> None:
-    """At random moments: while starting, in a step, and every fourth time in the middle of writing a checkpoint."""
+    """Kill at random times: at the start, in a step, and every fourth time while a checkpoint is written."""
     length = f"training.schedule.iterations={STEPS}"
-    calm = Training(launcher, tmp_path / "calm", length)
-    calm.finish()
+    uninterrupted = Training(launcher, tmp_path / "uninterrupted", length)
+    uninterrupted.finish()
     training = Training(launcher, tmp_path / "killed", length, f"training.workers={workers}")
     rng = random.Random(workers)
-    seen: list[tuple[int, int, bool]] = []
+    outcomes: list[tuple[int, int, bool]] = []  # recorded steps, saved steps, whether a temporary file is left
     for kill in range(KILLS):
-        began = time.monotonic()
+        started_at = time.monotonic()
         saved = load_checkpoint(training.last).iteration if training.last.exists() else 0
         training.start()
         kill_one(training, rng, saved=saved, while_saving=kill % 4 == 3)
-        assert training.end() == -signal.SIGKILL, training.told
+        assert training.end() == -signal.SIGKILL, training.output
         after = load_checkpoint(training.last).iteration if training.last.exists() else 0
         assert after >= saved
         temporary = list(training.run.rglob("*.tmp")) + list(training.run.rglob("*.partial"))
-        assert len(temporary) <= 3, f"they pile up: {temporary}"
-        seen.append((training.steps(), after, bool(temporary)))
-        print(f"kill {kill + 1} after {time.monotonic() - began:.2f} s: step, saved, half-written file {seen[-1]}")
-    assert any(half for *_, half in seen), "no kill came while a file was written"
-    assert workers_end(training.process)
+        assert len(temporary) <= 3, f"temporary files accumulate: {temporary}"
+        outcomes.append((training.steps(), after, bool(temporary)))
+        seconds = time.monotonic() - started_at
+        print(f"kill {kill + 1} after {seconds:.2f} s: step, saved, half-written file {outcomes[-1]}")
+    assert any(half_written for *_, half_written in outcomes), "no kill happened while a file was written"
+    assert group_ends(training.process)
     training.finish()
-    assert_same_run(calm.run, training.run)
+    assert_same_run(uninterrupted.run, training.run)
 
 
 def kill_one(training: Training, rng: random.Random, *, saved: int, while_saving: bool) -> None:
-    """Let the process get some steps further than the checkpoint it started from, or not even there; then kill it."""
-    began, records = time.time_ns(), training.steps()
-    further = rng.choice([0, 0, 1, 1, 2, 3, 4, 5])
+    """Kill the process some steps after its first checkpoint, at its start, or while it writes a checkpoint."""
+    started_at, records = time.time_ns(), training.steps()
+    more_steps = rng.choice([0, 0, 1, 1, 2, 3, 4, 5])
     if while_saving:
-        training.wait_for(lambda: is_written(training.last.with_name("last.pt.tmp"), since=began))
-    elif further == 0:
-        moment = began + rng.randrange(10**9)  # in a second it has begun
-        training.wait_for(lambda: time.time_ns() > moment or training.steps() > records)
+        training.wait_for(lambda: is_written(training.last.with_name("last.pt.tmp"), since=started_at))
+    elif more_steps == 0:
+        kill_at = started_at + rng.randrange(10**9)  # training starts within about a second
+        training.wait_for(lambda: time.time_ns() > kill_at or training.steps() > records)
     else:
-        training.wait_for(lambda: training.steps() >= saved + further)
-        time.sleep(rng.uniform(0, 0.1))  # about a step
-    with suppress(ProcessLookupError):  # its exit status will tell why it ended
+        training.wait_for(lambda: training.steps() >= saved + more_steps)
+        time.sleep(rng.uniform(0, 0.1))  # about the duration of a step
+    with suppress(ProcessLookupError):  # it has already ended; the caller checks its exit status
         os.kill(training.process, signal.SIGKILL)
 
 
 def is_written(path: Path, *, since: int) -> bool:
-    """Whether something was written to a file since a moment, in nanoseconds."""
+    """Return whether a file is not empty and was modified after `since`, in nanoseconds of Unix time."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return False
-    return found.st_size > 0 and found.st_mtime_ns > since
+    return status.st_size > 0 and status.st_mtime_ns > since
 
 
-def workers_end(group: int) -> bool:
-    """Whether nobody of a process group is left; a loader's worker notices within five seconds that it is alone."""
+def group_ends(group: int) -> bool:
+    """Return whether all processes of a group end within 30 s. Loader workers exit within 5 s after their parent."""
     for _ in range(300):
         try:
             os.killpg(group, 0)
@@ -322,11 +323,11 @@ def workers_end(group: int) -> bool:
     return False
 
 
-# Nothing can be written.
+# Write errors.
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
-    """A limit on the size of files makes a write fail in the middle, as a full disk does."""
+def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, uninterrupted: Path, tmp_path: Path) -> None:
+    """A file size limit makes a write fail half-way, like a full disk."""
     training = Training(launcher, tmp_path)
     training.start()
     training.wait_for(training.last.exists)
@@ -334,35 +335,35 @@ def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, undisturbed:
     before = load_checkpoint(training.last).iteration
     training.start(largest_file=training.last.stat().st_size // 2)
     assert training.end() == 1
-    assert str(training.last) in training.told
-    assert "File too large" in training.told
+    assert str(training.last) in training.output
+    assert "File too large" in training.output
     assert load_checkpoint(training.last).iteration == before
     assert not list(training.run.rglob("*.tmp"))
     training.finish()
-    assert_same_run(undisturbed, training.run)
+    assert_same_run(uninterrupted, training.run)
 
 
 # Damaged files.
 
 
-def test_a_damaged_checkpoint_names_the_older_ones(launcher: Launcher, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_names_the_older_ones(launcher: Launcher, uninterrupted: Path, tmp_path: Path) -> None:
     training = Training(launcher, tmp_path)
-    shutil.copytree(undisturbed, training.run)
+    shutil.copytree(uninterrupted, training.run)
     newest = training.run / "checkpoints" / "iteration_00000012.pt"
     newest.unlink()
-    newest.hardlink_to(training.last)  # as it was, until it was copied
+    newest.hardlink_to(training.last)  # save() creates it as a hard link
     training.last.write_bytes(training.last.read_bytes()[:10_000])
     training.start()
     assert training.end() == 2
-    assert f"error: {training.last}: " in training.told
-    assert "Traceback" not in training.told
-    older = training.run / "checkpoints" / "iteration_00000010.pt"
-    assert f"copy one of these over it: {older.name}" in training.told
+    assert f"error: {training.last}: " in training.output
+    assert "Traceback" not in training.output
+    previous = training.run / "checkpoints" / "iteration_00000010.pt"
+    assert f"copy one of these over it: {previous.name}" in training.output
     training.last.unlink()
-    shutil.copy(older, training.last)
+    shutil.copy(previous, training.last)
     training.finish()
-    assert "resuming after iteration 10" in training.told
-    assert_same_run(undisturbed, training.run)
+    assert "resuming after iteration 10" in training.output
+    assert_same_run(uninterrupted, training.run)
 
 
 # Thousands of objects.
@@ -386,15 +387,15 @@ evaluation: {pictures: 0}
 
 
 def write_crowded_image(folder: Path) -> None:
-    """One image of 1333 x 800 pixels with 2,000 rhombs of 12 to 120 pixels, and its annotations."""
+    """Write an image of 1333 x 800 pixels and annotations of 2,000 rhombs of 12 to 120 pixels."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (800, 1333, 3), dtype=np.uint8)).save(folder / "image.png")
     annotations = []
     for number in range(1, OBJECTS + 1):
         width, height = rng.uniform(12, 120, 2)
         x, y = rng.uniform(0, (1333 - width, 800 - height))
-        middle, centre = x + width / 2, y + height / 2
-        rhomb = [middle, y, x + width, centre, middle, y + height, x, centre]
+        center_x, center_y = x + width / 2, y + height / 2
+        rhomb = [center_x, y, x + width, center_y, center_x, y + height, x, center_y]
         entry = {"id": number, "image_id": 1, "category_id": number % 80 + 1, "iscrowd": 0}
         annotations.append(
             {**entry, "bbox": [x, y, width, height], "area": width * height / 2, "segmentation": [rhomb]}
@@ -407,16 +408,16 @@ def write_crowded_image(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_thousand_objects_in_an_image_train_in_four_gibibytes(tmp_path: Path) -> None:
-    """ResNet-50 with a pyramid, COCO's 80 classes and image size: two steps and an evaluation on a CPU."""
+    """Two steps and an evaluation on a CPU with ResNet-50-FPN and the 80 classes and image size of COCO."""
     write_crowded_image(tmp_path)
     config = tmp_path / "crowded.yaml"
     base = REPOSITORY / "configs" / "coco" / "mask_rcnn_r50_fpn_1x.yaml"
     config.write_text(CROWDED.replace("BASE", str(base)).replace("DATA", str(tmp_path)))
     command = [sys.executable, "tools/train.py", str(config), "--out", str(tmp_path / "run"), "--device", "cpu"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     steps = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
-    print(f"peak {used.ru_maxrss / 2**20:.2f} GiB, {used.ru_utime:.0f} s of CPU in all, of two steps and an evaluation")
+    print(f"peak {usage.ru_maxrss / 2**20:.2f} GiB, {usage.ru_utime:.0f} s of CPU time for two steps and an evaluation")
     assert len(steps) == 2
-    assert used.ru_maxrss * 1024 < 4 * 2**30
+    assert usage.ru_maxrss * 1024 < 4 * 2**30

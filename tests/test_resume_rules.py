@@ -1,4 +1,4 @@
-"""What may change in a run that goes on: every key has a rule, and the rules say what they should."""
+"""Rules for configuration changes of a resumed run: every key has a rule with the expected effect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SHIPPED = ("coco/mask_rcnn_r50_fpn_1x.yaml", "coco/mask_rcnn_vgg16_1x.yaml", "sh
 
 
 def keys_of(section: dict[str, Any], prefix: str = "") -> set[str]:
-    """Every key, those of sections too."""
-    found = {f"{prefix}{key}" for key in section}
-    inner = [keys_of(value, f"{prefix}{key}.") for key, value in section.items() if isinstance(value, dict)]
-    return found.union(*inner)
+    """Return the names of all keys and sections."""
+    names = {f"{prefix}{key}" for key in section}
+    nested = [keys_of(value, f"{prefix}{key}.") for key, value in section.items() if isinstance(value, dict)]
+    return names.union(*nested)
 
 
 def keys() -> set[str]:
@@ -63,15 +63,15 @@ def test_the_rule_of_a_key_is_its_own_or_that_of_the_longest_section(key: str, e
     assert rule_of(key).effect == effect
 
 
-def test_another_kind_of_a_section_lists_all_its_keys() -> None:
+def test_a_changed_kind_lists_all_keys_of_the_section() -> None:
     old = {"training": {"schedule": {"kind": "cosine", "final_factor": 0.0}, "optimizer": {"kind": "sgd"}}}
     new = {"training": {"schedule": {"kind": "multi_step", "gamma": 0.1}, "optimizer": {"kind": "adamw"}}}
-    found = changes(old, new)
-    assert [line.split(" (the ")[0] for line in found.warned] == [
+    by_effect = changes(old, new)
+    assert [line.split(" (the ")[0] for line in by_effect.warned] == [
         "training.schedule.kind: cosine -> multi_step",
         "training.schedule.final_factor: 0.0 -> (absent)",
         "training.schedule.gamma: (absent) -> 0.1",
     ]
-    assert [line.split(" (")[0] for line in found.refused] == ["training.optimizer.kind: sgd -> adamw"]
-    assert found.harmless == []
+    assert [line.split(" (")[0] for line in by_effect.refused] == ["training.optimizer.kind: sgd -> adamw"]
+    assert by_effect.harmless == []
     assert changes(new, new).describe() == ""

@@ -1,4 +1,4 @@
-"""Whom a run directory belongs to, and what it says about how it came about."""
+"""Run directories: who may use them, resuming, and the description of the environment."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert claimed(tmp_path).config.exists()
 
 
-def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("three years of work")
-    assert f"{tmp_path} is not empty and no run of ours" in refusal(tmp_path)
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
+    assert f"{tmp_path} is not empty and not a run directory" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("make", [started, saved])
@@ -88,7 +88,7 @@ def test_another_experiment_is_refused_and_its_differences_listed(
 ) -> None:
     make(tmp_path)
     message = refusal(tmp_path, OTHER, resume=resume)
-    assert ("cannot go on under another configuration" if resume else "holds another experiment") in message
+    assert ("cannot be resumed with this configuration" if resume else "holds another experiment") in message
     assert str(tmp_path) in message
     assert "inner.lr: 0.1 -> 0.5" in message
     assert "steps: [1, 2] -> [1]" in message
@@ -108,23 +108,23 @@ def test_resuming_lists_what_may_change_and_what_may_not(tmp_path: Path) -> None
         "training.batch_size: 2 -> 4",
         "training.seed: 0 -> 1",
     ]
-    assert warned[0].startswith("    training.precision: fp32 -> bf16 (sums are rounded otherwise")
+    assert warned[0].startswith("    training.precision: fp32 -> bf16 (rounding differs from the next training step on")
     assert harmless[0].startswith("    training.workers: 0 -> 2 (")
     assert f"--init {tmp_path / 'checkpoints' / 'last.pt'}" in lines[-1]
 
 
-def test_resuming_under_a_change_that_does_no_harm_tells_and_stores_it(tmp_path: Path) -> None:
+def test_resuming_reports_and_stores_a_harmless_change(tmp_path: Path) -> None:
     run = started(tmp_path)
-    told = run.claim(changed(workers=2), resume=True)
-    assert "training.workers: 0 -> 2" in told
-    assert "may not change" not in told
+    reported = run.claim(changed(workers=2), resume=True)
+    assert "training.workers: 0 -> 2" in reported
+    assert "may not change" not in reported
     assert yaml.safe_load(run.config.read_text())["training"]["workers"] == 2
     assert run.claim(changed(workers=2), resume=True) == ""
-    assert run.claim(changed(workers=2, precision="bf16"), resume=True).startswith("  changes what is learnt")
+    assert run.claim(changed(workers=2, precision="bf16"), resume=True).startswith("  changes training or metrics")
 
 
 def test_a_key_newer_than_the_run_does_not_block_it(tmp_path: Path) -> None:
-    """A new version of the code has keys whose defaults do what the old one did."""
+    """The defaults of new keys keep the behaviour of the older version."""
     run = started(tmp_path)
     stored = yaml.safe_load(run.config.read_text())
     del stored["training"]["seed"], stored["inner"]
@@ -178,7 +178,7 @@ def test_the_same_experiment_needs_resume(make: Callable[[Path], RunDirectory], 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_never_began_leaves_the_folder_free(resume: bool, tmp_path: Path) -> None:
-    """Such as one whose weights were missing: to name others must not need another folder."""
+    """For example after a wrong path of weights: a corrected command must be able to use the same folder."""
     claimed(tmp_path)
     run = RunDirectory(tmp_path)
     run.metrics.touch()
@@ -213,7 +213,7 @@ def test_the_environment_is_described_at_each_start(tmp_path: Path, monkeypatch:
     assert {"commit", "threads", "python", "torchvision", "numpy", "pycocotools"} <= lines.keys()
 
 
-def test_the_environment_names_what_decides_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_numerical_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("HOME", "a secret")
@@ -238,7 +238,7 @@ def test_the_contents_are_named(tmp_path: Path) -> None:
     assert all(str(path) in run.contents() for path in (run.metrics, run.predictions, run.evaluation, run.checkpoints))
 
 
-def test_a_full_disk_names_the_run_and_the_way_on(tmp_path: Path) -> None:
+def test_a_full_disk_error_names_the_path_and_advises_to_resume(tmp_path: Path) -> None:
     run = claimed(tmp_path)
     with (
         pytest.raises(OSError, match=r"No space left on device; make room.*--resume") as error,

@@ -1,4 +1,4 @@
-"""The command line: what a user types, what comes back, and what happens to every kind of wrong input."""
+"""The command-line tools: normal use, and the error for every kind of wrong input."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ Run = Callable[..., StepResult]
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Runs a tool as `python tools/NAME.py ARGUMENTS` does, but in this process, which has imported torch already."""
+    """Return a function that runs a tool in this process, like `python tools/NAME.py ARGUMENTS`."""
     root, package = logging.getLogger(), logging.getLogger("maskrcnn")
     before = root.handlers[:], root.level, package.level
 
     def run(name: str, *arguments: object) -> StepResult:
         monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exited:
             runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"), run_name="__main__")
-        assert isinstance(left.value.code, int)
-        return StepResult(left.value.code, *capsys.readouterr())
+        assert isinstance(exited.value.code, int)
+        return StepResult(exited.value.code, *capsys.readouterr())
 
     yield run
     for handler in set(root.handlers) - set(before[0]):
@@ -82,7 +82,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 class Dataset:
-    """Four pictures of one rectangle each, in COCO's format, and an experiment on them."""
+    """A COCO dataset of four images with one rectangle each, and an experiment on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,7 +125,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the model and the classes above, by the command line in a process of its own."""
+    """A checkpoint of the model and the classes above, trained by the command line in a separate process."""
     folder = tmp_path_factory.mktemp("tools")
     config = Dataset(folder / "data").config
     done = in_process("train", config, "--out", folder / "run", "--device", "cpu")
@@ -143,7 +143,7 @@ def environment() -> dict[str, str]:
 
 
 def assert_refused(outcome: StepResult, *words: str) -> None:
-    """Status 2, and one message that names the culprit; what was logged before may stand above it."""
+    """Check for status 2 and a single error message with all `words`. Log lines may come before it."""
     assert outcome.status == 2, outcome.err
     assert "Traceback" not in outcome.err
     assert outcome.err.count("error: ") == 1
@@ -161,7 +161,7 @@ def test_help_needs_no_torch(path: Path) -> None:
         "import runpy, sys\n"
         f"sys.argv = [{str(path)!r}, '--help']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as left: assert not left.code\n"
+        "except SystemExit as exited: assert not exited.code\n"
         "assert 'torch' not in sys.modules"
     )
     done = in_process("", code=code)
@@ -169,10 +169,10 @@ def test_help_needs_no_torch(path: Path) -> None:
     assert done.stdout.startswith("usage: ")
 
 
-# What works.
+# Normal use.
 
 
-def test_training_leaves_a_run_and_says_where(weights: Path) -> None:
+def test_training_writes_a_run_directory(weights: Path) -> None:
     run = weights.parent.parent
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "environment.txt", "train.log", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation",
@@ -181,7 +181,7 @@ def test_training_leaves_a_run_and_says_where(weights: Path) -> None:
     assert "train.py" in (run / "environment.txt").read_text()
 
 
-def test_a_run_goes_on_with_resume_alone(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_run_continues_only_with_resume(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
     train = ["train", dataset.config, "--out", tmp_path / "run", "--set", "training.schedule.iterations=1"]
     assert tool(*train).status == 0
     assert_refused(tool(*train), str(tmp_path / "run"), "--resume")
@@ -226,16 +226,16 @@ def test_evaluating_a_checkpoint(tool: Run, dataset: Dataset, weights: Path, tmp
     assert json.loads((tmp_path / "files" / "metrics.json").read_text()) == stored
 
 
-FIXTURE = {
+EXPECTED = {
     "segm": (0.319545, 0.562288, 0.298927, 0.387374, 0.310183, 0.326934, 0.268230, 0.415449, 0.416839),
     "bbox": (0.504581, 0.696973, 0.572982, 0.585626, 0.519400, 0.501398, 0.386813, 0.593680, 0.595353),
 }
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
 
 @pytest.mark.parametrize("backend", ["faster", "pycocotools"])
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
-def test_the_official_figures(tool: Run, shared_data: Path, tmp_path: Path, kind: str, backend: str) -> None:
+def test_the_metrics_of_cocoapi(tool: Run, shared_data: Path, tmp_path: Path, kind: str, backend: str) -> None:
     folder = shared_data / "cocoapi_fixture"
     outcome = tool(
         "eval",
@@ -245,9 +245,9 @@ def test_the_official_figures(tool: Run, shared_data: Path, tmp_path: Path, kind
     )
     assert outcome.status == 0
     stored = json.loads((tmp_path / "metrics.json").read_text())
-    part = {"segm": "mask", "bbox": "box"}[kind]
-    found = [stored[f"{part}/{figure}"] for figure in FIGURES]
-    assert found == pytest.approx(FIXTURE[kind], abs=1e-6)
+    prefix = {"segm": "mask", "bbox": "box"}[kind]
+    metrics = [stored[f"{prefix}/{metric}"] for metric in METRICS]
+    assert metrics == pytest.approx(EXPECTED[kind], abs=1e-6)
 
 
 def test_predicting_on_photographs(
@@ -306,7 +306,7 @@ def test_wrong_arguments(tool: Run, arguments: list[str]) -> None:
     assert "usage: " in outcome.err
 
 
-def test_a_device_that_is_not_there(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_missing_device_is_refused(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
     assert_refused(tool("train", dataset.config, "--out", tmp_path / "run", "--device", "abacus"), "--device abacus")
     assert not (tmp_path / "run").exists()
 
@@ -317,7 +317,7 @@ def test_a_device_that_is_not_there(tool: Run, dataset: Dataset, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.rpn.sampels=8", ["model.rpn.sampels", "did you mean 'samples'"]),
+        ("model.rpn.batch_size_per_imgae=8", ["model.rpn.batch_size_per_imgae", "did you mean 'batch_size_per_image'"]),
         ("model.roi.kind=roi_aling", ["model.roi.kind", "did you mean 'roi_align'"]),
         ("modle={}", ["modle", "did you mean 'model'"]),
         ("training.batch_size=two", ["training.batch_size", "expected an int", "'two'"]),
@@ -377,7 +377,7 @@ def unknown_category(data: dict[str, Any]) -> None:
     data["annotations"][2]["category_id"] = 78
 
 
-def leading_out(data: dict[str, Any]) -> None:
+def outside_folder(data: dict[str, Any]) -> None:
     data["images"][0]["file_name"] = "../../secret.png"
 
 
@@ -396,8 +396,8 @@ def no_categories(data: dict[str, Any]) -> None:
         (short_polygon, ["annotation 2 (image 2)", "fewer than three points"]),
         (unknown_image, ["annotation 3", "no image has the id 77"]),
         (unknown_category, ["annotation 3", "no category has the id 78"]),
-        (leading_out, ["image 1", "../../secret.png", "leads out"]),
-        (absolute, ["image 4", "/etc/passwd", "leads out"]),
+        (outside_folder, ["image 1", "../../secret.png", "points outside"]),
+        (absolute, ["image 4", "/etc/passwd", "points outside"]),
         (no_categories, ["categories"]),
     ],
 )
@@ -485,7 +485,7 @@ def test_no_checkpoint(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "state dict", "half"])
-def test_what_is_no_checkpoint(
+def test_files_that_are_not_checkpoints_are_refused(
     tool: Run, dataset: Dataset, weights: Path, tmp_path: Path, content: bytes | str
 ) -> None:
     wrong = tmp_path / "wrong.pt"
@@ -549,7 +549,7 @@ def test_a_run_directory_that_cannot_be_made(tool: Run, dataset: Dataset, tmp_pa
     assert_refused(tool("train", dataset.config, "--out", tmp_path / "file"), str(tmp_path / "file"))
 
 
-def test_wrong_input_in_a_process_of_its_own(dataset: Dataset) -> None:
+def test_wrong_input_in_a_separate_process(dataset: Dataset) -> None:
     done = in_process("train", dataset.config, "--set", "model.roi.kind=roi_aling")
     assert_refused(StepResult(done.returncode, done.stdout, done.stderr), "did you mean 'roi_align'")
     assert not done.stdout
@@ -558,17 +558,17 @@ def test_wrong_input_in_a_process_of_its_own(dataset: Dataset) -> None:
 # Signals.
 
 
-@pytest.mark.skipif(os.name != "posix", reason="groups of processes are POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="process groups need POSIX")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_saves_the_state(
     dataset: Dataset, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    """As `timeout`, Ctrl-C and SLURM send it: the workers get it too."""
+    """`timeout`, Ctrl-C and SLURM also send the signal to the data loader workers."""
     run = tmp_path / "run"
-    changes = ["training.workers=1", "training.schedule.iterations=100000", "training.checkpoint_every=100000"]
+    overrides = ["training.workers=1", "training.schedule.iterations=100000", "training.checkpoint_every=100000"]
     command = [sys.executable, "tools/train.py", str(dataset.config), "--out", str(run), "--device", "cpu"]
     process = subprocess.Popen(
-        [*command, *(part for change in changes for part in ("--set", change))],
+        [*command, *(argument for override in overrides for argument in ("--set", override))],
         cwd=REPOSITORY,
         env=environment(),
         start_new_session=True,
@@ -584,6 +584,6 @@ def test_a_signal_to_all_processes_saves_the_state(
         process.kill()
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    assert "which is saved; --resume goes on" in errors
+    assert "which is saved; resume with --resume" in errors
     saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert saved["iteration"] >= 1

@@ -1,4 +1,4 @@
-"""The training engine as a whole: resuming, stopping early, averaged weights, precision, and steps that go wrong."""
+"""Whole training runs: resuming, early stopping, averaged weights, precision, and steps that are not finite."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def train(out: Path, *overrides: str, resume: bool = False) -> Path:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    found = read_records(run / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in found]
+    all_fields = read_records(run / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in all_fields]
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Bit for bit: weights, averaged weights, optimizer, and what is on record."""
+    """Check that weights, averaged weights, optimizer state and records are equal bit for bit."""
     left, right = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (one, other))
     assert left.iteration == right.iteration
     assert left.model.keys() == right.model.keys()
@@ -86,7 +86,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert records(one) == records(other)
 
 
-EVERYTHING = (
+ALL_FEATURES = (
     "training.grad_accum_steps=2",
     "training.ema_decay=0.9",
     "training.workers=2",
@@ -97,30 +97,30 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_stopped_run_ends_like_an_undisturbed_one_with_all_there_is(
+def test_a_resumed_run_equals_an_uninterrupted_one_with_all_features(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of an epoch (of 2 steps), with workers, accumulation, averaged weights and a loss scaler."""
-    options = (*EVERYTHING, f"training.precision={precision}")
-    whole = train(tmp_path / "whole", *options)
-    take = TrainingStep.__call__
+    """Stop within an epoch (of 2 steps), with workers, gradient accumulation, averaged weights and a loss scaler."""
+    options = (*ALL_FEATURES, f"training.precision={precision}")
+    uninterrupted = train(tmp_path / "uninterrupted", *options)
+    take_step = TrainingStep.__call__
 
-    def stop_after_3(self: TrainingStep, batches: Any, iteration: int, **how: Any) -> Any:
-        found = take(self, batches, iteration, **how)
+    def stop_after_3(self: TrainingStep, batches: Any, iteration: int, **kwargs: Any) -> Any:
+        result = take_step(self, batches, iteration, **kwargs)
         if iteration == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return found
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", stop_after_3)
         with pytest.raises(Interrupted, match="stopped after iteration 3"):
-            train(tmp_path / "halves", *options)
-    halves = train(tmp_path / "halves", *options, resume=True)
-    assert_same_end(whole, halves)
-    evaluation = next(record for record in records(whole) if record["kind"] == "evaluation")
+            train(tmp_path / "resumed", *options)
+    resumed = train(tmp_path / "resumed", *options, resume=True)
+    assert_same_end(uninterrupted, resumed)
+    evaluation = next(record for record in records(uninterrupted) if record["kind"] == "evaluation")
     assert {"mask/AP", "ema/mask/AP"} <= evaluation["metrics"].keys()
     assert evaluation["losses"].keys() == set(Losses._fields)
-    assert load_checkpoint(whole / "checkpoints" / "last.pt").average
+    assert load_checkpoint(uninterrupted / "checkpoints" / "last.pt").average
 
 
 def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> None:
@@ -129,18 +129,20 @@ def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> 
     last = run / "checkpoints" / "last.pt"
     evaluation = next(record for record in reversed(records(run)) if record["kind"] == "evaluation")
     for average, prefix in ((False, ""), (True, "ema/")):
-        found = evaluate_checkpoint(config, last, tmp_path / f"out{average}", CPU, average=average)
-        assert without_nan(found.summary()) == {name: evaluation["metrics"][prefix + name] for name in found.summary()}
-    scores = [(folder / "results.json").read_text() for folder in (run / "evaluation", run / "evaluation" / "average")]
-    assert scores[0] != scores[1]
-    plain = train(tmp_path / "plain", "training.schedule={kind: cosine, iterations: 1, warmup_iterations: 0}")
+        metrics = evaluate_checkpoint(config, last, tmp_path / f"out{average}", CPU, average=average).summary()
+        assert without_nan(metrics) == {name: evaluation["metrics"][prefix + name] for name in metrics}
+    results = [(folder / "results.json").read_text() for folder in (run / "evaluation", run / "evaluation" / "average")]
+    assert results[0] != results[1]
+    without_ema = train(
+        tmp_path / "without_ema", "training.schedule={kind: cosine, iterations: 1, warmup_iterations: 0}"
+    )
     with pytest.raises(InputError, match=r"last\.pt: it holds no averaged weights"):
-        load_predictor(config, plain / "checkpoints" / "last.pt", CPU, average=True)
+        load_predictor(config, without_ema / "checkpoints" / "last.pt", CPU, average=True)
 
 
-# Nothing that training chooses by a threshold or a rank: rounding could decide it, and steps would differ by percents.
+# Without selections by threshold or rank, in which a rounding error could change the step by percents.
 SMOOTH = (
-    "model.box_head.smooth_l1_beta=1.0",  # the gradient of L1 is a sign
+    "model.box_head.smooth_l1_beta=1.0",  # the gradient of L1 is discontinuous
     "model.rpn.smooth_l1_beta=1.0",
     "model.rpn.training={pre_nms_top_n: 100, post_nms_top_n: 100}",
     "model.rpn.nms_threshold=1.0",
@@ -148,15 +150,15 @@ SMOOTH = (
 )
 
 
-def test_accumulation_takes_the_steps_of_the_whole_batch(tmp_path: Path) -> None:
-    """To float tolerance; without norms of batches, whose statistics are those of the parts."""
+def test_gradient_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
+    """Equal to float tolerance. Frozen norms, because batch norm statistics are those of the smaller batches."""
     options = (
         *SMOOTH,
         "model.backbone.norm=frozen_bn",
         "training.optimizer={kind: sgd, lr: 0.01, base_batch: 4}",
         "training.schedule={kind: cosine, iterations: 3, warmup_iterations: 0}",
     )
-    one, other = (train(tmp_path / str(parts), *options, f"training.grad_accum_steps={parts}") for parts in (1, 4))
+    one, other = (train(tmp_path / str(steps), *options, f"training.grad_accum_steps={steps}") for steps in (1, 4))
     left, right = (load_checkpoint(run / "checkpoints" / "last.pt").model for run in (one, other))
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-6)
@@ -164,14 +166,14 @@ def test_accumulation_takes_the_steps_of_the_whole_batch(tmp_path: Path) -> None
 
 def test_deterministic_runs_are_equal_bit_for_bit(tmp_path: Path) -> None:
     try:
-        one, other = (train(tmp_path / name, *EVERYTHING, "training.deterministic=true") for name in ("one", "other"))
+        one, other = (train(tmp_path / name, *ALL_FEATURES, "training.deterministic=true") for name in ("one", "other"))
         assert_same_end(one, other)
         assert "deterministic: true" in (one / "environment.txt").read_text()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_training_ends_early_where_evaluations_no_longer_improve(tmp_path: Path) -> None:
+def test_early_stopping(tmp_path: Path) -> None:
     options = ("training.optimizer.lr=1.0e-12", "training.evaluate_every=1", "training.patience=2")
     run = train(tmp_path / "run", *options)
     kinds = [(record["kind"], record["iteration"]) for record in records(run) if record["kind"] != "train"]
@@ -179,9 +181,9 @@ def test_training_ends_early_where_evaluations_no_longer_improve(tmp_path: Path)
     best = load_checkpoint(run / "checkpoints" / "best.pt").iteration
     assert kinds[-1][0] == "end"
     assert end == best + 2 < 6
-    assert "no better evaluation for a while" in (run / "train.log").read_text()
+    assert "no improvement in the last evaluations" in (run / "train.log").read_text()
     before = records(run)
-    train(run, *options, resume=True)  # it has come to its end, and stays there
+    train(run, *options, resume=True)  # a finished run does nothing
     assert records(run) == before
 
 
@@ -195,7 +197,7 @@ def test_the_length_may_be_in_epochs(tmp_path: Path) -> None:
     run = train(
         tmp_path / "run", "training.schedule={kind: cosine, epochs: 1.5, iterations: null, warmup_iterations: 1}"
     )
-    assert records(run)[-1] == {"kind": "end", "iteration": 3}  # 10 scenes are 2 batches of 4
+    assert records(run)[-1] == {"kind": "end", "iteration": 3}  # 10 images are 2 batches of 4
 
 
 def test_bfloat16_learns(tmp_path: Path) -> None:
@@ -209,28 +211,28 @@ def test_the_best_metric_of_an_average_needs_one(tmp_path: Path) -> None:
         train(tmp_path / "run", "evaluation.best_metric=ema/mask/AP")
 
 
-# What is not finite.
+# Values that are not finite.
 
 
 def test_a_step_that_is_not_finite_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wild = ("training.optimizer={kind: sgd, lr: 1.0e+30, base_batch: 4}", "training.schedule.warmup_iterations=0")
+    diverging = ("training.optimizer={kind: sgd, lr: 1.0e+30, base_batch: 4}", "training.schedule.warmup_iterations=0")
     with pytest.raises(FloatingPointError, match=r"iteration (\d): .*mask .*image ids .*replay_batch\.py repeats it"):
-        train(tmp_path / "run", *wild)
+        train(tmp_path / "run", *diverging)
     (stored,) = (tmp_path / "run" / "replay").iterdir()
     replay = load_replay(stored)
     assert [len(batch.images) for batch in replay.batches] == [4]
     monkeypatch.setattr(sys, "argv", ["replay_batch.py", str(stored)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(REPOSITORY / "tools" / "replay_batch.py"), run_name="__main__")
-    assert end.value.code == 1
-    told = capsys.readouterr().out
-    assert "gradient norm" in told
-    assert "nan" in told or "inf" in told
+    assert exited.value.code == 1
+    output = capsys.readouterr().out
+    assert "gradient norm" in output
+    assert "nan" in output or "inf" in output
 
 
-def test_a_file_that_holds_no_step_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_replay_file_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "training.schedule={kind: cosine, iterations: 1, warmup_iterations: 0}")
-    with pytest.raises(InputError, match=r"last\.pt: this is no stored step"):
+    with pytest.raises(InputError, match=r"last\.pt: not a replay file"):
         load_replay(run / "checkpoints" / "last.pt")

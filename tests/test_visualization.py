@@ -32,7 +32,7 @@ def grey(height: int, width: int, value: int = 100) -> np.ndarray:
 
 
 def square() -> MaskCrop:
-    """Pixels 40..59 of both axes."""
+    """Return a mask of the pixels 40..59 along both axes."""
     return MaskCrop(40, 40, np.ones((20, 20), dtype=np.uint8))
 
 
@@ -76,7 +76,7 @@ def test_captions_name_class_and_score_above_the_box():
 def test_small_images_are_enlarged_and_large_ones_are_not():
     drawn = draw_objects(grey(96, 128), [[10, 10, 20, 20]], [1], [], NAMES)
     assert drawn.shape == (3 * 96, 3 * 128, 3)
-    assert (drawn[59, 45] == PALETTE[0]).all()  # the box's last row, enlarged
+    assert (drawn[59, 45] == PALETTE[0]).all()  # the last row of the box, enlarged
     assert draw_objects(grey(20, LEGIBLE_SIDE), [], [], [], NAMES).shape == (20, LEGIBLE_SIDE, 3)
     checks = np.arange(4, dtype=np.uint8).reshape(2, 2)
     assert enlarge(checks, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
@@ -113,7 +113,7 @@ def test_boxes_at_and_beyond_the_edge_are_drawn(box: list[int]):
     assert draw_objects(grey(100, 100), [box], [1], [], NAMES, scale=1).shape == (100, 100, 3)
 
 
-def test_captions_stay_in_the_picture_and_give_way():
+def test_captions_stay_inside_the_image_and_avoid_each_other():
     for place in _places((-5.0, -5.0, 98.0, 99.0), 40, 14, (100, 100)):
         assert 0 <= place[0] <= place[2] <= 100
         assert 0 <= place[1] <= place[3] <= 100
@@ -121,10 +121,10 @@ def test_captions_stay_in_the_picture_and_give_way():
     assert _overlap((0, 0, 10, 10), (10, 0, 20, 10)) == 0
     twice = draw_objects(grey(100, 200), [[30, 40, 90, 60]] * 2, [1, 2], [], NAMES, scale=1)
     assert (twice[27, 31] == class_colour(1)).all()  # above the box
-    assert (twice[27, 89] == class_colour(2)).all()  # at its other end
+    assert (twice[27, 89] == class_colour(2)).all()  # above the right end of the box
 
 
-def test_colours_are_distinct_and_never_run_out():
+def test_colours_are_distinct_and_repeat():
     assert len(set(PALETTE)) == len(PALETTE)
     assert class_colour(1) == class_colour(1 + len(PALETTE)) != class_colour(2)
 
@@ -135,7 +135,7 @@ def test_two_pictures_stand_side_by_side_under_their_titles():
     assert strip > 0
     assert (both[strip : strip + 50, :120] == 0).all()
     assert (both[strip:, 120 + GAP : 220 + GAP] == 200).all()
-    assert (both[:strip, :120] < 128).any()  # a title in black
+    assert (both[:strip, :120] < 128).any()  # black title
     assert (both[:strip, 120 + GAP :] < 128).any()
 
 

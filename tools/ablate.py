@@ -1,9 +1,9 @@
-"""Train the variants of an experiment, and report what each did to the AP, with its uncertainty.
+"""Train the variants of an experiment, and report how each changes the AP, with confidence intervals.
 
     python tools/ablate.py configs/ablations/shapes_table2c.yaml
 
-What is trained already is not trained again, so the same command goes on after an interruption. Exit status: 0 done,
-1 a run failed, 2 wrong input, 130 and 143 stopped by SIGINT and SIGTERM with every run saved.
+Finished runs are not trained again, so the same command continues after an interruption. Exit status: 0 success,
+1 a run failed, 2 invalid input, 130 and 143 stopped by SIGINT and SIGTERM after every run has saved a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from maskrcnn.cli import run, setup_logging
 
 
 def main() -> None:
-    """Parse, check, train, report."""
+    """Parse the arguments, check the plan, train and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ablation", metavar="ABLATION", type=Path, help="an ablation, a YAML file")
+    parser.add_argument("ablation", metavar="ABLATION", type=Path, help="YAML file of the ablation")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         dest="overrides",
         action="append",
         default=[],
-        help="set a key of every variant's experiment, such as data.root=DIR; may be repeated",
+        help="override a key in the experiments of all variants, such as data.root=DIR; may be repeated",
     )
-    parser.add_argument("--out", type=Path, help="folder of the report; default: runs/ablations/ and the name")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or without any, one a core")
-    parser.add_argument("--report-only", action="store_true", help="train nothing; report what is done")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: runs/ablations/NAME")
+    parser.add_argument(
+        "--jobs", type=int, help="runs in parallel; default: one per GPU, or one per CPU core if there is no GPU"
+    )
+    parser.add_argument("--report-only", action="store_true", help="do not train; report on the finished runs")
     args = parser.parse_args()
     if args.jobs is not None and args.jobs < 1:
         parser.error("--jobs must be at least 1")

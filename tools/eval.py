@@ -1,4 +1,4 @@
-"""Measure box and mask AP, of a checkpoint or of a results file.
+"""Compute COCO box and mask AP of a checkpoint or of a results file.
 
     python tools/eval.py CONFIG --weights runs/shapes/checkpoints/best.pt
     python tools/eval.py --annotations instances_val2017.json --predictions results.json
@@ -15,15 +15,21 @@ from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_l
 
 
 def main() -> None:
-    """Parse, measure, print the tables."""
+    """Parse the arguments, evaluate, and log the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser, optional=True)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint; its model is CONFIG's")
-    parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth in COCO's format")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="results in COCO's format")
-    parser.add_argument("--backend", choices=("faster", "pycocotools"), help="default: the configuration's, or faster")
-    parser.add_argument("--out", type=Path, help="folder for metrics.json; default: beside the weights, or none")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint of the model of CONFIG")
+    parser.add_argument("--ema", action="store_true", help="use the averaged (EMA) weights of the checkpoint")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth, a COCO annotation file")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="detections, a COCO results file")
+    parser.add_argument(
+        "--backend",
+        choices=("faster", "pycocotools"),
+        help="COCO evaluation library; default: that of CONFIG, or faster",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for metrics.json; default: beside the weights; with --annotations, no file"
+    )
     add_device_argument(parser)
     args = parser.parse_args()
     from_checkpoint = args.config is not None and args.weights is not None

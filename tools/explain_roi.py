@@ -1,11 +1,12 @@
-"""Draw what each RoI layer makes of one box: the cells it reads, its bins, its sample points, the pooled numbers.
+"""Draw how each RoI layer processes one box: the cells it reads, its bins, its sample points and the pooled values.
 
     python tools/explain_roi.py --map 8x8 --box 1,1,6,8 --output 2x2
     python tools/explain_roi.py --map 25x25 --stride 32 --box 0,0,665,665 --output 7x7 --out object.png
     python tools/explain_roi.py --image photo.jpg --config configs/coco/mask_rcnn_r50_fpn_1x.yaml --box 40,60,300,420
 
-With --map, a cell holds the value 10 x row + column, so that a pooled number tells where it was read. With --image, the
-config's backbone reads the photograph, and the map is the one from which the box head would read this box.
+With --map, the value of a cell is 10 x row + column, so that a pooled value shows its position. With --image, the
+backbone of --config computes the feature maps of the image, and the drawn map is the one that the box head uses for the
+box.
 """
 
 from __future__ import annotations
@@ -27,51 +28,65 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
-MOST = 100  # cells a side, of maps and grids: more are not legible
+MOST = 100  # maximum side of maps and output grids, in cells; more are not legible
 
 
 def main() -> None:
-    """Parse, read, draw."""
+    """Parse the arguments, and draw and save the figure."""
     args = _parser().parse_args()
     if (args.map is None) == (args.image is None):
         raise InputError("give either --map HxW or --image FILE")
     if args.map is not None and (args.config or args.overrides or args.weights):
-        raise InputError("--config, --set and --weights need --image FILE: a map of --map has values of its own")
+        raise InputError("--config, --set and --weights need --image FILE; they have no effect on --map")
     if args.image is not None and (args.config is None or args.stride is not None):
         raise InputError(
-            "--image needs --config FILE, whose backbone gives the map and its stride; leave --stride away"
+            "--image needs --config FILE and excludes --stride: the backbone of the config gives the map and its stride"
         )
     if args.out.suffix != ".png":
-        raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
+        raise InputError(f"--out {args.out}: the picture is a PNG; the file name must end in .png")
     box = _read_box(args.box)
     size = None if args.output is None else _read_size(args.output)
-    drawn = _explain_map(args, box, size) if args.image is None else _explain_image(args, box, size)
-    _save(drawn, args.out, photograph=args.image is not None)
+    figure = _explain_map(args, box, size) if args.image is None else _explain_image(args, box, size)
+    _save(figure, args.out, photograph=args.image is not None)
     print(f"the picture is in {args.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--box", required=True, metavar="X1,Y1,X2,Y2", help="in pixels; --box=-5,... with a minus")
-    parser.add_argument("--map", metavar="HxW", help="cells of a map to make up")
-    parser.add_argument("--stride", type=float, help="pixels per cell of --map (default 1: the box is in cells)")
     parser.add_argument(
-        "--output", metavar="SxS", help="the pooled grid (default 7x7; with --image the box head's own)"
+        "--box", required=True, metavar="X1,Y1,X2,Y2", help="box in pixels; write --box=-5,... if X1 is negative"
     )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a photograph, instead of --map")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment whose backbone reads --image")
-    parser.add_argument("--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="a key of it")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint of its model (default: its own)")
-    parser.add_argument("--out", type=Path, default=Path("roi.png"), help="the picture, a PNG (default roi.png)")
+    parser.add_argument("--map", metavar="HxW", help="height and width in cells of a synthetic feature map")
+    parser.add_argument("--stride", type=float, help="pixels per cell of --map (default 1: --box is in cells)")
+    parser.add_argument(
+        "--output", metavar="SxS", help="output size of the RoI layer (default 7x7; with --image that of the box head)"
+    )
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image, instead of --map")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment whose backbone processes --image")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="set one key of --config; may be repeated",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint of the model (default: the initial weights of the config)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("roi.png"), help="output file, a PNG (default roi.png)")
     return parser
 
 
 def _read_box(text: str) -> Box:
     try:
-        x1, y1, x2, y2 = (float(part) for part in text.split(","))
+        x1, y1, x2, y2 = (float(number) for number in text.split(","))
     except ValueError:
         raise InputError(f"--box {text}: expected four numbers X1,Y1,X2,Y2, such as 1,1,6,8") from None
-    if not all(math.isfinite(side) for side in (x1, y1, x2, y2)):
+    if not all(math.isfinite(coordinate) for coordinate in (x1, y1, x2, y2)):
         raise InputError(f"--box {text}: every number must be finite")
     if not (x1 < x2 and y1 < y2):
         raise InputError(f"--box {text}: the box has no area; X2 must be greater than X1, and Y2 than Y1")
@@ -80,7 +95,7 @@ def _read_box(text: str) -> Box:
 
 def _read_sides(option: str, text: str) -> tuple[int, int]:
     try:
-        height, width = (int(part) for part in text.split("x"))
+        height, width = (int(number) for number in text.split("x"))
     except ValueError:
         raise InputError(f"{option} {text}: expected two whole numbers HxW, such as 8x8") from None
     if not (1 <= height <= MOST and 1 <= width <= MOST):
@@ -91,7 +106,7 @@ def _read_sides(option: str, text: str) -> tuple[int, int]:
 def _read_size(text: str) -> int:
     height, width = _read_sides("--output", text)
     if height != width:
-        raise InputError(f"--output {text}: the RoI layers make square grids; give the same number twice, as in 7x7")
+        raise InputError(f"--output {text}: the RoI layers make square grids; expected two equal numbers, such as 7x7")
     return height
 
 
@@ -99,12 +114,12 @@ def _require_inside(box: Box, width: float, height: float, what: str) -> None:
     x1, y1, x2, y2 = box
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         raise InputError(
-            f"--box {_numbers(box)}: it lies outside {what} of {width:g} x {height:g} pixels (width, height)"
+            f"--box {_format_box(box)}: it lies outside {what} of {width:g} x {height:g} pixels (width, height)"
         )
 
 
-def _numbers(box: Box) -> str:
-    return ",".join(f"{side:g}" for side in box)
+def _format_box(box: Box) -> str:
+    return ",".join(f"{coordinate:g}" for coordinate in box)
 
 
 def _explain_map(args: argparse.Namespace, box: Box, size: int | None) -> np.ndarray:
@@ -124,7 +139,7 @@ def _explain_map(args: argparse.Namespace, box: Box, size: int | None) -> np.nda
         box,
         stride=stride,
         size=size,
-        title=f"The box ({_numbers(box)}) on a map of {height} x {width} cells, pooled to {size} x {size}",
+        title=f"The box ({_format_box(box)}) on a map of {height} x {width} cells, pooled to {size} x {size}",
         notes=[f"stride {stride:g}; the value of a cell is 10 x row + column"],
     )
 
@@ -145,7 +160,7 @@ def _explain_image(args: argparse.Namespace, box: Box, size: int | None) -> np.n
         (x1, y1, x2, y2),
         stride=stride,
         size=size,
-        title=f"The box ({_numbers(box)}) on {args.image.name}, read at stride {stride}, pooled to {size} x {size}",
+        title=f"The box ({_format_box(box)}) on {args.image.name}, read at stride {stride}, pooled to {size} x {size}",
         notes=[
             f"{args.config.name}, {origin}; the value of a cell is the mean of its {len(features)} channels",
             f"on the resized image the box is ({x1:.1f}, {y1:.1f}, {x2:.1f}, {y2:.1f})",
@@ -160,7 +175,7 @@ def _explain_image(args: argparse.Namespace, box: Box, size: int | None) -> np.n
 
 
 def _load_model(config_file: Path, overrides: list[str], weights: Path | None) -> tuple[MaskRCNN, Transform, str]:
-    """The model of a config, how it wants its images resized, and where its weights are from, in words."""
+    """Return the model in evaluation mode, its image transform, and a description of the origin of its weights."""
     import torch
 
     from maskrcnn.config import load_config
@@ -172,22 +187,31 @@ def _load_model(config_file: Path, overrides: list[str], weights: Path | None) -
         predictor = load_predictor(config, weights, torch.device("cpu"))
         return predictor.model.eval(), predictor.transform, f"weights of {weights.name}"
     torch.manual_seed(0)
-    model = config.model.build(num_classes=1)  # of the heads nothing is used
-    own = config.model.backbone.weights
-    origin = "RANDOM WEIGHTS" if own == "none" else f"the backbone's pretrained weights ({Path(own).name})"
+    model = config.model.build(num_classes=1)  # the heads are not used
+    pretrained = config.model.backbone.weights
+    origin = (
+        "RANDOM WEIGHTS" if pretrained == "none" else f"the backbone's pretrained weights ({Path(pretrained).name})"
+    )
     return model.eval(), config.data.validation_transforms.build(), origin
 
 
 def _feature_map(model: MaskRCNN, transform: Transform, pixels: Tensor, box: Box) -> tuple[Tensor, int, Box]:
-    """The (C, H, W) map that the box head reads a box from, its stride, and the box on the resized image."""
+    """Return the feature map (C, H, W) that the box head uses for a box, its stride, and the resized box.
+
+    Args:
+        model: the model in evaluation mode.
+        transform: the image transform of the model.
+        pixels: (3, H, W) uint8 RGB.
+        box: (x1, y1, x2, y2) in pixels of the image before resizing.
+    """
     import numpy as np
     import torch
 
     from maskrcnn.data.loader import collate
     from maskrcnn.structures import Example, MaskCrop
 
-    no_mask = MaskCrop(0, 0, np.zeros((0, 0), dtype=np.uint8))
-    example = Example(1, pixels, torch.tensor([box]), torch.tensor([-1]), (no_mask,))
+    empty_mask = MaskCrop(0, 0, np.zeros((0, 0), dtype=np.uint8))
+    example = Example(1, pixels, torch.tensor([box]), torch.tensor([-1]), (empty_mask,))
     resized = transform(example, np.random.default_rng(0))
     images = collate([resized], [0], model.size_divisor).images
     with torch.no_grad():
@@ -197,11 +221,11 @@ def _feature_map(model: MaskRCNN, transform: Transform, pixels: Tensor, box: Box
     return features[level][0].float(), model.box_pooler.strides[level], (x1, y1, x2, y2)
 
 
-def _save(drawn: np.ndarray, path: Path, *, photograph: bool) -> None:
-    """Write the picture, without a photograph in few colours, which makes the file a third as large."""
+def _save(figure: np.ndarray, path: Path, *, photograph: bool) -> None:
+    """Write the figure as a PNG; without a photograph, quantised colours reduce the file to a third."""
     from PIL import Image
 
-    picture = Image.fromarray(drawn)
+    picture = Image.fromarray(figure)
     if not photograph:
         picture = picture.quantize(64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)

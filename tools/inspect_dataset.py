@@ -1,8 +1,8 @@
-"""Check a dataset, count what is in it, and draw some of its images with their ground truth.
+"""Validate a dataset, print its statistics, and draw some of its images with their ground truth.
 
     python tools/inspect_dataset.py configs/shapes/mask_rcnn_r18_fpn.yaml --out scenes
 
-Draws the images before any transform: contact_sheet.png, and one picture for each image.
+The images are drawn before any transform: contact_sheet.png, and one file per image.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from maskrcnn.cli import add_config_arguments, run, setup_logging
 
 
 def main() -> None:
-    """Parse, count, draw."""
+    """Parse the arguments, print statistics and draw images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--split", choices=("train", "validation"), default="validation")
-    parser.add_argument("--count", type=int, default=12, help="how many images to draw (default 12)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="dataset split")
+    parser.add_argument("--count", type=int, default=12, help="number of images to draw (default 12)")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     args = parser.parse_args()
 
     from maskrcnn.config import load_config

@@ -1,8 +1,8 @@
-"""Find and draw objects in your own images.
+"""Detect and draw objects in your own images.
 
     python tools/predict.py CONFIG --weights runs/shapes/checkpoints/best.pt IMAGE_OR_FOLDER ... --out predictions
 
-Writes one picture for each image, and results.json in COCO's results format.
+Writes one picture per image, and results.json in COCO's results format.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_l
 
 
 def main() -> None:
-    """Parse, predict."""
+    """Parse the arguments and predict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="a checkpoint of CONFIG's model")
-    parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="checkpoint of the model of CONFIG")
+    parser.add_argument("--ema", action="store_true", help="use the averaged (EMA) weights of the checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and results.json")
-    parser.add_argument("--min-score", type=float, default=0.5, help="leave out detections below it (default 0.5)")
+    parser.add_argument("--min-score", type=float, default=0.5, help="omit detections with a lower score (default 0.5)")
     add_device_argument(parser)
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Print an experiment's configuration, resolved and checked, or the schema of all configurations.
+"""Print the resolved and validated configuration of an experiment, or the JSON Schema of all configurations.
 
 python tools/show_config.py configs/coco/mask_rcnn_r50_fpn_1x.yaml --set model.roi.kind=roi_pool
 python tools/show_config.py --schema > configs/schema.json
@@ -13,10 +13,10 @@ from maskrcnn.cli import add_config_arguments, run
 
 
 def main() -> None:
-    """Parse, print."""
+    """Parse the arguments and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser, optional=True)
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema instead, for editors")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema for editors instead")
     args = parser.parse_args()
     if args.schema == (args.config is not None):
         parser.error("give either CONFIG or --schema")

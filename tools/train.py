@@ -1,9 +1,9 @@
-"""Train a model, evaluate it, and leave a run directory.
+"""Train and evaluate a model and write the run directory.
 
     python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out runs/shapes
     torchrun --standalone --nproc-per-node 8 tools/train.py configs/coco/mask_rcnn_r50_fpn_1x.yaml --out runs/r50_fpn
 
-Exit status: 0 done, 1 the run failed, 2 wrong input, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
+Exit status: 0 success, 1 failure, 2 invalid input, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_l
 
 
 def main() -> None:
-    """Parse, train."""
+    """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument("--out", type=Path, help="the run directory; default: runs/ and the name of CONFIG")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the run directory; default: runs/NAME, where NAME is the name of CONFIG without suffix",
+    )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run directory")
-    start.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from the weights of this checkpoint")
+    start.add_argument("--resume", action="store_true", help="resume from the last checkpoint of the run directory")
+    start.add_argument(
+        "--init", type=Path, metavar="WEIGHTS", help="start a new run from the weights of this checkpoint"
+    )
     add_device_argument(parser)
     args = parser.parse_args()
 
@@ -36,12 +42,12 @@ def main() -> None:
     setup_logging()
     config = load_config(args.config, ExperimentConfig, args.overrides)
     try:
-        with processes(choose_device(args.device)) as joined:
-            setup_logging(process=joined.rank)
-            train_experiment(config, out, resume=args.resume, init=args.init, processes=joined)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
+        with processes(choose_device(args.device)) as group:
+            setup_logging(process=group.rank)
+            train_experiment(config, out, resume=args.resume, init=args.init, processes=group)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

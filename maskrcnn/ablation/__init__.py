@@ -1,5 +1,5 @@
-"""Ablations: train variants of one experiment, and say what each did to the AP, and how surely.
+"""Ablations: train variants of one experiment and report how each changes the AP, with confidence intervals.
 
-`plan` reads the YAML and checks every run before the first step, `runner` trains what is missing, `results` measures
-and compares, and `report` writes it down.
+`plan` reads the YAML and checks every run before training starts. `runner` trains the runs that are missing. `results`
+evaluates the runs and compares the variants. `report` writes the report.
 """

@@ -1,4 +1,4 @@
-"""Curves over the iterations of a training: read from its records, averaged over seeds, thinned for drawing."""
+"""Curves over training iterations: build them from records, average them over seeds, thin them for drawing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWN = 150  # points of a curve in a picture: more would only make the file larger
+DRAWN = 150  # points per drawn curve; more enlarge the file without a visible difference
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value that was measured at some iterations, in ascending order."""
+    """Values measured at iterations, in ascending order of the iteration."""
 
     iterations: tuple[float, ...]
     values: tuple[float, ...]
@@ -21,23 +21,24 @@ class Curve:
         return len(self.values)
 
     def thinned(self, points: int = DRAWN) -> Curve:
-        """Return at most `points` points: means over equal stretches of the curve."""
+        """Return a curve with at most `points` points: the means over sections of equal length."""
         if len(self) <= points:
             return self
         return Curve(*(_means(axis, points) for axis in (self.iterations, self.values)))
 
 
 def curve_of(pairs: Iterable[tuple[int, float | None]]) -> Curve:
-    """Return the curve through (iteration, value); None, which stands for nan in the records, is left out."""
+    """Return the curve of (iteration, value) pairs; values of None, which the records use for nan, are left out."""
     measured = [(iteration, value) for iteration, value in pairs if value is not None]
     return Curve(tuple(iteration for iteration, _ in measured), tuple(value for _, value in measured))
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Return the mean over seeds, at the iterations that all of them have."""
-    tables = [dict(zip(curve.iterations, curve.values, strict=True)) for curve in curves]
-    common = sorted(set.intersection(*(set(table) for table in tables)))
-    return Curve(tuple(common), tuple(sum(table[at] for table in tables) / len(tables) for at in common))
+    """Return the mean of the curves of several seeds, at the iterations that all of them have."""
+    by_iteration = [dict(zip(curve.iterations, curve.values, strict=True)) for curve in curves]
+    common = sorted(set.intersection(*map(set, by_iteration)))
+    means = [sum(values[iteration] for values in by_iteration) / len(curves) for iteration in common]
+    return Curve(tuple(common), tuple(means))
 
 
 def _means(values: Sequence[float], pieces: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""An ablation's report as one HTML page that needs nothing beside itself: style, charts and pictures are inside."""
+"""The report of an ablation as one self-contained HTML page, with styles, charts and pictures inline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskrcnn.ablation.pictures import Gallery, Strip
 from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.ablation.tables import Row, Table, report_tables
 
-FOREST = ("AP", "AP50", "AP75")  # of masks and boxes; the figure that decides comes first
+FOREST = ("AP", "AP50", "AP75")  # for masks and boxes; the primary metric comes first
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #667; --line: #ddd; --mark: #f1f4f8;
@@ -25,10 +25,10 @@ h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
-ul.found { padding: 0; list-style: none; }
-ul.found li { padding: .4rem .75rem; margin: .4rem 0; border-left: 4px solid var(--soft); background: var(--mark); }
-ul.found li.better { border-color: var(--better); }
-ul.found li.worse { border-color: var(--worse); }
+ul.findings { padding: 0; list-style: none; }
+ul.findings li { padding: .4rem .75rem; margin: .4rem 0; border-left: 4px solid var(--soft); background: var(--mark); }
+ul.findings li.better { border-color: var(--better); }
+ul.findings li.worse { border-color: var(--worse); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -62,19 +62,19 @@ def html_page(results: AblationResults, pictures: Sequence[Gallery], notes: Sequ
 
     Args:
         results: of the ablation.
-        pictures: where each variant differs most from the baseline.
-        notes: a paragraph each, below what was found.
+        pictures: for each variant, the images on which it differs most from the baseline.
+        notes: paragraphs below the sentences of the results.
         provenance: command, hardware and versions, as plain text.
     """
     title = escape(results.title)
     body = [
         f"<h1>{title}</h1>",
-        *_found(results),
+        *_findings(results),
         *(f'<p class="soft">{escape(note)}</p>' for note in notes),
         *_forest(results),
-        *(part for table in report_tables(results) for part in _table(table)),
+        *(line for table in report_tables(results) for line in _table(table)),
         *_curves(results),
-        *(part for gallery in pictures for part in _gallery(gallery, results.baseline)),
+        *(line for gallery in pictures for line in _gallery(gallery, results.baseline)),
         "<h2>How it was made</h2>",
         f"<pre>{escape(provenance)}</pre>",
     ]
@@ -86,9 +86,9 @@ def html_page(results: AblationResults, pictures: Sequence[Gallery], notes: Sequ
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{page}\n</body>\n</html>\n'
 
 
-def _found(results: AblationResults) -> Iterable[str]:
+def _findings(results: AblationResults) -> Iterable[str]:
     if results.sentences:
-        yield '<ul class="found">'
+        yield '<ul class="findings">'
         yield from (_sentence(variant, results.metric) for variant in results.compared)
         yield "</ul>"
 
@@ -100,11 +100,11 @@ def _sentence(variant: VariantResult, metric: str) -> str:
 
 def _forest(results: AblationResults) -> Iterable[str]:
     if results.compared:
-        every = [f"{part}/{figure}" for part in ("mask", "box") for figure in FOREST]
-        figures = [results.metric, *(figure for figure in every if figure != results.metric)]
+        default = [f"{part}/{figure}" for part in ("mask", "box") for figure in FOREST]
+        figures = [results.metric, *(figure for figure in default if figure != results.metric)]
         yield f"<h2>Differences to {escape(results.baseline)}</h2>"
-        said = f"Squares: means over the seeds. Lines: {share(results.confidence)} intervals. Dots: single seeds."
-        yield f'<p class="soft">{said}</p>'
+        caption = f"Squares: means over the seeds. Lines: {share(results.confidence)} intervals. Dots: single seeds."
+        yield f'<p class="soft">{caption}</p>'
         yield f'<div class="scroll">{forest_plot(results, figures)}</div>'
 
 

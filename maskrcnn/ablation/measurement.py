@@ -1,9 +1,9 @@
-"""What one finished run measured: its figures, its cost, its curves, and what to resample.
+"""Measure one finished run: its metrics, their bootstrap resamples, its cost and its curves.
 
-Figures are named as in `Evaluation.summary()` (`mask/AP`, `box/APs`, ...) and lie in 0..1; nan where the ground truth
-holds nothing to measure.
+Metrics (`figures`) are named as in `Evaluation.summary()` (`mask/AP`, `box/APs`, ...). They lie in 0..1, or are nan if
+the ground truth has no object to evaluate them on.
 
-Shapes: I images of the validation set, N resamples of them.
+Shapes: N bootstrap resamples of the validation images.
 """
 
 from __future__ import annotations
@@ -26,55 +26,66 @@ from maskrcnn.evaluation.results import read_results
 from maskrcnn.training.metrics import Record, read_records
 
 PARTS: Mapping[str, IouType] = {"mask": "segm", "box": "bbox"}
-RESAMPLING_SEED = 0  # one for all: every run is measured on the same resamples
+RESAMPLING_SEED = 0  # shared, so that every run is evaluated on the same resamples
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took; nan where its records do not say."""
+    """The speed and memory of a run; nan if its records lack them."""
 
-    training: float  # images per second, the median over the steps on record
-    inference: float  # images per second of the last evaluation
-    memory: float  # peak, bytes
+    training: float  # images per second, the median over the recorded steps
+    inference: float  # images per second, in the last evaluation
+    memory: float  # peak, in bytes
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run, measured."""
+    """The measurements of one finished run."""
 
     run: Run
-    matches: Mapping[str, Matches]  # of each of `PARTS`
+    matches: Mapping[str, Matches]  # by the keys of `PARTS`
     figures: Mapping[str, float]
-    resampled: Mapping[str, np.ndarray]  # the same figures on each resample of the images, (N,)
+    resampled: Mapping[str, np.ndarray]  # (N,): each metric on every resample of the images
     cost: Cost
     loss: Curve
-    metric: Curve  # the figure that decides
+    metric: Curve  # of the primary metric, over the evaluations
 
 
 def results_file(run: Run) -> Path:
-    """Where the run keeps what its final weights found, in COCO's format."""
+    """Return the path of the detections of the run's final weights, in COCO's results format."""
     return run.directory.evaluation / "results.json"
 
 
 def measure(run: Run, ground_truth: dict[str, Any], *, metric: str, resamples: int) -> RunResult:
-    """Measure a finished run against the ground truth of its validation set."""
+    """Measure a finished run against the ground truth of its validation set.
+
+    Args:
+        run: a finished run.
+        ground_truth: of the validation set, in COCO's format.
+        metric: name of the primary metric, such as `mask/AP`.
+        resamples: number of bootstrap resamples of the images.
+    """
     figures: dict[str, float] = {}
     resampled: dict[str, np.ndarray] = {}
-    matches = {part: load_matches(run, part, ground_truth) for part in PARTS}
-    for part, found in matches.items():
-        counts = draw_counts(len(found.image_ids), resamples, RESAMPLING_SEED)
-        figures |= {f"{part}/{name}": value for name, value in found.figures().items()}
-        resampled |= {f"{part}/{name}": values for name, values in resampled_figures(found, counts).items()}
+    matches_by_part = {part: load_matches(run, part, ground_truth) for part in PARTS}
+    for part, matches in matches_by_part.items():
+        counts = draw_counts(len(matches.image_ids), resamples, RESAMPLING_SEED)
+        figures |= {f"{part}/{name}": value for name, value in matches.figures().items()}
+        resampled |= {f"{part}/{name}": values for name, values in resampled_figures(matches, counts).items()}
     records = read_records(run.directory.metrics)
     steps = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    loss = curve_of((record["iteration"], record["loss"]) for record in steps)
-    course = curve_of((record["iteration"], record["metrics"].get(metric)) for record in evaluations)
-    return RunResult(run, matches, figures, resampled, _cost(steps, evaluations), loss, course)
+    loss_curve = curve_of((record["iteration"], record["loss"]) for record in steps)
+    metric_curve = curve_of((record["iteration"], record["metrics"].get(metric)) for record in evaluations)
+    cost = _cost(steps, evaluations)
+    return RunResult(run, matches_by_part, figures, resampled, cost, loss_curve, metric_curve)
 
 
 def load_matches(run: Run, part: str, ground_truth: dict[str, Any]) -> Matches:
-    """Match the run's detections to the ground truth, or read what was matched since they were written."""
+    """Match the run's detections to the ground truth.
+
+    The matches are stored beside the detections, and read from there unless the detections are newer.
+    """
     stored, results = run.directory.evaluation / f"matches_{part}.npz", results_file(run)
     if stored.exists() and stored.stat().st_mtime_ns >= results.stat().st_mtime_ns:
         return Matches.load(stored)
@@ -93,5 +104,5 @@ def _cost(steps: Sequence[Record], evaluations: Sequence[Record]) -> Cost:
 
 
 def _recorded(records: Sequence[Record], key: str) -> list[float]:
-    """The values of a key that not every record has."""
+    """Return the values of a key; records without it are left out."""
     return [record[key] for record in records if record.get(key) is not None]

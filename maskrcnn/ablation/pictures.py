@@ -1,4 +1,4 @@
-"""The images on which variants differ most from the baseline, with what each variant found in them."""
+"""The images on which each variant differs most from the baseline, with the detections of every variant."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
 from maskrcnn.visualization import LEGIBLE_SIDE, draw_objects
 
-EACH_END = 4  # images for the largest losses, and for the largest gains
-MOST = 200  # pictures in one report: at about 20 kB each, it stays at a few MB
-QUALITY = 75  # of JPEG
+EACH_END = 4  # images with the largest losses, and as many with the largest gains
+MOST = 200  # pictures in one report; at about 20 kB each, the page stays at a few MB
+QUALITY = 75  # of the JPEG files
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One image as the ground truth and every variant have it."""
+    """One image, drawn with the ground truth and with the detections of each variant."""
 
     caption: str
     titles: tuple[str, ...]
@@ -36,43 +36,44 @@ class Strip:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Where one variant differs most from the baseline: the largest losses first, then the largest gains."""
+    """The images on which one variant differs most from the baseline, each list in order of the difference."""
 
     variant: str
-    note: str  # what the numbers under the pictures are
+    note: str  # explains the numbers in the captions
     losses: tuple[Strip, ...]
     gains: tuple[Strip, ...]
 
 
 def galleries(results: AblationResults) -> list[Gallery]:
-    """Draw a gallery for each variant that was compared, from the first finished seed of every variant.
+    """Draw a gallery for each compared variant, from the first finished seed of every variant.
 
-    An image's score is that of the part of the figure that decides; see `Matches.image_scores`.
+    Images are ordered by the change of their score, see `Matches.image_scores`; for masks or for boxes, as in the
+    primary metric.
     """
     compared = results.compared
     if not compared:
         return []
-    shown = _Finder(results)
-    room = MOST // (2 * len(compared) * (1 + len(results.variants)))
-    each = max(1, min(EACH_END, room))
-    return [_gallery(variant, results, shown, each) for variant in compared]
+    renderer = _StripRenderer(results)
+    limit = MOST // (2 * len(compared) * (1 + len(results.variants)))
+    count = max(1, min(EACH_END, limit))
+    return [_gallery(variant, results, renderer, count) for variant in compared]
 
 
-def _gallery(variant: VariantResult, results: AblationResults, shown: _Finder, each: int) -> Gallery:
-    changes = shown.scores[variant.name] - shown.scores[results.baseline]
+def _gallery(variant: VariantResult, results: AblationResults, renderer: _StripRenderer, count: int) -> Gallery:
+    changes = renderer.scores[variant.name] - renderer.scores[results.baseline]
     order = np.argsort(changes, kind="stable")
-    losses = [place for place in order[:each] if changes[place] < 0]
-    gains = [place for place in order[::-1][:each] if changes[place] > 0]  # nan is neither
-    strips = [[shown.strip(place, float(changes[place])) for place in places] for places in (losses, gains)]
+    losses = [index for index in order[:count] if changes[index] < 0]
+    gains = [index for index in order[::-1][:count] if changes[index] > 0]  # both comparisons leave out nan
+    strips = [[renderer.strip(index, float(changes[index])) for index in indices] for indices in (losses, gains)]
     note = (
-        f"Change of an image's F1 for {shown.part} against {results.baseline}: 2 TP / (detections + objects), mean "
-        f"over the IoU thresholds, of detections with a score from {shown.min_score:g} on."
+        f"Change of an image's {renderer.part} F1 against {results.baseline}: 2 TP / (detections + objects), averaged "
+        f"over the IoU thresholds, of detections with a score of at least {renderer.min_score:g}."
     )
     return Gallery(variant.name, note, *map(tuple, strips))
 
 
-class _Finder:
-    """Scores every image, and draws one, for the first finished run of each variant."""
+class _StripRenderer:
+    """Computes image scores and draws strips, from the first finished run of each variant."""
 
     def __init__(self, results: AblationResults) -> None:
         runs: dict[str, RunResult] = {variant.name: variant.runs[0] for variant in results.variants}
@@ -82,21 +83,21 @@ class _Finder:
         self.part = results.metric.split("/")[0]
         matches = {name: result.matches[self.part] for name, result in runs.items()}
         self.image_ids = next(iter(matches.values())).image_ids
-        self.scores = {name: found.image_scores(self.min_score) for name, found in matches.items()}
+        self.scores = {name: of_variant.image_scores(self.min_score) for name, of_variant in matches.items()}
         self.titles = {name: f"{name}, seed {result.run.seed}" for name, result in runs.items()}
         self.results = {name: _by_image(read_results(results_file(result.run))) for name, result in runs.items()}
-        self.places = {self.dataset.image_id(index): index for index in range(len(self.dataset))}
+        self.dataset_index = {self.dataset.image_id(index): index for index in range(len(self.dataset))}
 
-    def strip(self, place: int, change: float) -> Strip:
-        """Draw one image; `place` counts the images of the matches."""
-        image_id = int(self.image_ids[place])
-        example = self.dataset[self.places[image_id]]
+    def strip(self, index: int, change: float) -> Strip:
+        """Draw the image at `index` of the matches; `change` is the difference of its score."""
+        image_id = int(self.image_ids[index])
+        example = self.dataset[self.dataset_index[image_id]]
         image, classes = example.pixels.permute(1, 2, 0).numpy(), self.dataset.classes
-        masks = [_full(mask, image.shape[:2]) for mask in example.masks]
+        masks = [_full_mask(mask, image.shape[:2]) for mask in example.masks]
         pictures = [_draw(image, example.boxes.numpy(), example.labels.tolist(), masks, None, classes)]
-        for found in self.results.values():
-            kept = [result for result in found.get(image_id, []) if result["score"] >= self.min_score]
-            pictures.append(_draw_results(image, kept, classes))
+        for results_by_image in self.results.values():
+            detections = [result for result in results_by_image.get(image_id, []) if result["score"] >= self.min_score]
+            pictures.append(_draw_results(image, detections, classes))
         caption = f"image {image_id}: {signed_points(change)} points"
         return Strip(caption, ("ground truth", *self.titles.values()), tuple(map(_data_uri, pictures)))
 
@@ -123,19 +124,19 @@ def _draw(
     scores: Sequence[float] | None,
     classes: ClassTable,
 ) -> np.ndarray:
-    """Draw over the image, which is made smaller before and not after, so that captions stay legible.
+    """Draw objects over the image. The image is resized before drawing, so that captions stay legible.
 
     Args: those of `draw_objects`; the masks are full-size (H, W) bool arrays.
     """
     height, width = image.shape[:2]
-    share = min(1.0, LEGIBLE_SIDE / max(height, width))
-    size = max(1, round(width * share)), max(1, round(height * share))
+    scale = min(1.0, LEGIBLE_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     small = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    fitting = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    return draw_objects(small, boxes * share, labels, fitting, classes.names, scores)
+    small_masks = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    return draw_objects(small, boxes * scale, labels, small_masks, classes.names, scores)
 
 
-def _full(mask: MaskCrop, size: tuple[int, int]) -> np.ndarray:
+def _full_mask(mask: MaskCrop, size: tuple[int, int]) -> np.ndarray:
     full = np.zeros(size, dtype=bool)
     height, width = mask.pixels.shape
     full[mask.y : mask.y + height, mask.x : mask.x + width] = mask.pixels

@@ -1,4 +1,4 @@
-"""What an ablation is: an experiment, its variants and seeds, read from YAML and checked before the first step."""
+"""The plan of an ablation: an experiment, its variants and seeds, read from YAML and checked before training."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, Metric
 from maskrcnn.run_directory import RunDirectory
 
-TRAINED = "trained"  # the folder of all runs, beside the folders of the ablations
+TRAINED = "trained"  # the folder that holds the runs of all ablations, beside the report folders
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a part of file names
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # used in file names
 
 
 class VariantConfig(Section):
-    """What one variant changes: `set` as with `--set` on the command line, or a whole other experiment, or both."""
+    """One variant: overrides in `set`, as with `--set` on the command line, or another experiment file, or both."""
 
     experiment: Path | None = None
-    set: tuple[str, ...] = Field((), description="KEY=VALUE each, as with --set")
-    paper: dict[Metric, float] = Field({}, description="the paper's own figures for this row, in percent")
+    set: tuple[str, ...] = Field((), description="overrides KEY=VALUE, as with --set")
+    paper: dict[Metric, float] = Field({}, description="the metrics that the paper reports for this row, in percent")
 
 
 class AblationConfig(Section):
-    """An ablation. Paths are relative to the file that is run."""
+    """An ablation. Paths are relative to the YAML file that is given to `load_plan`."""
 
     title: str
-    experiment: Path = Field(description="what all variants start from: a YAML file")
+    experiment: Path = Field(description="YAML file of the experiment that the variants modify")
     variants: dict[Name, VariantConfig] = Field(min_length=2)
     baseline: str = Field(description="the variant that the others are compared with")
-    metric: Metric = Field("mask/AP", description="which figure decides")
+    metric: Metric = Field("mask/AP", description="primary metric, which decides the comparison")
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
-    resamples: PositiveInt = Field(1000, description="of the bootstrap over images")
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    resamples: PositiveInt = Field(1000, description="number of bootstrap resamples of the images")
+    confidence: float = Field(0.95, gt=0, lt=1, description="confidence level of the intervals")
 
     @model_validator(mode="after")
     def _names_agree(self) -> AblationConfig:
         if self.baseline not in self.variants:
-            raise ValueError(f"baseline '{self.baseline}' is none of the variants {', '.join(self.variants)}")
+            raise ValueError(f"baseline '{self.baseline}' is not one of the variants {', '.join(self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"each seed may stand only once, got {list(self.seeds)}")
+            raise ValueError(f"seeds must be unique, got {list(self.seeds)}")
         return self
 
 
@@ -61,20 +61,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """How the run is called in messages."""
+        """The name of the run in messages."""
         return f"{self.variant}/seed_{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An ablation with every run's configuration resolved."""
+    """An ablation with the resolved configuration of every run."""
 
     config: AblationConfig
     out: Path
-    runs: tuple[Run, ...]  # seed by seed, the variants of each in order: an interrupted ablation compares all
+    runs: tuple[Run, ...]  # ordered by seed, then variant, so that an interrupted ablation has runs of every variant
 
     def runs_of(self, variant: str) -> list[Run]:
-        """The runs of one variant, a seed each."""
+        """Return the runs of one variant, one per seed."""
         return [run for run in self.runs if run.variant == variant]
 
 
@@ -82,14 +82,14 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
     """Read an ablation and resolve every run.
 
     Args:
-        path: the ablation's YAML; like an experiment it may have a `base`.
-        out: the folder of the report. The runs lie beside it, in `trained`, each in a folder named after its
-            configuration, so that ablations with a run in common train it once.
-        overrides: `KEY=VALUE` each, for the experiment of every variant, below what the variant itself sets.
+        path: the YAML file of the ablation; it may have a `base`, like an experiment.
+        out: the folder of the report. The runs are in `trained` beside it, each in a folder named by the digest of
+            its configuration, so that ablations share equal runs.
+        overrides: `KEY=VALUE` strings for the experiments of all variants; the overrides of a variant take precedence.
 
     Raises:
-        InputError: the ablation or a variant's experiment is wrong, or two variants are the same experiment, or are
-            not measured on the same images.
+        InputError: the ablation or the experiment of a variant is invalid, two variants are the same experiment, or
+            variants have different validation images.
     """
     config = load_config(path, AblationConfig)
     runs = []
@@ -114,22 +114,22 @@ def _resolve(
 
 
 def _digest(config: ExperimentConfig) -> str:
-    """A name for a configuration: equal ones have the same."""
+    """Return a digest of the configuration, which equal configurations share."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _require_distinct(path: Path, plan: Plan) -> None:
-    """A variant that changes nothing would cost hours to find equal."""
-    seen: dict[Path, str] = {}
+    """Raise an `InputError` if two variants are the same experiment: training both would be wasted time."""
+    variant_of: dict[Path, str] = {}
     for run in plan.runs[: len(plan.config.variants)]:
         folder = run.directory.root
-        if folder in seen:
-            raise InputError(f"{path}: variants.{run.variant} is the same experiment as variants.{seen[folder]}")
-        seen[folder] = run.variant
+        if folder in variant_of:
+            raise InputError(f"{path}: variants.{run.variant} is the same experiment as variants.{variant_of[folder]}")
+        variant_of[folder] = run.variant
 
 
 def _require_same_images(path: Path, plan: Plan) -> None:
-    """A paired comparison needs the same images on both sides."""
+    """Raise an `InputError` if variants have different validation images: the paired bootstrap needs the same."""
     first = plan.runs[0].config.data
     for run in plan.runs:
         if (run.config.data.root, run.config.data.validation) != (first.root, first.validation):

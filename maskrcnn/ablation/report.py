@@ -1,22 +1,22 @@
-"""Writes what an ablation found: `report.md`, `report.html`, `results.json` and TensorBoard events.
+"""Write the report of an ablation: `report.md`, `report.html`, `results.json` and TensorBoard events.
 
-`results.json` holds the numbers. Figures are named as in `evaluation/metrics.json` and lie in 0..1, like their
-differences; null stands where there is nothing to measure, or for the deviation of one seed.
+`results.json` holds the numbers. Metrics are named as in `evaluation/metrics.json` and lie in 0..1; differences are in
+the same unit. A value is null if the ground truth has no object for it, or for the standard deviation of one seed.
 
     title, baseline     text
-    metric              the figure that decides
-    confidence          of the intervals, 0 to 1
-    resamples           of the bootstrap
+    metric              name of the primary metric
+    confidence          confidence level of the intervals, 0 to 1
+    resamples           number of bootstrap resamples
     unfinished          names of the runs that are left out
     made_by             command, hardware and versions, as text
     variants            object: by name
-        mean, std       object: each figure over the finished seeds; std with n - 1
-        paper           object: the paper's own figures, in percent
+        mean, std       object: each metric over the finished seeds; std with n - 1 degrees of freedom
+        paper           object: metrics that the paper reports, in percent
         cost            object: `training` and `inference` in images per second, `memory` in bytes
-        sentence        what the deciding figure says; null for the baseline
-        minus_baseline  object: for each figure `value`, `low`, `high`, `verdict` and `by_seed`
-        seeds           object: for each finished seed its `figures`, its `cost`, and the curves `loss` and `metric`:
-                        lists of [iteration, value], long ones thinned to means; the run's metrics.jsonl has all
+        sentence        states the difference of the primary metric; null for the baseline
+        minus_baseline  object: for each metric `value`, `low`, `high`, `verdict` and `by_seed`
+        seeds           object: for each finished seed `figures` (metrics), `cost`, and the curves `loss` and `metric`:
+                        lists of [iteration, value]; long curves are thinned, metrics.jsonl of the run has all values
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.ablation.tables import report_tables
 from maskrcnn.training.metrics import TENSORBOARD_FOLDER, without_nan
 
-OF_ONE_RUN = ("command:", "seed:")  # lines of `environment.txt` that the report's own command stands for
+OF_ONE_RUN = ("command:", "seed:")  # lines of `environment.txt` that the report replaces with its own command
 
 
 def write_report(plan: Plan, results: AblationResults) -> None:
-    """Write every form of the report into `plan.out`; an earlier report is replaced."""
+    """Write the report in all formats into `plan.out`, and replace an earlier one."""
     made_by = provenance(results)
     markdown = markdown_report(results, made_by)
     page = html_page(results, galleries(results), notes(results), made_by)
@@ -59,53 +59,53 @@ def write_report(plan: Plan, results: AblationResults) -> None:
 
 
 def markdown_report(results: AblationResults, made_by: str) -> str:
-    """Return the report as Markdown: what was found, the tables, how it was made."""
-    parts = [
+    """Return the report as Markdown: sentences, notes, tables and provenance."""
+    blocks = [
         f"# {results.title}\n",
         "".join(f"- {sentence}\n" for sentence in results.sentences),
         *(f"{note}\n" for note in notes(results)),
         *(table.markdown() for table in report_tables(results)),
         f"## How it was made\n\n```\n{made_by}\n```\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(block for block in blocks if block)
 
 
 def notes(results: AblationResults) -> list[str]:
-    """Return what a reader must know of the sentences: how they came about, and which runs they leave out."""
-    found = []
+    """Return notes on the sentences: how the intervals are computed, and which runs are left out."""
+    paragraphs = []
     if results.compared:
-        found.append(
-            f"Each interval comes from {results.resamples:,} resamples of the images, the same for both sides, with "
-            "AP computed anew and the seeds averaged. It covers the choice of the images, not the luck of the seeds, "
-            "which the differences seed by seed show."
+        paragraphs.append(
+            f"Each interval comes from a paired bootstrap: {results.resamples:,} resamples of the images, the same for "
+            "both variants, with the AP of each resample averaged over the seeds. It covers the sampling of the "
+            "images, not the variation between seeds; the differences seed by seed show the latter."
         )
     seeds = {variant.name: [result.run.seed for result in variant.runs] for variant in results.variants}
     for variant in results.compared:
         common = list(variant.differences[results.metric].by_seed)
         if not common == seeds[variant.name] == seeds[results.baseline]:
-            names, listed = f"{variant.name} is compared with {results.baseline}", ", ".join(map(str, common))
-            found.append(f"{names} over the seeds that both have finished: {listed}.")
+            pair, listed = f"{variant.name} is compared with {results.baseline}", ", ".join(map(str, common))
+            paragraphs.append(f"{pair} over the seeds that both have finished: {listed}.")
     if results.unfinished:
-        found.append(f"Not finished, and left out: {', '.join(results.unfinished)}.")
-    return found
+        paragraphs.append(f"Not finished, and left out: {', '.join(results.unfinished)}.")
+    return paragraphs
 
 
 def provenance(results: AblationResults) -> str:
-    """Return this command, and on what the runs were trained, as each noted when it last started."""
-    places: dict[str, list[str]] = {}
+    """Return this command, and the last block of the runs' `environment.txt`; equal blocks appear once."""
+    names_by_environment: dict[str, list[str]] = {}
     for result in (result for variant in results.variants for result in variant.runs):
         if result.run.directory.environment.exists():
             blocks = result.run.directory.environment.read_text(encoding="utf-8").strip().split("\n\n")
             lines = [line for line in blocks[-1].splitlines() if not line.startswith(OF_ONE_RUN)]
-            places.setdefault("\n".join(lines), []).append(result.run.name)
+            names_by_environment.setdefault("\n".join(lines), []).append(result.run.name)
     command = f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}"
-    if len(places) == 1:
-        return "\n".join([command, *places])
-    return "\n\n".join([command, *(f"{', '.join(names)}:\n{text}" for text, names in places.items())])
+    if len(names_by_environment) == 1:
+        return "\n".join([command, *names_by_environment])
+    return "\n\n".join([command, *(f"{', '.join(names)}:\n{text}" for text, names in names_by_environment.items())])
 
 
 def as_dict(results: AblationResults) -> dict[str, Any]:
-    """Return the results as the module's docstring tells, with nan in place of null."""
+    """Return the contents of `results.json` but for `made_by`, with nan instead of null."""
     return {
         "title": results.title,
         "baseline": results.baseline,
@@ -131,8 +131,8 @@ def _variant(variant: VariantResult) -> dict[str, Any]:
 
 def _difference(difference: Difference) -> dict[str, Any]:
     interval = difference.interval
-    ends = {"value": interval.value, "low": interval.low, "high": interval.high, "verdict": interval.verdict}
-    return {**ends, "by_seed": {str(seed): value for seed, value in difference.by_seed.items()}}
+    numbers = {"value": interval.value, "low": interval.low, "high": interval.high, "verdict": interval.verdict}
+    return {**numbers, "by_seed": {str(seed): value for seed, value in difference.by_seed.items()}}
 
 
 def _run(result: RunResult) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def _curves(result: RunResult) -> dict[str, Curve]:
 
 
 def write_events(folder: Path, results: AblationResults, markdown: str) -> None:
-    """Write TensorBoard events: the report as text, and for each variant its mean curves and figures.
+    """Write TensorBoard events: the report as text, and the mean curves and metrics of each variant.
 
-    The figures are also the metrics of the HPARAMS page, where variants can be sorted by them.
+    The metrics also appear on the HPARAMS page, which can sort the variants by them.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -161,9 +161,9 @@ def write_events(folder: Path, results: AblationResults, markdown: str) -> None:
 
 def _write_variant(writer: SummaryWriter, results: AblationResults, variant: VariantResult) -> None:
     figures = {key: value for key, value in variant.mean.items() if not math.isnan(value)}
-    writer.add_hparams({"variant": variant.name}, figures, run_name=".")  # it writes the figures as scalars, too
+    writer.add_hparams({"variant": variant.name}, figures, run_name=".")  # also writes the metrics as scalars
     curves = {"training loss": "loss", f"course of {results.metric_name}": "metric"}
     for title, name in curves.items():
         mean = mean_curve([_curves(result)[name] for result in variant.runs])
-        for at, value in zip(mean.iterations, mean.values, strict=True):
-            writer.add_scalar(title, value, int(at))
+        for iteration, value in zip(mean.iterations, mean.values, strict=True):
+            writer.add_scalar(title, value, int(iteration))

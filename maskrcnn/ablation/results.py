@@ -1,4 +1,4 @@
-"""The results of an ablation: every variant's figures over its finished seeds, and what it did against the baseline."""
+"""The results of an ablation: metrics of each variant over its finished seeds, and differences to the baseline."""
 
 from __future__ import annotations
 
@@ -24,70 +24,72 @@ class VariantResult:
 
     name: str
     runs: tuple[RunResult, ...]
-    mean: Mapping[str, float]  # each figure, 0..1; nan where there is nothing to measure
-    std: Mapping[str, float]  # with n - 1; nan where one seed is finished
-    cost: Cost  # means over the seeds; the memory is the largest
-    paper: Mapping[Metric, float]  # the paper's own figures for this row, in percent
-    differences: Mapping[str, Difference]  # empty for the baseline, and without a seed that both have finished
-    sentence: str | None  # what the deciding figure says about it
+    mean: Mapping[str, float]  # each metric, 0..1; nan if the ground truth has no object for it
+    std: Mapping[str, float]  # with n - 1 degrees of freedom; nan for a single seed
+    cost: Cost  # means over the seeds; of the memory, the maximum
+    paper: Mapping[Metric, float]  # the metrics that the paper reports for this row, in percent
+    differences: Mapping[str, Difference]  # empty for the baseline, or without a finished seed in common with it
+    sentence: str | None  # states the difference of the primary metric; None for the baseline
 
 
 @dataclass(frozen=True)
 class AblationResults:
-    """An ablation, measured."""
+    """The results of all variants with a finished run."""
 
     title: str
     baseline: str
-    metric: str  # the figure that decides
+    metric: str  # the primary metric
     confidence: float
     resamples: int
     variants: tuple[VariantResult, ...]  # in the order of the plan
-    unfinished: tuple[str, ...]  # names of runs
+    unfinished: tuple[str, ...]  # names of the runs
 
     @property
     def compared(self) -> list[VariantResult]:
-        """The variants that were compared with the baseline."""
+        """The variants with differences to the baseline."""
         return [variant for variant in self.variants if variant.differences]
 
     @property
     def metric_name(self) -> str:
-        """The deciding figure, for people."""
+        """The display name of the primary metric."""
         return self.metric.replace("/", " ")
 
     @property
     def sentences(self) -> list[str]:
-        """What the ablation found, a sentence for each variant."""
+        """The conclusions of the ablation, one sentence per compared variant."""
         return [variant.sentence for variant in self.variants if variant.sentence]
 
 
 def analyse(plan: Plan) -> AblationResults:
     """Measure the finished runs of an ablation, and compare each variant with the baseline.
 
-    Detections are matched to the ground truth once; the matches stay beside the run's results.
+    The matches of detections and ground truth are stored in the run directories and reused.
 
     Raises:
-        InputError: no run is finished, or the annotations changed between two runs.
+        InputError: no run is finished, or two runs were measured on different annotations.
     """
     finished = [run for run in plan.runs if is_finished(run)]
     if not finished:
         raise InputError(f"{plan.out}: no run of the ablation is finished; there is nothing to report")
     ground_truth = finished[0].config.data.build_validation().ground_truth()
     config = plan.config
-    measured = [
+    run_results = [
         measure(run, ground_truth, metric=config.metric, resamples=config.resamples)
         for run in tqdm(finished, desc="measuring", leave=False, disable=None)
     ]
-    for result in measured:
+    for result in run_results:
         for part, matches in result.matches.items():
-            check_comparable(matches, measured[0].matches[part])
-    runs = {name: [result for result in measured if result.run.variant == name] for name in config.variants}
+            check_comparable(matches, run_results[0].matches[part])
+    by_variant = {name: [result for result in run_results if result.run.variant == name] for name in config.variants}
     return AblationResults(
         title=config.title,
         baseline=config.baseline,
         metric=config.metric,
         confidence=config.confidence,
         resamples=config.resamples,
-        variants=tuple(_variant(config, name, runs[name], runs[config.baseline]) for name in runs if runs[name]),
+        variants=tuple(
+            _variant(config, name, runs, by_variant[config.baseline]) for name, runs in by_variant.items() if runs
+        ),
         unfinished=tuple(run.name for run in plan.runs if run not in finished),
     )
 
@@ -97,23 +99,23 @@ def _variant(
 ) -> VariantResult:
     differences = {} if name == config.baseline else compare(runs, baseline, confidence=config.confidence)
     values = {key: [run.figures[key] for run in runs] for key in runs[0].figures}
-    said = None
+    conclusion = None
     if differences:
         figure = config.metric.replace("/", " ")
-        said = sentence(name, config.baseline, figure, differences[config.metric], config.confidence)
+        conclusion = sentence(name, config.baseline, figure, differences[config.metric], config.confidence)
     return VariantResult(
         name=name,
         runs=tuple(runs),
         mean={key: float(np.mean(numbers)) for key, numbers in values.items()},
-        std={key: _deviation(numbers) for key, numbers in values.items()},
+        std={key: _standard_deviation(numbers) for key, numbers in values.items()},
         cost=_mean_cost([run.cost for run in runs]),
         paper=config.variants[name].paper,
         differences=differences,
-        sentence=said,
+        sentence=conclusion,
     )
 
 
-def _deviation(values: Sequence[float]) -> float:
+def _standard_deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Trains the runs of an ablation that are missing, several side by side, each in a process of its own."""
+"""Train the missing runs of an ablation, several in parallel, each in its own process."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ from maskrcnn.training.metrics import last_record
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-SHOWN_LINES = 15  # of the console of a run that failed
+SHOWN_LINES = 15  # lines of console output in the message for a failed run
 
 
-class RunsFailed(Exception):  # noqa: N818 (its runs have the errors)
-    """Some runs failed; the message has the end of what each said."""
+class RunsFailed(Exception):  # noqa: N818 (it reports the errors of other processes)
+    """Some runs failed; the message has the last lines of the console output of each."""
 
 
 def check_runs(plan: Plan) -> None:
-    """Build the data and the model of every variant, so that no mistake shows after hours.
+    """Build the data and the model of every variant, so that errors appear before training starts.
 
     Raises:
-        InputError: with the variant's name.
+        InputError: the data or the model of a variant cannot be built; the message names the variant.
     """
     checked: set[str] = set()
     for run in plan.runs:
-        parts = [to_dict(run.config.data), to_dict(run.config.model)]
-        if str(parts) in checked or is_finished(run):
+        data = str(to_dict(run.config.data))
+        data_and_model = data + str(to_dict(run.config.model))
+        if data_and_model in checked or is_finished(run):
             continue
-        checked.add(str(parts))
+        checked.add(data_and_model)
         try:
-            if str(parts[0]) not in checked:
+            if data not in checked:
                 run.config.data.build_both()
-                checked.add(str(parts[0]))
+                checked.add(data)
             run.config.model.build(num_classes=1)
         except InputError as error:
             raise InputError(f"variant {run.variant}: {error}") from error
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run is trained to its end, and evaluated there."""
+    """Return True if the run has completed its training and the final evaluation."""
     record = last_record(run.directory.metrics)
     if record is None or record["kind"] == "train":
         return False
@@ -62,20 +63,24 @@ def is_finished(run: Run) -> bool:
 
 
 def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
-    """Train what is not finished: one run on each GPU, or without any, one on each core, or `jobs` at a time.
+    """Train all runs that are not finished, several in parallel.
 
-    A run that stops on an error does not stop the others.
+    A run that fails does not stop the others.
+
+    Args:
+        plan: the ablation.
+        jobs: number of runs in parallel; by default one per GPU, or one per CPU core if there is no GPU.
 
     Raises:
-        RunsFailed: at the end, if any failed.
-        Interrupted: after SIGINT or SIGTERM, every run saved.
+        RunsFailed: at least one run failed; raised after the others have ended.
+        Interrupted: SIGINT or SIGTERM arrived; all runs have saved a checkpoint.
     """
     gpus = list(range(torch.cuda.device_count()))
     cores = os.cpu_count() or 1
     waiting = [run for run in plan.runs if not is_finished(run)]
-    places = min(jobs or len(gpus) or cores, max(len(waiting), 1))
-    logger.info("%d of %d runs are done; %d at a time", len(plan.runs) - len(waiting), len(plan.runs), places)
-    free = [Place(gpus[index % len(gpus)] if gpus else None, max(cores // places, 1)) for index in range(places)]
+    parallel = min(jobs or len(gpus) or cores, max(len(waiting), 1))
+    logger.info("%d of %d runs are finished; %d in parallel", len(plan.runs) - len(waiting), len(plan.runs), parallel)
+    free = [Place(gpus[index % len(gpus)] if gpus else None, max(cores // parallel, 1)) for index in range(parallel)]
     with StopRequest() as stop, Progress(plan.runs) as progress, ExitStack() as stack:
         running: list[Job] = []
         failed: list[Job] = []
@@ -88,24 +93,24 @@ def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
             free += [job.place for job in ended]
             failed += [job for job in ended if job.process.returncode != 0]
             progress.show([job.run for job in running])
-        for job in running:  # all at once; the stack then waits for one after the other
+        for job in running:  # signal all of them first; the exit stack then waits for each
             job.stop()
     if stop.signal is not None:
-        raise Interrupted(stop.signal, "stopped, every run is saved; the same command goes on")
+        raise Interrupted(stop.signal, "stopped, every run is saved; repeat the command to continue")
     if failed:
         raise RunsFailed("\n\n".join(job.complaint() for job in failed))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run computes."""
+    """The GPU and the number of CPU threads of a run."""
 
     gpu: int | None
     threads: int
 
 
 class Job:
-    """A run and its process; at the end of the `with` block the process is asked to save and stop."""
+    """The process of one run. Leaving the `with` block tells the process to save and stop, and waits for its end."""
 
     def __init__(self, run: Run, place: Place) -> None:
         self.run = run
@@ -113,17 +118,17 @@ class Job:
         self.console = run.directory.root / "console.txt"
 
     def __enter__(self) -> Job:
-        folder = self.run.directory.root
-        folder.mkdir(parents=True, exist_ok=True)
+        run_folder = self.run.directory.root
+        run_folder.mkdir(parents=True, exist_ok=True)
         self.run.directory.config.write_text(to_yaml(self.run.config), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.place.threads)}
         if self.place.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = _visible_gpu(self.place.gpu)
         worker = [sys.executable, "-m", "maskrcnn.ablation.worker", str(self.run.directory.config)]
         with self.console.open("ab") as console:
-            # A session of its own, so that Ctrl-C reaches this process alone; a worker stops when its input ends.
+            # A new session, so that Ctrl-C reaches only this process. The worker stops when its standard input ends.
             self.process = subprocess.Popen(
-                [*worker, "--out", str(folder), "--threads", str(self.place.threads)],
+                [*worker, "--out", str(run_folder), "--threads", str(self.place.threads)],
                 stdin=subprocess.PIPE, stdout=console, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
@@ -136,25 +141,25 @@ class Job:
         self.process.wait()
 
     def stop(self) -> None:
-        """Ask the process to save and stop."""
+        """Tell the process to save a checkpoint and stop."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def complaint(self) -> str:
-        """What to tell of a run that failed."""
+        """Return the error message of a failed run, with the end of its console output."""
         lines = self.console.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
-        told = "\n  ".join(lines)
-        return f"{self.run.name} failed with status {self.process.returncode} ({self.console}):\n  {told}"
+        output = "\n  ".join(lines)
+        return f"{self.run.name} failed with status {self.process.returncode} ({self.console}):\n  {output}"
 
 
 def _visible_gpu(index: int) -> str:
-    """The name of a GPU for a process of its own; some may be hidden from this one."""
+    """Return the `CUDA_VISIBLE_DEVICES` entry of a GPU that this process knows by `index`."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[index] if visible else str(index)
 
 
 class Progress:
-    """One line for the whole ablation: iterations done of all, and where each running one stands."""
+    """A progress bar over the iterations of all runs, with the iteration of each running one."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
@@ -177,15 +182,15 @@ class Progress:
         self._bar.close()
 
     def show(self, running: Iterable[Run]) -> None:
-        """Bring the line up to date."""
+        """Update the progress bar from the records of the runs."""
         states = [f"{run.name} {_iterations_done(run)}" for run in running]
         finished = sum(map(is_finished, self._runs))
-        self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs done; " + ", ".join(states), refresh=False)
+        self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs finished; " + ", ".join(states), refresh=False)
         self._bar.update(sum(map(_iterations_done, self._runs)) - self._bar.n)
 
 
 def _iterations(run: Run) -> int:
-    """How many iterations the run is to have."""
+    """Return the length of the run's schedule in iterations."""
     training = run.config.training
     if training.schedule.epochs is None:
         return training.schedule.num_iterations

@@ -1,4 +1,4 @@
-"""The tables of a report, as text that Markdown and HTML write alike: figures in percent, differences in points."""
+"""The tables of a report as text, for Markdown and HTML: metrics in percent, differences in percentage points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one place, and whether it is set in bold."""
+    """The text of one cell; `strong` sets it in bold."""
 
     text: str
     strong: bool = False
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One line: its name first. The baseline's is marked."""
+    """One row, the name first; the row of the baseline is marked."""
 
     cells: tuple[Cell, ...]
     marked: bool = False
@@ -61,7 +61,7 @@ def _bold(cell: Cell) -> str:
 
 
 def report_tables(results: AblationResults) -> list[Table]:
-    """Return every table that the results fill, in the order of a report."""
+    """Return the tables of a report in order; tables without data are left out."""
     tables = [figure_table(results, part) for part in PARTS]
     if results.compared:
         tables += [*(difference_table(results, part) for part in PARTS), seed_table(results)]
@@ -71,7 +71,7 @@ def report_tables(results: AblationResults) -> list[Table]:
 
 
 def figure_table(results: AblationResults, part: str) -> Table:
-    """The figures of each variant for masks or boxes: mean and standard deviation over the seeds, in percent."""
+    """Return the mask or box metrics of each variant: mean and standard deviation over the seeds, in percent."""
     keys = [f"{part}/{figure}" for figure in FIGURES]
     columns = [[variant.mean[key] for variant in results.variants] for key in keys]
     best = [max((value for value in column if not math.isnan(value)), default=math.nan) for column in columns]
@@ -80,15 +80,18 @@ def figure_table(results: AblationResults, part: str) -> Table:
             results,
             variant,
             [Cell(str(len(variant.runs)))]
-            + [Cell(_spread(variant, key), variant.mean[key] == top) for key, top in zip(keys, best, strict=True)],
+            + [
+                Cell(_mean_std(variant, key), variant.mean[key] == maximum)
+                for key, maximum in zip(keys, best, strict=True)
+            ],
         )
         for variant in results.variants
     ]
-    note = "In percent; mean ± standard deviation over the seeds; the best in bold."
-    return Table(f"{part.capitalize()} figures", ("variant", "seeds", *FIGURES), tuple(rows), note)
+    note = "In percent: mean ± standard deviation over the seeds. The best is bold."
+    return Table(f"{part.capitalize()} metrics", ("variant", "seeds", *FIGURES), tuple(rows), note)
 
 
-def _spread(variant: VariantResult, key: str) -> str:
+def _mean_std(variant: VariantResult, key: str) -> str:
     if math.isnan(variant.mean[key]):
         return NOTHING
     deviation = variant.std[key]
@@ -96,16 +99,16 @@ def _spread(variant: VariantResult, key: str) -> str:
 
 
 def difference_table(results: AblationResults, part: str) -> Table:
-    """What each variant changes against the baseline, with its interval, in points."""
+    """Return the differences of each variant to the baseline with their intervals, in percentage points."""
     rows = [
         _row(results, variant, [_difference(variant.differences[f"{part}/{figure}"]) for figure in FIGURES])
         for variant in results.compared
     ]
     note = (
-        f"In points, with the {share(results.confidence)} interval of a paired bootstrap over the images; bold where "
-        "it excludes zero."
+        f"In percentage points, with the {share(results.confidence)} interval of a paired bootstrap over the images. "
+        "Bold: the interval excludes zero."
     )
-    title = f"{part.capitalize()} figures minus those of {results.baseline}"
+    title = f"{part.capitalize()} metrics minus those of {results.baseline}"
     return Table(title, ("variant", *FIGURES), tuple(rows), note)
 
 
@@ -118,7 +121,7 @@ def _difference(difference: Difference) -> Cell:
 
 
 def seed_table(results: AblationResults) -> Table:
-    """The differences of the deciding figure, seed by seed."""
+    """Return the differences of the primary metric for each seed."""
     seeds = sorted({seed for variant in results.compared for seed in variant.differences[results.metric].by_seed})
     rows = []
     for variant in results.compared:
@@ -127,32 +130,31 @@ def seed_table(results: AblationResults) -> Table:
         rows.append(_row(results, variant, cells))
     title = f"{results.metric_name} minus that of {results.baseline}, seed by seed"
     note = (
-        "In points. The intervals above cover the choice of the images, not the luck of the seeds: how far the seeds "
-        "lie apart here shows that. Of intervals around differences that are truly zero, about "
-        f"{share(1 - results.confidence)} exclude zero all the same."
+        "In percentage points. The intervals above cover the sampling of the images, not the variation between seeds, "
+        f"which this table shows. If the true difference is zero, about {share(1 - results.confidence)} of the "
+        "intervals still exclude zero."
     )
     return Table(title, ("variant", *(f"seed {seed}" for seed in seeds)), tuple(rows), note)
 
 
 def paper_table(results: AblationResults) -> Table:
-    """The paper's own figures beside those measured here, and both differences."""
-    papers = {variant.name: variant.paper for variant in results.variants}
+    """Return the metrics of the paper beside the measured ones, and both differences to the baseline."""
+    paper_by_name = {variant.name: variant.paper for variant in results.variants}
     rows = []
     for variant in results.variants:
-        for key, theirs in variant.paper.items():
-            ours = variant.mean[key]
-            here = variant.differences[key].interval.value if variant.differences else math.nan
-            there = theirs - papers.get(results.baseline, {}).get(key, math.nan)
+        for key, paper_value in variant.paper.items():
+            measured_change = variant.differences[key].interval.value if variant.differences else math.nan
+            paper_change = paper_value - paper_by_name.get(results.baseline, {}).get(key, math.nan)
             marked = variant.name == results.baseline
-            changes = [NOTHING, NOTHING] if marked else [_signed(here), _signed(there / 100)]
-            cells = [variant.name, key.replace("/", " "), _percent(ours), f"{theirs:.1f}", *changes]
+            changes = [NOTHING, NOTHING] if marked else [_signed(measured_change), _signed(paper_change / 100)]
+            cells = [variant.name, key.replace("/", " "), _percent(variant.mean[key]), f"{paper_value:.1f}", *changes]
             rows.append(Row(tuple(map(Cell, cells)), marked))
-    columns = ("variant", "figure", "here", "paper", "here minus baseline", "paper minus baseline")
-    return Table("Beside the paper", columns, tuple(rows), "In percent; the paper measured on COCO.")
+    columns = ("variant", "metric", "measured", "paper", "measured minus baseline", "paper minus baseline")
+    return Table("Comparison with the paper", columns, tuple(rows), "In percent. The values of the paper are on COCO.")
 
 
 def cost_table(results: AblationResults) -> Table:
-    """Speed of training and inference, and the memory that training takes."""
+    """Return the speed of training and inference, and the peak memory of training."""
     numbers: list[tuple[str, Callable[[VariantResult], str]]] = [
         ("training, images/s", lambda variant: _three_digits(variant.cost.training)),
         ("inference, images/s", lambda variant: _three_digits(variant.cost.inference)),
@@ -160,8 +162,8 @@ def cost_table(results: AblationResults) -> Table:
     ]
     rows = [_row(results, variant, [Cell(text(variant)) for _, text in numbers]) for variant in results.variants]
     note = (
-        "Training speed is the median over the steps on record, inference that of the last evaluation, both averaged "
-        "over the seeds; the memory is the largest of any seed."
+        "Training speed: median over the recorded steps. Inference speed: last evaluation. Both are means over the "
+        "seeds; the memory is the maximum over the seeds."
     )
     return Table("Cost", ("variant", *(name for name, _ in numbers)), tuple(rows), note)
 

@@ -1,7 +1,7 @@
 """The process of one run of an ablation: `python -m maskrcnn.ablation.worker CONFIG --out DIR --threads N`.
 
-It trains, or goes on with what is there, and stops with its state saved when its standard input ends: that is when
-the process that started it closes it, or is gone.
+It trains the run, or resumes it from its last checkpoint. When its standard input ends, because the parent process
+closes it or dies, the worker saves a checkpoint and exits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from maskrcnn.training_run import train_experiment
 
 
 def main() -> None:
-    """Parse, train."""
+    """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _stop_at_end_of_input() -> None:
-    os.read(sys.stdin.fileno(), 1)  # not through a buffered file, whose lock would outlive the main thread
+    os.read(sys.stdin.fileno(), 1)  # unbuffered: the lock of `sys.stdin` would block the exit of the main thread
     os.kill(os.getpid(), signal.SIGTERM)
 
 

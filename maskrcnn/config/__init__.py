@@ -1,8 +1,9 @@
 """Experiments as YAML: read, compose, override, validate, dump.
 
-A file may name parents with `base:` (one path or a list, relative to the file itself). They are merged in order, then
-the file, then the overrides: mappings merge key by key, everything else is replaced, and a mapping that names another
-`kind` than the one below it replaces it whole. The result is checked against a schema of `Section` classes.
+A file may name base files with `base:` (one path or a list, relative to the file itself). The bases are merged in
+order, then the file, then the overrides. Mappings merge key by key; other values are replaced. A mapping with a
+different `kind` replaces the mapping that it would merge with. The result is validated against a schema of `Section`
+classes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from maskrcnn.errors import InputError
 
 
 class Section(BaseModel):
-    """Base of every part of a configuration: immutable, and unknown keys are errors.
+    """Base class of every section of a configuration: immutable, and unknown keys are errors.
 
-    A choice is a section with `kind: Literal["name"]`; the union of the choices of one extension point is written
+    A section that is one of several alternatives has a field `kind: Literal["name"]`. The union of the alternatives is
     `Annotated[A | B, Field(discriminator="kind")]`.
     """
 
@@ -36,21 +37,22 @@ S = TypeVar("S", bound=Section)
 
 
 def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()) -> S:
-    """Read `path` with its parents, apply `overrides` and check the result against `schema`.
+    """Read `path` with its base files, apply `overrides` and validate the result against `schema`.
 
     Args:
         path: a YAML file.
-        schema: the section that the whole file describes.
-        overrides: `a.b.c=VALUE` each, VALUE in YAML. They are merged with one another, later ones winning, and then
-            into the file.
+        schema: the section class of the whole file.
+        overrides: `a.b.c=VALUE` strings, VALUE in YAML. They are merged with one another, later ones taking
+            precedence, and then into the file.
 
     Raises:
-        InputError: with one line per problem, and the place that it comes from.
+        InputError: a file cannot be read or the configuration is invalid; the message has one line per problem, with
+            the file and line of its origin.
     """
     problems: list[str] = []
     data = merge(compose(Path(path), problems), read_overrides(overrides, problems))
     try:
-        # Strict, so that `true` is no number; as JSON, because there a list is the only way to write a tuple.
+        # Strict, so that `true` is not a number. As JSON, because strict validation of JSON accepts a list as a tuple.
         config = schema.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems += explain(error, schema, data)
@@ -61,19 +63,19 @@ def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Return the configuration, defaults included, as nested dicts and lists of plain values."""
+    """Return the configuration, including defaults, as nested dicts and lists of plain values."""
     return config.model_dump(mode="json")
 
 
 def to_yaml(config: Section) -> str:
-    """Return the configuration, defaults included, as YAML; reading it gives an equal object."""
+    """Return the configuration, including defaults, as YAML; reading it gives an equal object."""
     return dump(to_dict(config))
 
 
 def json_schema(schema: type[Section]) -> dict[str, Any]:
-    """Return a JSON Schema with which an editor completes and checks whole experiments and parts alike.
+    """Return the JSON Schema for editors, which fits complete experiments and base files.
 
-    No key is required, because a base may hold it, and `base` is known.
+    No key is required, because a base file may contain it. The key `base` is included.
     """
     generated = schema.model_json_schema(schema_generator=_EditorSchema)
     text = {"type": "string"}
@@ -83,11 +85,11 @@ def json_schema(schema: type[Section]) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line `path: old -> new` for each key in which two configurations (see `to_dict`) differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    old_values, new_values = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{key}: {_in_line(before, key)} -> {_in_line(after, key)}"
-        for key in before | after
-        if key not in before or key not in after or before[key] != after[key]
+        f"{key}: {_format_value(old_values, key)} -> {_format_value(new_values, key)}"
+        for key in old_values | new_values
+        if key not in old_values or key not in new_values or old_values[key] != new_values[key]
     ]
 
 
@@ -99,13 +101,13 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _in_line(leaves: Mapping[str, Any], key: str) -> str:
+def _format_value(leaves: Mapping[str, Any], key: str) -> str:
     value = leaves.get(key, "(absent)")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class _EditorSchema(GenerateJsonSchema):
-    """JSON Schema of partial files: nothing is required, and so more than one choice of a union may fit."""
+    """JSON Schema of partial files: no key is required, so more than one member of a union may match (`anyOf`)."""
 
     def field_is_required(self, field: Any, total: bool) -> bool:
         return False

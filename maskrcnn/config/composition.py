@@ -1,4 +1,4 @@
-"""One configuration from several places: a file on top of its bases, and the overrides on top of that."""
+"""Compose a configuration from a file, its base files and command-line overrides."""
 
 from __future__ import annotations
 
@@ -14,34 +14,43 @@ from maskrcnn.errors import InputError
 
 
 def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) -> TracedMapping:
-    """Return the file merged onto its parents; `children` are the files that lead here, first the outermost."""
+    """Return the file merged onto its base files.
+
+    Args:
+        path: a YAML file.
+        problems: gets a line for each duplicate or invalid key.
+        children: the files that led to `path` through `base`, the outermost first.
+
+    Raises:
+        InputError: a file cannot be read, is not a YAML mapping, or is its own base.
+    """
     if path.resolve() in [child.resolve() for child in children]:
-        circle = " -> ".join(str(file) for file in [*children, path])
-        raise InputError(f"{children[0]}: base files must not lead back to themselves: {circle}")
+        cycle = " -> ".join(str(file) for file in [*children, path])
+        raise InputError(f"{children[0]}: base files must not form a cycle: {cycle}")
     document = _read_file(path, children, problems)
     bases = [compose(base, problems, (*children, path)) for base in _take_bases(document, path)]
     return reduce(merge, [*bases, document])
 
 
 def _read_file(path: Path, children: tuple[Path, ...], problems: list[str]) -> TracedMapping:
-    where = f"{path} (a base of {children[-1]})" if children else str(path)
+    name = f"{path} (a base of {children[-1]})" if children else str(path)
     try:
         document = parse(path.read_text(encoding="utf-8"), str(path), problems)
     except OSError as error:
-        raise InputError(f"{where}: cannot read the file: {error.strerror}") from error
+        raise InputError(f"{name}: cannot read the file: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: the file is not text in UTF-8") from error
+        raise InputError(f"{name}: the file is not UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: not valid YAML: {syntax(error)}") from error
+        raise InputError(f"{name}: not valid YAML: {syntax(error)}") from error
     if document is None:
         return TracedMapping({}, {})
     if not isinstance(document, TracedMapping):
-        raise InputError(f"{where}: expected a mapping (lines of `key: value`), got {show(document)}")
+        raise InputError(f"{name}: expected a mapping (lines of `key: value`), got {show(document)}")
     return document
 
 
 def _take_bases(document: TracedMapping, path: Path) -> list[Path]:
-    """Remove `base` from the document and return the files that it names."""
+    """Remove `base` from the document and return its paths."""
     if "base" not in document:
         return []
     base = document.pop("base")
@@ -52,7 +61,7 @@ def _take_bases(document: TracedMapping, path: Path) -> list[Path]:
 
 
 def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
-    """Return `below` with the keys of `above` on top."""
+    """Merge two mappings recursively; values of `above` take precedence, and a different `kind` replaces `below`."""
     if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
         return above
     merged = TracedMapping(below | above, {**below.origins, **above.origins})
@@ -63,7 +72,7 @@ def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
 
 
 def read_overrides(overrides: Sequence[str], problems: list[str]) -> TracedMapping:
-    """Return what all overrides say together: first among themselves, so that `kind` may come after its keys."""
+    """Return all overrides, merged with one another first, so that `kind` may follow the keys of its section."""
     parsed = [_override(override, problems) for override in overrides]
     return reduce(merge, parsed, TracedMapping({}, {}))
 

@@ -1,4 +1,4 @@
-"""What does not fit the schema, in the user's terms: the path first, then what is wrong, then a suggestion."""
+"""Turn validation errors into messages for the user: path of the key, problem, suggestion, and origin."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _EXPECTED = {
 
 
 class _Place(NamedTuple):
-    """Where an error belongs in the user's terms."""
+    """The location of an error in the configuration."""
 
-    path: tuple[str | int, ...]  # keys and list indexes, without the names of union members
-    owner: Any  # the type that holds the last key of the path
+    path: tuple[str | int, ...]  # keys and list indices, without the names of union members
+    owner: Any  # the type that contains the last key of the path
     choices: list[Any]  # the types allowed there
-    union: tuple[str | int, ...] | None  # path of the union without `kind` that the error lies in
+    union: tuple[str | int, ...] | None  # path of the enclosing union without `kind`, if any
 
 
 def explain(error: ValidationError, schema: type[BaseModel], data: TracedMapping) -> list[str]:
-    """Return one line per problem, `path: what is wrong [where it was written]`."""
+    """Return one line per problem, `path: problem [file:line]`."""
     groups: dict[Any, list[tuple[_Place, ErrorDetails]]] = {}
     for number, details in enumerate(error.errors(include_url=False)):
         place = _locate(details["loc"], schema, data)
         if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
             place = place._replace(path=(*place.path, "kind"))
-        # A union without `kind` gives the errors of all of its members: one problem for the user.
+        # A union without `kind` yields the errors of all its members; they are one problem for the user.
         groups.setdefault(number if place.union is None else place.union, []).append((place, details))
     return [line for group in groups.values() for line in _describe(group, data)]
 
@@ -50,10 +50,10 @@ def _describe(group: list[tuple[_Place, ErrorDetails]], data: TracedMapping) -> 
     inner = [
         (place, details) for place, details in group if place.path != place.union or details["type"] == "value_error"
     ]
-    if inner:  # not in such a union, or inside the member whose shape the value has
+    if inner:  # outside of such a union, or inside the union member that has the shape of the value
         return [_line(place.path, _message(place, details), data) for place, details in inner]
     place, details = group[0]
-    expected = " or ".join(_expected(each) for _, each in group)
+    expected = " or ".join(_expected(member_details) for _, member_details in group)
     return [_line(place.path, f"expected {expected}, got {show(details['input'])}", data)]
 
 
@@ -64,13 +64,13 @@ def _line(path: tuple[str | int, ...], message: str, data: TracedMapping) -> str
 
 
 def _origin(path: tuple[str | int, ...], value: Any) -> str:
-    """Return where the last key of the path that is in the data was written."""
-    found = ""
+    """Return the origin (`file:line` or `--set`) of the last key of the path that is in the data."""
+    origin = ""
     for part in path:
         if isinstance(value, TracedMapping):
-            found = value.origins.get(str(part), found)
+            origin = value.origins.get(str(part), origin)
         value = _child(value, part)
-    return found
+    return origin
 
 
 def _child(value: Any, part: str | int) -> Any:
@@ -80,7 +80,7 @@ def _child(value: Any, part: str | int) -> Any:
 
 
 def _locate(parts: Sequence[str | int], schema: type[BaseModel], value: Any) -> _Place:
-    """Follow the location that pydantic gives, which also names the union members that it tried."""
+    """Convert a location of pydantic, which includes the union members that it tried, to a place."""
     path: list[str | int] = []
     owner: Any = schema
     choices: list[Any] = [schema]
@@ -99,7 +99,7 @@ def _locate(parts: Sequence[str | int], schema: type[BaseModel], value: Any) -> 
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """Return the types that an annotation allows, without None."""
+    """Return the members of a union annotation without None, or the annotation itself."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -129,7 +129,7 @@ def _kinds(choice: Any) -> tuple[Any, ...]:
 
 
 def _fitting(choices: list[Any], value: Any) -> list[Any]:
-    """Return the members of a union that have the shape of the value: sections by `kind`, else one container."""
+    """Return the members of a union that have the shape of the value: all sections, or the first container type."""
     if isinstance(value, dict):
         containers = [choice for choice in choices if get_origin(choice) is dict]
         return [choice for choice in choices if _is_section(choice)] or containers[:1]
@@ -174,7 +174,7 @@ def _suggest(word: Any, options: Sequence[str]) -> str:
 
 
 def _expected(details: ErrorDetails) -> str:
-    """Say what the schema allows; for the rarer errors with pydantic's words, `Input should be greater than 0`."""
+    """Return what the schema expects; for errors not in `_EXPECTED`, from the message `Input should be ...`."""
     if details["type"] in _EXPECTED:
         return _EXPECTED[details["type"]]
     verb, _, limit = details["msg"].partition(" should ")[2].partition(" ")

@@ -1,4 +1,4 @@
-"""Our dialect of YAML: the types that JSON knows, numbers as people write them, and no key lost without a word."""
+"""Read and write YAML with the types of JSON, numbers such as `1e-3`, and errors for duplicate keys."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-_TAG = "tag:yaml.org,2002:"  # of YAML's own types
+_TAG = "tag:yaml.org,2002:"  # prefix of the tags of the standard types
 _MERGE = f"{_TAG}merge"  # the key `<<`
-OVERRIDE = "--set"  # where a value came from, when it did not come from a file
+OVERRIDE = "--set"  # the origin of values from the command line
 
 
 class TracedMapping(dict[str, Any]):
-    """A YAML mapping that knows where each of its keys was written."""
+    """A YAML mapping with the origin of each key: `file:line`, or `OVERRIDE`."""
 
     def __init__(self, items: Mapping[str, Any], origins: Mapping[str, str]) -> None:
         super().__init__(items)
@@ -23,7 +23,7 @@ class TracedMapping(dict[str, Any]):
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the types that JSON knows, and reports keys that YAML would drop or change without a word."""
+    """Loads the types of JSON, and reports duplicate keys and keys that are not text."""
 
     def __init__(self, text: str, source: str, problems: list[str]) -> None:
         super().__init__(text)
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
 
     def read_mapping(self, node: yaml.MappingNode) -> TracedMapping:
         self.check_keys(node)
-        self.flatten_mapping(node)  # `<<`: the keys that it brings come first, so that the node's own win
+        self.flatten_mapping(node)  # puts the keys from `<<` first, so that keys of the node itself take precedence
         items, origins = {}, {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes lists of plain values on one line, and spells everything out where it is used."""
+    """Writes lists of plain values on one line, and repeated values without aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -71,28 +71,37 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _prepare_yaml() -> None:
-    """Fit PyYAML's tables of types to ours; the tables belong to the classes above alone."""
-    wanted = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "merge")}
+    """Restrict PyYAML to the types of JSON. Only the two classes above are changed."""
+    supported = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "merge")}
     _Loader.yaml_constructors = {
-        key: read for key, read in yaml.SafeLoader.yaml_constructors.items() if key in wanted or key is None
+        key: read for key, read in yaml.SafeLoader.yaml_constructors.items() if key in supported or key is None
     }
     _Loader.yaml_implicit_resolvers = {
-        letter: [(key, pattern) for key, pattern in table if key in wanted]
+        letter: [(key, pattern) for key, pattern in table if key in supported]
         for letter, table in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _Loader.add_constructor(f"{_TAG}map", _Loader.read_mapping)
     _Dumper.add_representer(list, _Dumper.write_list)
-    # YAML 1.1 reads 1e-3 and 1.5e3 as text, for want of a point or a sign; YAML 1.2 and people read numbers.
+    # YAML 1.1 reads 1e-3 and 1.5e3 as text, because the point or the sign is missing; YAML 1.2 reads numbers.
     number = re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
-    for side in (_Loader, _Dumper):
-        side.add_implicit_resolver(f"{_TAG}float", number, list("-+.0123456789"))
+    for yaml_class in (_Loader, _Dumper):
+        yaml_class.add_implicit_resolver(f"{_TAG}float", number, list("-+.0123456789"))
 
 
 _prepare_yaml()
 
 
 def parse(text: str, source: str, problems: list[str]) -> Any:
-    """Return the value of a YAML text; duplicate keys go to `problems`, broken syntax raises `yaml.YAMLError`."""
+    """Return the value of a YAML text.
+
+    Args:
+        text: the YAML.
+        source: name of the file, or `OVERRIDE`.
+        problems: gets a line for each key that is duplicate or not text.
+
+    Raises:
+        yaml.YAMLError: the syntax is invalid.
+    """
     loader = _Loader(text, source, problems)
     try:
         return loader.get_single_data()
@@ -101,12 +110,12 @@ def parse(text: str, source: str, problems: list[str]) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Return data as YAML; `parse` gives it back."""
+    """Return data as YAML; `parse` restores it."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def syntax(error: yaml.YAMLError) -> str:
-    """Say where the syntax is broken, and why."""
+    """Return the position and the reason of a syntax error."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -114,7 +123,7 @@ def syntax(error: yaml.YAMLError) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as messages name it: `text 'x'`, `a mapping`, `the list [1, 2]`, `3`."""
+    """Return the form of a value in messages: `text 'x'`, `a mapping`, `the list [1, 2]`, `3`."""
     if isinstance(value, str):
         return f"text {value!r}"
     if isinstance(value, dict):

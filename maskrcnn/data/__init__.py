@@ -1,4 +1,4 @@
-"""Datasets, transforms and the loader that turns them into batches."""
+"""Datasets, transforms and data loaders."""
 
 from typing import Annotated
 

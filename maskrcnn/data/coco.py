@@ -1,6 +1,6 @@
-"""Datasets in COCO's format: one JSON file (see `coco_file`) beside a folder of images.
+"""Datasets in COCO format: one JSON annotation file (see `coco_file`) and an image folder.
 
-The file is checked as a whole before training starts. What is kept of it lies in flat arrays.
+The whole annotation file is validated when the dataset is built. The annotations are stored in flat arrays.
 
 Shapes: N images, A annotations, K classes.
 """
@@ -38,20 +38,24 @@ logger = logging.getLogger(__name__)
 
 
 class CocoConfig(Section):
-    """A dataset in COCO's format. Its paths are relative to `root`; in an experiment that is `data.root` by default."""
+    """A dataset in COCO format. Paths are relative to `root`, which defaults to `data.root` in an experiment."""
 
     kind: Literal["coco"] = "coco"
     root: Path | None = None
     annotations: Path
     images: Path
-    crowd: Literal["ignore", "drop"] = "drop"  # "ignore" keeps crowd regions, labelled -1
+    crowd: Literal["ignore", "drop"] = "drop"  # "ignore" keeps crowd regions with label -1
     degenerate: Literal["refuse", "drop"] = "refuse"  # boxes without area, polygons with fewer than three points
-    filter_empty: bool = False  # leave out images without objects
-    image_ids: tuple[int, ...] = ()  # use these images only; all if none is named
-    classes: tuple[str, ...] = ()  # use objects of these classes only, by name; all if none is named
+    filter_empty: bool = False  # drop images without objects
+    image_ids: tuple[int, ...] = ()  # use only these images; empty: all images
+    classes: tuple[str, ...] = ()  # use only the classes with these names; empty: all classes
 
     def build(self) -> CocoDataset:
-        """Read and check the annotation file; InputError says what is wrong with it."""
+        """Return the dataset.
+
+        Raises:
+            InputError: the annotation file is invalid, or the images are missing.
+        """
         root = self.root or Path()
         return CocoDataset(
             root / self.annotations,
@@ -64,7 +68,7 @@ class CocoConfig(Section):
         )
 
 
-# From the JSON to objects.
+# Parsing of annotations.
 
 
 class _Object(NamedTuple):
@@ -75,7 +79,7 @@ class _Object(NamedTuple):
 
 
 class _ObjectReader:
-    """Turns annotations into objects, and collects what is wrong with them."""
+    """Converts annotations to objects and collects error messages for invalid annotations."""
 
     def __init__(self, classes: ClassTable, *, keep_crowds: bool) -> None:
         self.labels = {category: i + 1 for i, category in enumerate(classes.category_ids)}
@@ -84,54 +88,56 @@ class _ObjectReader:
         self.degenerate: list[str] = []
 
     def read(self, annotation: Annotation, image: Image) -> _Object | None:
-        """Return the object; None for what cannot be used, and for crowds where they are dropped."""
+        """Return the object, or None for an invalid annotation or a dropped crowd region."""
         name = f"annotation {annotation['id']} (image {image['id']})"
         crowd = annotation.get("iscrowd", 0) == 1
         if crowd and not self.keep_crowds:
             return None
         box = _clipped_box(annotation["bbox"], image)
         if not (box[2:] > box[:2]).all():
-            shown = ", ".join(f"{number:g}" for number in annotation["bbox"])
-            self.degenerate.append(f"{name}: its box (x, y, width, height) = ({shown}) has no area in the image")
+            bbox = ", ".join(f"{number:g}" for number in annotation["bbox"])
+            self.degenerate.append(f"{name}: its box (x, y, width, height) = ({bbox}) has no area inside the image")
             return None
         if crowd:
             return _Object(box, -1)
         return self._with_mask(_Object(box, self.labels[annotation["category_id"]]), annotation, image, name)
 
-    def _with_mask(self, bare: _Object, annotation: Annotation, image: Image, name: str) -> _Object | None:
-        mask = annotation.get("segmentation")
-        if mask is None:
-            self.malformed.append(f"{name}: has no 'segmentation', which Mask R-CNN learns masks from")
+    def _with_mask(self, mask_free: _Object, annotation: Annotation, image: Image, name: str) -> _Object | None:
+        """Return the object with its mask, or None where the annotation has no valid mask."""
+        segmentation = annotation.get("segmentation")
+        if segmentation is None:
+            self.malformed.append(f"{name}: has no 'segmentation'; every object needs a mask")
             return None
-        if isinstance(mask, list):
-            polygons = self._polygons(mask, name)
-            return bare._replace(polygons=polygons) if polygons else None
-        counts = self._checked_counts(mask, image, name)
-        return bare._replace(counts=counts) if len(counts) else None
+        if isinstance(segmentation, list):
+            polygons = self._valid_polygons(segmentation, name)
+            return mask_free._replace(polygons=polygons) if polygons else None
+        counts = self._valid_counts(segmentation, image, name)
+        return mask_free._replace(counts=counts) if len(counts) else None
 
-    def _polygons(self, polygons: list[Polygon], name: str) -> list[Polygon]:
+    def _valid_polygons(self, polygons: list[Polygon], name: str) -> list[Polygon]:
         if any(len(polygon) % 2 for polygon in polygons):
-            self.malformed.append(f"{name}: a polygon has an odd count of numbers; they must be x, y pairs")
+            self.malformed.append(f"{name}: a polygon has an odd number of coordinates; expected x, y pairs")
             return []
-        usable = [polygon for polygon in polygons if len(polygon) >= 6]
-        if not usable or len(usable) < len(polygons):
-            self.degenerate.append(f"{name}: has a polygon with fewer than three points, or none at all")
-        return usable
+        valid = [polygon for polygon in polygons if len(polygon) >= 6]
+        if not valid or len(valid) < len(polygons):
+            self.degenerate.append(f"{name}: has no polygon, or a polygon with fewer than three points")
+        return valid
 
-    def _checked_counts(self, mask: Rle, image: Image, name: str) -> np.ndarray:
+    def _valid_counts(self, rle: Rle, image: Image, name: str) -> np.ndarray:
+        """Return the run lengths, int64; empty where they are invalid."""
         size = [image["height"], image["width"]]
-        nothing = np.zeros(0, np.int64)
-        if mask["size"] != size:
-            self.malformed.append(f"{name}: its run-length code is for {mask['size']}, its image is {size}")
-            return nothing
+        empty = np.zeros(0, np.int64)
+        if rle["size"] != size:
+            self.malformed.append(f"{name}: its RLE mask has size {rle['size']}, but its image has size {size}")
+            return empty
         try:
-            counts = run_lengths(mask["counts"])
+            counts = run_lengths(rle["counts"])
         except ValueError as error:
             self.malformed.append(f"{name}: {error}")
-            return nothing
+            return empty
         if (counts < 0).any() or counts.sum() != size[0] * size[1]:
-            self.malformed.append(f"{name}: its run lengths do not add up to the image's {size[0]} x {size[1]}")
-            return nothing
+            self.malformed.append(f"{name}: its run lengths do not add up to the image size, {size[0]} x {size[1]}")
+            return empty
         return counts
 
 
@@ -141,14 +147,14 @@ def _clipped_box(bbox: Sequence[float], image: Image) -> np.ndarray:
     return corners.clip(0, [image["width"], image["height"]]).astype(np.float32).reshape(4)
 
 
-# From objects to arrays.
+# Storage in flat arrays.
 
 
 class Ragged:
-    """Rows of different lengths in one flat array.
+    """Rows of different lengths, stored in one flat array.
 
-    Worker processes then share one copy of the memory. Lists of Python objects they would copy bit by bit, because
-    reading an object writes its reference count.
+    Forked worker processes share the memory of an array. They would copy a list of Python objects page by page,
+    because reading an object updates its reference count.
     """
 
     def __init__(self, rows: Sequence[Sequence[Any] | np.ndarray], dtype: type) -> None:
@@ -160,28 +166,28 @@ class Ragged:
         return self._values[self._ends[row] : self._ends[row + 1]]
 
     def span(self, row: int) -> range:
-        """Return the positions of the row's values in the flat array."""
+        """Return the indices of the row's values in the flat array."""
         return range(self._ends[row], self._ends[row + 1])
 
 
 class CocoDataset:
     """Images and objects of one COCO annotation file, in ascending order of image ids.
 
-    Labels run from 1 to K in ascending order of category ids, which may start anywhere and have gaps. An object
-    whose polygon is too small to cover a pixel is kept, with a mask without pixels, as the reference frameworks do.
+    Labels run from 1 to K in ascending order of category ids. The ids may start at any number and have gaps. An
+    object whose polygon covers no pixel is kept with an empty mask, as in the reference frameworks.
 
     Args:
-        annotations: the JSON file.
-        images: the folder that `file_name` is relative to.
-        crowd: "drop" leaves crowd regions out; "ignore" keeps them with label -1 and without a mask.
-        degenerate: what to do about boxes without area and polygons with fewer than three points: refuse the file,
-            or drop them with a warning.
-        filter_empty: leave out images without objects (crowds do not count).
-        image_ids: if any, use these images only.
-        classes: if any, use objects of these classes only. Images keep their place, with or without objects.
+        annotations: the JSON annotation file.
+        images: the image folder; each `file_name` is relative to it.
+        crowd: "drop" removes crowd regions; "ignore" keeps them with label -1 and an empty mask.
+        degenerate: how to handle boxes without area and polygons with fewer than three points: "refuse" raises
+            InputError, "drop" removes them and logs a warning.
+        filter_empty: drop images without objects; crowd regions are not objects.
+        image_ids: use only these images; empty means all.
+        classes: use only objects of these classes; empty means all. Images without such objects stay in the dataset.
 
     Raises:
-        InputError: the file is not as it should be, or the images are not there.
+        InputError: the annotation file is invalid, or the images are missing.
     """
 
     def __init__(
@@ -208,7 +214,7 @@ class CocoDataset:
         refuse(annotations, reader.malformed)
         self._handle_degenerate(reader.degenerate, degenerate)
         if filter_empty:
-            chosen = [image for image in chosen if any(found.label > 0 for found in objects[image["id"]])]
+            chosen = [image for image in chosen if any(item.label > 0 for item in objects[image["id"]])]
         if not chosen:
             raise InputError(f"{annotations.absolute()}: no image with objects is left to use")
         self._store(chosen, [objects[image["id"]] for image in chosen])
@@ -218,7 +224,11 @@ class CocoDataset:
         return len(self._image_ids)
 
     def __getitem__(self, index: int) -> Example:
-        """Read one image and its objects; InputError where the file and the JSON disagree."""
+        """Return one image with its objects.
+
+        Raises:
+            InputError: the image cannot be read, or its size differs from the annotation file.
+        """
         pixels = read_image(self._path(index))
         self._check_size(index, (pixels.shape[1], pixels.shape[2]))
         rows = self._labels.span(index)
@@ -235,11 +245,11 @@ class CocoDataset:
         return int(self._image_ids[index])
 
     def image_sizes(self) -> np.ndarray:
-        """Return height and width of each image as the JSON states them, (N, 2) int64; opens no image."""
+        """Return height and width of each image from the annotation file, (N, 2) int64. No image is opened."""
         return self._sizes
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return the annotation file again, with the images in use alone: what an evaluator compares with."""
+        """Return the annotation data for evaluation, restricted to the images and classes of this dataset."""
         data = complete_for_evaluation(self._read())
         used = set(self._image_ids.tolist())
         data["images"] = [image for image in data["images"] if image["id"] in used]
@@ -247,7 +257,7 @@ class CocoDataset:
         return data
 
     def _read(self) -> dict[str, Any]:
-        """Return the annotation file, with the chosen classes alone."""
+        """Return the content of the annotation file, restricted to the chosen classes."""
         data = read_coco_json(self._file)
         return _choose_classes(self._file, data, self._class_names) if self._class_names else data
 
@@ -256,18 +266,18 @@ class CocoDataset:
         self._image_ids = np.array([image["id"] for image in images], np.int64)
         self._sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
         self._names = Ragged([image["file_name"].encode() for image in images], np.uint8)
-        self._labels = Ragged([[found.label for found in row] for row in objects], np.int64)
-        self._boxes = np.array([found.box for found in flat], np.float32).reshape(-1, 4)
-        self._polygons = Ragged([list(chain.from_iterable(found.polygons)) for found in flat], np.float64)
-        self._polygon_sizes = Ragged([[len(part) for part in found.polygons] for found in flat], np.int32)
-        self._counts = Ragged([found.counts for found in flat], np.uint32)
+        self._labels = Ragged([[item.label for item in row] for row in objects], np.int64)
+        self._boxes = np.array([item.box for item in flat], np.float32).reshape(-1, 4)
+        self._polygons = Ragged([list(chain.from_iterable(item.polygons)) for item in flat], np.float64)
+        self._polygon_sizes = Ragged([[len(polygon) for polygon in item.polygons] for item in flat], np.int32)
+        self._counts = Ragged([item.counts for item in flat], np.uint32)
 
-    def _handle_degenerate(self, found: list[str], degenerate: Literal["refuse", "drop"]) -> None:
+    def _handle_degenerate(self, problems: list[str], degenerate: Literal["refuse", "drop"]) -> None:
         if degenerate == "refuse":
-            advice = "\nCorrect them, or set `degenerate: drop` beside `annotations` to go on without them."
-            refuse(self._file, found, advice)
-        elif found:
-            logger.warning("%s: left out what has no area; %s", self._file, listed(found))
+            advice = "\nCorrect them, or set `degenerate: drop` beside `annotations` to drop them."
+            refuse(self._file, problems, advice)
+        elif problems:
+            logger.warning("%s: dropped degenerate boxes and polygons; %s", self._file, listed(problems))
 
     def _path(self, index: int) -> Path:
         return self._folder / self._names[index].tobytes().decode()
@@ -282,42 +292,47 @@ class CocoDataset:
         polygons = np.split(self._polygons[row], np.cumsum(sizes)[:-1])
         return crop_from_polygons(polygons, height, width)
 
-    def _check_size(self, index: int, found: tuple[int, int]) -> None:
-        stated = tuple(self._sizes[index].tolist())
-        if found == stated:
+    def _check_size(self, index: int, size: tuple[int, int]) -> None:
+        """Raise InputError if the (height, width) of an image differs from the annotation file."""
+        expected = tuple(self._sizes[index].tolist())
+        if size == expected:
             return
-        turned = (
-            " They match if turned: the annotations were probably made without regard to the image's EXIF orientation."
-            if found == stated[::-1]
+        hint = (
+            " Width and height are swapped: the annotations probably ignore the image's EXIF orientation."
+            if size == expected[::-1]
             else ""
         )
         raise InputError(
-            f"{self._path(index).absolute()}: the image is {found[1]} x {found[0]} pixels (width x height), but "
-            f"{self._file.name} says {stated[1]} x {stated[0]} (image {self.image_id(index)}).{turned}"
+            f"{self._path(index).absolute()}: the image is {size[1]} x {size[0]} pixels (width x height), but "
+            f"{self._file.name} says {expected[1]} x {expected[0]} (image {self.image_id(index)}).{hint}"
         )
 
     def _check_images(self) -> None:
-        """Look for the folder and the first image, so that a wrong path shows before training."""
+        """Check that the folder and the first image exist, so that a wrong path fails before training."""
         first = self._path(0)
         if first.is_file():
             return
-        what = f"no image {first.name}" if self._folder.is_dir() else "no such folder"
+        problem = f"no image {first.name}" if self._folder.is_dir() else "no such folder"
         raise InputError(
-            f"{self._folder.absolute()}: {what}. Put there the images that {self._file.name} names, or set `root` or "
+            f"{self._folder.absolute()}: {problem}. Put the images of {self._file.name} there, or set `root` or "
             "`images` in the config; datasets/README.md says how to get COCO and how to use your own data."
         )
 
 
 def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ...]) -> list[Image]:
-    """Return the images to use, by ascending id; refuse unknown ids and file names that leave the folder."""
-    absent = sorted(set(image_ids) - {image["id"] for image in images})
-    refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in absent])
+    """Return the images to use in ascending order of id.
+
+    Raises:
+        InputError: an id is unknown, or a file name points outside the image folder.
+    """
+    unknown = sorted(set(image_ids) - {image["id"] for image in images})
+    refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in unknown])
     refuse(
         file,
         [
-            f"image {image['id']}: its file_name {image['file_name']!r} leads out of the image folder"
+            f"image {image['id']}: its file_name {image['file_name']!r} points outside the image folder"
             for image in images
-            if _leads_out(image["file_name"])
+            if _is_outside(image["file_name"])
         ],
     )
     chosen = [image for image in images if not image_ids or image["id"] in set(image_ids)]
@@ -325,7 +340,11 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
 
 
 def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the file with the categories of these names and their annotations alone; refuse unknown names."""
+    """Return the annotation data with only the named categories and their annotations.
+
+    Raises:
+        InputError: a name is unknown.
+    """
     known = {category["name"] for category in data["categories"]}
     refuse(file, [f"`classes` names '{name}', which is not in the file" for name in names if name not in known])
     categories = [category for category in data["categories"] if category["name"] in names]
@@ -334,9 +353,9 @@ def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) ->
     return {**data, "categories": categories, "annotations": annotations}
 
 
-def _leads_out(name: str) -> bool:
-    """Tell whether a file name is absolute or climbs up, on any system. A symbolic link is its owner's own will."""
-    path = PureWindowsPath(name)  # which knows both kinds of slash
+def _is_outside(name: str) -> bool:
+    """Return True for absolute paths and paths that contain "..", on any system. Symbolic links are allowed."""
+    path = PureWindowsPath(name)  # splits at both kinds of slash
     return bool(path.anchor) or ".." in path.parts
 
 
@@ -347,7 +366,7 @@ def _read_objects(
     objects: dict[int, list[_Object]] = defaultdict(list)
     for annotation in annotations:
         image = chosen.get(annotation["image_id"])
-        found = reader.read(annotation, image) if image else None
-        if found is not None:
-            objects[annotation["image_id"]].append(found)
+        item = reader.read(annotation, image) if image else None
+        if item is not None:
+            objects[annotation["image_id"]].append(item)
     return objects

@@ -1,4 +1,4 @@
-"""The JSON file of COCO's format: images, annotations and categories, read and checked as a whole."""
+"""COCO annotation files in JSON: the schema, reading and validation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing_extensions import NotRequired, TypedDict
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError
 
-SHOWN = 10  # problems that a message lists before it only counts them
+SHOWN = 10  # problems that a message lists; it counts the rest
 
-# The schema. Keys that it does not name are kept. COCO's coordinates may lie a little outside the image; far beyond
-# it, pycocotools would ask for memory in proportion to the polygon's length.
+# The schema. Additional keys are kept. COCO has coordinates slightly outside the image. They are limited because
+# pycocotools allocates memory in proportion to the length of a polygon.
 
 Coordinate = Annotated[float, Field(ge=-1e5, le=1e5)]
 Polygon = list[Coordinate]
 
 
 class Rle(TypedDict):
-    """A run-length code of a whole image: lengths as numbers, or in COCO's compressed string."""
+    """A run-length encoded mask of image size: `counts` is a list of run lengths, or COCO's compressed string."""
 
     size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
     counts: Annotated[
@@ -35,11 +35,11 @@ class Rle(TypedDict):
     ]
 
 
-class _Open(TypedDict):
+class _ExtensibleDict(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
 
-class Image(_Open):
+class Image(_ExtensibleDict):
     """One entry of `images`; sizes in pixels."""
 
     id: int
@@ -48,7 +48,7 @@ class Image(_Open):
     width: PositiveInt
 
 
-class Annotation(_Open):
+class Annotation(_ExtensibleDict):
     """One entry of `annotations`; the box is `(x, y, width, height)`."""
 
     id: int
@@ -64,14 +64,14 @@ class Annotation(_Open):
     iscrowd: NotRequired[Literal[0, 1]]
 
 
-class Category(_Open):
+class Category(_ExtensibleDict):
     """One entry of `categories`."""
 
     id: int
     name: str
 
 
-class CocoFile(_Open):
+class CocoFile(_ExtensibleDict):
     """The whole annotation file."""
 
     images: list[Image]
@@ -83,17 +83,20 @@ _SCHEMA = TypeAdapter(CocoFile)
 
 
 def read_coco_json(path: Path) -> dict[str, Any]:
-    """Read a COCO annotation file and check that it is whole, that ids are unique and that each reference has a target.
+    """Return the content of a COCO annotation file.
+
+    The file must match the schema, ids must be unique, and annotations must refer to existing images and categories.
 
     Raises:
-        InputError: it lists the first of all problems, each with the entry's place and id.
+        InputError: the file cannot be read or is invalid. The message counts all problems and lists the first ones
+            with the position and id of the entry.
     """
     try:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path.absolute()}: cannot read the annotation file ({error.strerror}). Put it there, or name another "
-            "in the config; datasets/README.md says how to get COCO and how to use your own data."
+            f"{path.absolute()}: cannot read the annotation file ({error.strerror}). Put the file there, or set "
+            "`annotations` in the config; datasets/README.md says how to get COCO and how to use your own data."
         ) from None
     try:
         data = _SCHEMA.validate_json(text)
@@ -104,30 +107,30 @@ def read_coco_json(path: Path) -> dict[str, Any]:
 
 
 def refuse(path: Path, problems: Sequence[str], advice: str = "") -> None:
-    """Raise InputError if there are problems with the file; `advice` comes after them."""
+    """Raise InputError that lists the problems of a file, followed by `advice`; do nothing if there are none."""
     if problems:
         raise InputError(f"{path.absolute()}: {listed(problems)}{advice}")
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return a count of the problems, and under it the first of them, a line each."""
+    """Return the number of problems, followed by the first `SHOWN` problems, one per line."""
     count = "1 problem:" if len(problems) == 1 else f"{len(problems)} problems:"
     more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     return "\n  ".join([count, *problems[:SHOWN], *more])
 
 
 def _schema_message(path: Path, text: bytes, error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    if found[0]["type"] == "json_invalid":
-        return f"{path.absolute()}: is not JSON ({found[0]['msg'].removeprefix('Invalid JSON: ')})"
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    if errors[0]["type"] == "json_invalid":
+        return f"{path.absolute()}: is not JSON ({errors[0]['msg'].removeprefix('Invalid JSON: ')})"
     raw = json.loads(text)
-    problems = [f"{_place(raw, problem['loc'])}: {problem['msg'].lower()}" for problem in found]
+    problems = [f"{_position(raw, details['loc'])}: {details['msg'].lower()}" for details in errors]
     return f"{path.absolute()}: is not a COCO annotation file; {listed(problems)}"
 
 
-def _place(raw: Any, location: tuple[int | str, ...]) -> str:
-    """Write where in the file a problem lies: `annotations[3] (id 17): bbox[2]`."""
-    keys = [key for key in location if key not in ("polygons", "rle", "text", "numbers")]  # the schema's own tags
+def _position(raw: Any, location: tuple[int | str, ...]) -> str:
+    """Return the position of an error in the file, such as `annotations[3] (id 17).bbox[2]`."""
+    keys = [key for key in location if key not in ("polygons", "rle", "text", "numbers")]  # without the schema's tags
     names = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys]
     if len(keys) >= 2 and isinstance(entry := raw[keys[0]][keys[1]], dict) and "id" in entry:
         names.insert(2, f" (id {entry['id']})")
@@ -140,8 +143,8 @@ def _repeated_ids(data: CocoFile) -> Iterable[str]:
         "annotation": data["annotations"],
         "category": data["categories"],
     }
-    for name, rows in entries.items():
-        counts = Counter(row["id"] for row in rows)
+    for name, records in entries.items():
+        counts = Counter(record["id"] for record in records)
         yield from (f"{name} id {key} is used {count} times" for key, count in counts.items() if count > 1)
 
 
@@ -156,9 +159,9 @@ def _dangling_references(data: CocoFile) -> Iterable[str]:
 
 
 def complete_for_evaluation(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` with `iscrowd` and `area` in every annotation: pycocotools needs them, own data may lack them.
+    """Return a copy of `data` with `iscrowd` and `area` in every annotation, as pycocotools requires.
 
-    A missing area is the mask's, or the box's where there is no mask.
+    A missing `iscrowd` becomes 0. A missing `area` is computed from the mask, or from the box if there is no mask.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
     annotations = [{"iscrowd": 0, **annotation} for annotation in data["annotations"]]
@@ -179,7 +182,11 @@ def _area(annotation: dict[str, Any], height: int, width: int) -> float:
 
 
 def run_lengths(counts: str | list[int]) -> np.ndarray:
-    """Return the lengths of an `Rle`'s runs, int64; ValueError where the string is cut off."""
+    """Return the run lengths of an `Rle`, int64.
+
+    Raises:
+        ValueError: the compressed string is empty or truncated.
+    """
     if isinstance(counts, str):
         return counts_from_string(counts.encode("ascii", "replace"))
     return np.array(counts, np.int64)

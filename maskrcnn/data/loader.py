@@ -1,9 +1,10 @@
-"""From a dataset to batches: in which order, with which seeds, padded how.
+"""Batch sampler, collate function and data loaders.
 
-What iteration i of a training trains on is a function of i and the seed alone. It does not depend on the number of
-worker processes or GPUs, nor on where a run was resumed.
+The batch of training step i depends only on i and the seed. It does not depend on the number of worker processes or
+GPUs, nor on the step at which a run was resumed.
 
-Shapes: N images of the dataset, B images of a batch, H, W of the padded batch, G the most objects of an image in it.
+Shapes: N images of the dataset, B images of a batch, H and W of the padded batch, G largest number of objects of an
+image in the batch.
 """
 
 from __future__ import annotations
@@ -24,51 +25,54 @@ from maskrcnn.errors import InputError
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import Batch, ClassTable, Example, ImageBatch, Targets
 
-ENOUGH_OPEN_FILES = 4096  # a tensor from a worker holds one; the usual soft limit is 1024, on macOS 256
+ENOUGH_OPEN_FILES = 4096  # each tensor from a worker keeps a file open; the usual soft limit is 1024, on macOS 256
 
 
 class DetectionDataset(Protocol):
-    """What a dataset offers."""
+    """The interface of a dataset."""
 
     @property
     def classes(self) -> ClassTable:
-        """The classes; they give the labels their meaning."""
+        """The class names and category ids, in the order of the labels."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
     def image_id(self, index: int) -> int:
-        """Return the id by which results name the image."""
+        """Return the `image_id` of an image in COCO results."""
 
     def image_sizes(self) -> np.ndarray:
-        """Return height and width of each image, (N, 2), without opening any."""
+        """Return height and width of each image, (N, 2), without opening the images."""
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return images, annotations and categories in COCO's format, for an evaluator."""
+        """Return images, annotations and categories in COCO format, for evaluation."""
 
 
 class Draw(NamedTuple):
-    """An image of the dataset, and the seed of everything random that happens to it this time."""
+    """One drawn image: its index in the dataset, and the seed of its augmentation and of its RoI sampling."""
 
-    image: int  # its index
+    image: int
     seed: int
 
 
 class BatchSampler:
-    """The endless order of training batches.
+    """An infinite batch sampler that groups images by orientation.
 
-    An epoch shows each image once, in random order, except for `N % batch_size` drawn anew each time that it leaves
-    out. Batches hold images that are all portrait or all landscape, so that little padding is needed; the few that are
-    left of both kinds share a batch. A dataset smaller than a batch is repeated within it.
+    An epoch contains each image once, in random order, except for `N % batch_size` random images that it skips. The
+    images of a batch are all portrait or all landscape, which reduces padding; the remaining images of both groups
+    share a batch. A dataset smaller than a batch is repeated within the batch.
 
     Args:
         sizes: (N, 2) height and width of the images.
-        batch_size: images of one iteration, on all processes together.
-        seed: not negative.
-        start: the iteration to begin with.
-        rank, world: this process takes the `rank`-th of `world` equal pieces of each batch.
-        grad_accum_steps: into how many equal parts it cuts its piece; each is yielded by itself.
+        batch_size: images per training step, over all processes.
+        seed: a non-negative number.
+        start: the first training step.
+        rank, world: index of this process and number of processes; each process takes an equal share of each batch.
+        grad_accum_steps: number of micro-batches per process and training step; each is yielded separately.
+
+    Raises:
+        InputError: `batch_size` is not divisible by `world * grad_accum_steps`.
     """
 
     def __init__(
@@ -97,53 +101,59 @@ class BatchSampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Iterations that make an epoch."""
+        """The number of training steps per epoch."""
         return batches_per_epoch(self._num_images, self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        first, skipped = divmod(self.start, self.batches_per_epoch)
-        mine = slice(self.rank * self.grad_accum_steps, (self.rank + 1) * self.grad_accum_steps)
-        for epoch in itertools.count(first):
-            for batch in self._batches(epoch)[skipped:]:
-                for part in batch.reshape(self.world * self.grad_accum_steps, -1)[mine]:
-                    yield [self._draw(epoch, position) for position in part.tolist()]
-            skipped = 0
+        first_epoch, first_batch = divmod(self.start, self.batches_per_epoch)
+        rank_slice = slice(self.rank * self.grad_accum_steps, (self.rank + 1) * self.grad_accum_steps)
+        for epoch in itertools.count(first_epoch):
+            for batch in self._epoch_batches(epoch)[first_batch:]:
+                for micro_batch in batch.reshape(self.world * self.grad_accum_steps, -1)[rank_slice]:
+                    yield [self._draw(epoch, position) for position in micro_batch.tolist()]
+            first_batch = 0
 
-    def _batches(self, epoch: int) -> np.ndarray:
-        """Return the batches of an epoch as positions in the (repeated) dataset, (batches, batch_size)."""
+    def _epoch_batches(self, epoch: int) -> np.ndarray:
+        """Return the batches of an epoch as indices into the (repeated) dataset, (batches, batch_size)."""
         rng = np.random.default_rng((self.seed, epoch, 0))
         order = rng.permutation(len(self._landscape))[: self.batches_per_epoch * self.batch_size]
         landscape, portrait = order[self._landscape[order]], order[~self._landscape[order]]
-        whole = [len(group) // self.batch_size * self.batch_size for group in (landscape, portrait)]
-        rest = np.concatenate([landscape[whole[0] :], portrait[whole[1] :]])
-        grouped = np.concatenate([landscape[: whole[0]], portrait[: whole[1]], rest])
+        full = [len(group) // self.batch_size * self.batch_size for group in (landscape, portrait)]
+        remainder = np.concatenate([landscape[full[0] :], portrait[full[1] :]])
+        grouped = np.concatenate([landscape[: full[0]], portrait[: full[1]], remainder])
         return rng.permutation(grouped.reshape(-1, self.batch_size))
 
     def _draw(self, epoch: int, position: int) -> Draw:
-        # The batch plays no part, so a rearranged epoch changes no image's augmentation. The epoch's order has key 0.
+        # The seed does not depend on the batch, so another batch size gives the same augmentation. Key 0 is the order.
         state = np.random.SeedSequence((self.seed, epoch, position + 1)).generate_state(1, np.uint64)
-        return Draw(position % self._num_images, int(state[0]) >> 1)  # 63 bits: seeds travel as int64
+        return Draw(position % self._num_images, int(state[0]) >> 1)  # 63 bits, to fit int64
 
 
 def batches_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return how many iterations make an epoch: images beyond whole batches are left out, few are repeated."""
+    """Return the number of training steps per epoch: `num_images // batch_size`, at least 1."""
     return max(num_images // batch_size, 1)
 
 
 def collate(examples: Sequence[Example], seeds: Sequence[int], size_divisor: int) -> Batch:
-    """Pad images and objects to common sizes; height and width become multiples of `size_divisor`."""
-    most = max(1, *(len(example.labels) for example in examples))
+    """Pad images and objects to common sizes and return them as a batch.
+
+    Args:
+        examples: B transformed examples.
+        seeds: B seeds, one per image.
+        size_divisor: height and width of the padded images are multiples of it.
+    """
+    max_objects = max(1, *(len(example.labels) for example in examples))
     sizes = torch.tensor([example.pixels.shape[1:] for example in examples])  # (B, 2)
     height, width = (-(-side // size_divisor) * size_divisor for side in sizes.amax(dim=0).tolist())
     pixels = torch.zeros((len(examples), 3, height, width), dtype=torch.uint8)
-    boxes = torch.zeros((len(examples), most, 4))
-    labels = torch.full((len(examples), most), -1)
+    boxes = torch.zeros((len(examples), max_objects, 4))
+    labels = torch.full((len(examples), max_objects), -1)
     for b, example in enumerate(examples):
         pixels[b, :, : sizes[b, 0], : sizes[b, 1]] = example.pixels
         boxes[b, : len(example.boxes)] = example.boxes
         labels[b, : len(example.labels)] = example.labels
     scales = tuple(example.scale for example in examples)
-    masks = tabulate([example.masks for example in examples], scales, most)
+    masks = tabulate([example.masks for example in examples], scales, max_objects)
     return Batch(
         image_ids=tuple(example.image_id for example in examples),
         images=ImageBatch(pixels, sizes, torch.tensor(seeds)),
@@ -171,13 +181,15 @@ def training_loader(
     world: int = 1,
     grad_accum_steps: int = 1,
 ) -> Iterable[tuple[Batch, ...]]:
-    """Return the endless batches of a training, from iteration `start` on, `grad_accum_steps` for each.
+    """Return an infinite iterable over the micro-batches of each training step, from step `start` on.
 
-    `BatchSampler` explains their order.
+    Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images.
 
-    Iterating raises InputError, as the dataset worded it, where an image cannot be used.
+    Raises:
+        InputError: `batch_size` is not divisible by `world * grad_accum_steps`. During iteration: the dataset cannot
+            read an image.
     """
-    stream = BatchSampler(
+    sampler = BatchSampler(
         dataset.image_sizes(),
         batch_size=batch_size,
         seed=seed,
@@ -186,7 +198,7 @@ def training_loader(
         world=world,
         grad_accum_steps=grad_accum_steps,
     )
-    batches = iter(_Batches(dataset, transform, stream, workers=workers, size_divisor=size_divisor))
+    batches = iter(_Batches(dataset, transform, sampler, workers=workers, size_divisor=size_divisor))
     return zip(*[batches] * grad_accum_steps, strict=True)
 
 
@@ -200,10 +212,13 @@ def evaluation_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Iterable[Batch]:
-    """Return each image of the dataset once, in order; it can be iterated again. The last batch may be smaller.
+    """Return an iterable over the batches of the dataset in order, each image once. The last batch may be smaller.
 
-    Of several processes, the `rank`-th takes every `world`-th batch: the same batches as one process has, so that an
-    image shares its padding with the same others.
+    With several processes, process `rank` gets every `world`-th batch. Batches are the same as with one process, so
+    the padding of an image does not depend on the number of processes.
+
+    Raises:
+        InputError: during iteration: the dataset cannot read an image.
     """
     draws = [Draw(image, seed=image) for image in range(len(dataset))]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
@@ -211,7 +226,7 @@ def evaluation_loader(
 
 
 class _Batches:
-    """A data loader that raises a worker's InputError as it was, without the worker's traceback in its message."""
+    """A data loader that re-raises a worker's InputError without the worker's traceback in the message."""
 
     def __init__(
         self,
@@ -227,11 +242,11 @@ class _Batches:
         self._loader = DataLoader(
             _Examples(dataset, transform),
             batch_sampler=draws,
-            collate_fn=partial(_collate_unless_wrong, size_divisor=size_divisor),
+            collate_fn=partial(_collate_or_error, size_divisor=size_divisor),
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each iteration would draw from the global one
+            generator=torch.Generator(),  # keeps the global generator unchanged
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -242,7 +257,7 @@ class _Batches:
 
 
 class _Examples(Dataset):
-    """Examples by draw, transformed, with their seeds. What the user got wrong is returned, to be raised later."""
+    """Returns transformed examples with their seeds, or the InputError of an image, for the main process to raise."""
 
     def __init__(self, dataset: DetectionDataset, transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform
@@ -255,9 +270,7 @@ class _Examples(Dataset):
         return self.transform(example, np.random.default_rng(draw.seed)), draw.seed
 
 
-def _collate_unless_wrong(
-    items: Sequence[tuple[Example, int] | InputError], *, size_divisor: int
-) -> Batch | InputError:
+def _collate_or_error(items: Sequence[tuple[Example, int] | InputError], *, size_divisor: int) -> Batch | InputError:
     for item in items:
         if isinstance(item, InputError):
             return item
@@ -265,15 +278,18 @@ def _collate_unless_wrong(
     return collate(examples, seeds, size_divisor)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, `timeout` and SLURM signal a whole group; a worker that died of it would end the step being finished."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGTERM in a worker, so that the main process can finish its training step.
+
+    Ctrl-C, `timeout` and SLURM send the signal to the whole process group.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _allow_open_files() -> None:
-    """Raise the process's own limit on open files; where that is not enough, pass tensors by name instead."""
-    if sys.platform == "win32":  # has no such limit
+    """Raise the soft limit on open files; if the hard limit is too low, share tensors through the file system."""
+    if sys.platform == "win32":  # has no limit on open files
         return
     import resource
 

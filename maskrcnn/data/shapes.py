@@ -1,14 +1,15 @@
-"""Generated scenes: images with labelled objects, drawn on the fly from a seed.
+"""Synthetic scenes: images with labelled objects, generated on the fly from a seed.
 
-A scene depends on the dataset's seed and its own index alone, and is the same, bit for bit, on every machine. To
-that end all arithmetic here consists of single additions, multiplications, divisions, square roots, roundings and
-comparisons, which IEEE 754 defines to the last bit. There is no sine, no exponential, no matrix product and no sum
-over an array of floats, because libraries round these differently from one processor to the next.
+A scene depends only on the seed of the dataset and on its index. It is bit-identical on every machine. For that, this
+file uses only operations that IEEE 754 defines exactly: additions, multiplications, divisions, square roots, roundings
+and comparisons of single numbers. It does not use sines, exponentials, matrix products or sums over float arrays,
+because their rounding depends on the library and the processor.
 
-Shapes: H, W image height and width; h, w the same of a window; K classes.
+Shapes: N scenes; H, W image height and width; h, w window height and width; K classes.
 
-Coordinates are continuous: the pixel in row i and column j has its centre at (j + 0.5, i + 0.5), and belongs to an
-object if that centre lies inside. In an object's own frame, u runs along its longer half extent a, and v along b.
+Coordinates are continuous: the centre of the pixel in row i and column j is (j + 0.5, i + 0.5). A pixel belongs to an
+object if its centre lies inside. The object frame has its origin at the object's centre; u runs along the longer
+semi-axis a, and v along the shorter semi-axis b.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from maskrcnn.structures import ClassTable, Example, MaskCrop
 Array = np.ndarray
 ShapeName = Literal["disc", "ring", "rectangle", "frame", "triangle", "cross", "star", "crescent"]
 
-ASPECTS = (0.5, 1.0)  # b / a of objects; thinner ones would be hard to tell from the strokes in the background
-MIN_VISIBLE_SHARE = 0.4  # of an object's pixels that the objects before it may not hide
+ASPECTS = (0.5, 1.0)  # range of b / a; thinner objects resemble the strokes in the background
+MIN_VISIBLE_SHARE = 0.4  # share of an object's pixels that must stay visible
 MIN_VISIBLE_PIXELS = 16
-STROKES = (2, 6)  # lines in the background, which belong to no class
+STROKES = (2, 6)  # range of the number of background strokes, which belong to no class
 BYTE_PAIR_STD = 104.5  # standard deviation of the sum of two uniform bytes
 
 
-# How deep a point lies inside each shape, in pixels; negative outside. Exact on straight edges, first-order on curves.
+# Depth functions: the signed distance of a point to the outline of a shape in pixels, positive inside. They are exact
+# near straight edges and a first-order approximation near curves.
 
 
 def _ellipse(u: Array, v: Array, a: float, b: float) -> Array:
     p, q = u / a, v / b
-    # The implicit function 1 - p^2 - q^2 over the length of its gradient; the constant only avoids 0 / 0 at the centre.
+    # The implicit function 1 - p^2 - q^2 divided by the norm of its gradient; the constant avoids 0 / 0 at the centre.
     return (1.0 - p * p - q * q) / (2.0 * np.sqrt((p / a) * (p / a) + (q / b) * (q / b)) + 1e-9)
 
 
@@ -59,7 +61,7 @@ def _frame(u: Array, v: Array, a: float, b: float) -> Array:
 
 
 def _triangle(u: Array, v: Array, a: float, b: float) -> Array:
-    # Isosceles, the tip at (a, 0) and the base from (-a, -b) to (-a, b).
+    # Isosceles, with the apex at (a, 0) and the base from (-a, -b) to (-a, b).
     side = (a * b - b * u - 2.0 * a * np.abs(v)) / math.sqrt(b * b + 4.0 * a * a)
     return np.minimum(side, a + u)
 
@@ -69,7 +71,7 @@ def _cross(u: Array, v: Array, a: float, b: float) -> Array:
     return np.maximum(_rectangle(u, v, a, thin), _rectangle(u, v, thin, b))
 
 
-# Cosines and sines of 0, 72, 144, 216 and 288 degrees: the directions of the five lines of a pentagram.
+# Cosines and sines of 0, 72, 144, 216 and 288 degrees: the normals of the five lines of a pentagram.
 PENTAGRAM = (
     (1.0, 0.0),
     (0.30901699437494745, 0.9510565162951535),
@@ -80,8 +82,8 @@ PENTAGRAM = (
 
 
 def _star(u: Array, v: Array, a: float, b: float) -> Array:
-    # A point is in the pentagram if it is on the inner side of at least four of its five lines: the second smallest
-    # of the five depths says so.
+    # A point is inside the pentagram if it is on the inner side of at least four of the five lines, so the depth is
+    # the second smallest distance.
     smallest = second = np.full_like(u, np.inf)
     for nx, ny in PENTAGRAM:
         nu, nv = nx / a, ny / b
@@ -114,7 +116,8 @@ SHAPES: Mapping[ShapeName, Depth] = {
 }
 
 
-# Random numbers. Only Generator.random and .bytes are used: `uniform` and `normal` may round differently by machine.
+# Random numbers. Only Generator.random and .bytes are used: the rounding of `uniform` and `normal` depends on the
+# machine.
 
 
 def _between(rng: Generator, low: float, high: float) -> float:
@@ -122,12 +125,12 @@ def _between(rng: Generator, low: float, high: float) -> float:
 
 
 def _count(rng: Generator, low: int, high: int) -> int:
-    """Return a whole number from `low` to `high`, both included."""
+    """Draw an integer from `low` to `high`, both inclusive."""
     return low + int(rng.random() * (high - low + 1))
 
 
 def _log_uniform(rng: Generator, low: float, high: float) -> float:
-    """Draw with density 1/x by rejection, which needs no logarithm."""
+    """Draw from the density 1/x by rejection sampling, without a logarithm."""
     while True:
         value = _between(rng, low, high)
         if rng.random() * value < low:
@@ -135,7 +138,7 @@ def _log_uniform(rng: Generator, low: float, high: float) -> float:
 
 
 def _direction(rng: Generator) -> tuple[float, float]:
-    """Return the cosine and sine of a uniform angle: a point of the unit disc, divided by its length."""
+    """Return the cosine and sine of a uniform random angle, from a point in the unit disc divided by its norm."""
     while True:
         x, y = _between(rng, -1.0, 1.0), _between(rng, -1.0, 1.0)
         squared = x * x + y * y
@@ -152,12 +155,12 @@ class Colour(NamedTuple):
     blue: float
 
     def distance(self, other: Colour) -> float:
-        """Return the mean absolute difference of the channels, as a share of the full range."""
+        """Return the mean absolute difference of the channels, from 0 to 1."""
         return (abs(self.red - other.red) + abs(self.green - other.green) + abs(self.blue - other.blue)) / 765.0
 
     def mixed(self, other: Colour, share: float) -> Colour:
-        """Return the colour that lies `share` of the way to `other`."""
-        return Colour(*(mine + share * (its - mine) for mine, its in zip(self, other, strict=True)))
+        """Return the linear interpolation to `other`, with weight `share` for `other`."""
+        return Colour(*(start + share * (end - start) for start, end in zip(self, other, strict=True)))
 
 
 BLACK = Colour(0.0, 0.0, 0.0)
@@ -165,7 +168,7 @@ WHITE = Colour(255.0, 255.0, 255.0)
 
 
 def _colour(rng: Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
-    """Draw a colour of any hue; saturation and value (of HSV) come from the given ranges."""
+    """Draw an HSV colour of any hue, with saturation and value in the given ranges."""
     hue = 6.0 * rng.random()
     chroma = _between(rng, *saturation)
     brightest = 255.0 * _between(rng, *value)
@@ -174,48 +177,50 @@ def _colour(rng: Generator, saturation: tuple[float, float], value: tuple[float,
 
 
 def _contrasting(rng: Generator, others: list[Colour], contrast: float) -> Colour:
-    """Draw vivid colours and take the first that differs from all others by `contrast`, else the best."""
+    """Draw 12 candidate colours and return the first at distance `contrast` from all others, or else the farthest."""
 
-    def gap(colour: Colour) -> float:
+    def min_distance(colour: Colour) -> float:
         return min(colour.distance(other) for other in others)
 
-    attempts = [_colour(rng, saturation=(0.3, 0.95), value=(0.3, 1.0)) for _ in range(12)]
-    return next((colour for colour in attempts if gap(colour) >= contrast), max(attempts, key=gap))
+    candidates = [_colour(rng, saturation=(0.3, 0.95), value=(0.3, 1.0)) for _ in range(12)]
+    return next(
+        (colour for colour in candidates if min_distance(colour) >= contrast), max(candidates, key=min_distance)
+    )
 
 
-# Textures: (h, w) float32 from 0 to 1.
+# Textures, (h, w) float32 from 0 to 1.
 
 
-def _stretched(values: Array, length: int) -> Array:
-    """Interpolate linearly along axis 0, from however many knots there are to `length` values."""
+def _interpolate(values: Array, length: int) -> Array:
+    """Interpolate linearly along axis 0 to `length` rows."""
     position = (np.arange(length) + 0.5) * (len(values) - 1) / length
     knot = position.astype(np.int64)
-    share = (position - knot).astype(np.float32)[:, None]
-    return values[knot] + share * (values[knot + 1] - values[knot])
+    weight = (position - knot).astype(np.float32)[:, None]
+    return values[knot] + weight * (values[knot + 1] - values[knot])
 
 
 def _waves(rng: Generator, height: int, width: int, period: float) -> Array:
-    """Draw parallel stripes of a random direction, whose brightness goes up and down linearly."""
+    """Draw a triangle wave with a random direction and phase; `period` is in pixels."""
     cos, sin = _direction(rng)
-    across = (np.arange(width) * (cos / period)).astype(np.float32)
-    down = (np.arange(height) * (sin / period) + rng.random()).astype(np.float32)
-    phase = across + down[:, None]
+    phase_x = (np.arange(width) * (cos / period)).astype(np.float32)
+    phase_y = (np.arange(height) * (sin / period) + rng.random()).astype(np.float32)
+    phase = phase_x + phase_y[:, None]
     return np.abs(2.0 * (phase - np.floor(phase)) - 1.0)
 
 
 def _texture(rng: Generator, height: int, width: int) -> Array:
-    """Mix a slow gradient, stripes and smooth noise in random shares."""
+    """Mix a slow gradient, stripes and smooth noise with random weights."""
     gradient = _waves(rng, height, width, period=_between(rng, 1.5, 3.0) * max(height, width))
     stripes = _waves(rng, height, width, period=_between(rng, 4.0, 24.0))
     knots = rng.random((5, 5)).astype(np.float32)
-    noise = _stretched(_stretched(knots, height).T, width).T
-    shares = [0.2 + rng.random() for _ in range(3)]
-    total = shares[0] + shares[1] + shares[2]
-    return gradient * (shares[0] / total) + stripes * (shares[1] * 0.6 / total) + noise * (shares[2] / total)
+    noise = _interpolate(_interpolate(knots, height).T, width).T
+    weights = [0.2 + rng.random() for _ in range(3)]
+    total = weights[0] + weights[1] + weights[2]
+    return gradient * (weights[0] / total) + stripes * (weights[1] * 0.6 / total) + noise * (weights[2] / total)
 
 
 class Window(NamedTuple):
-    """The part of the image around one shape, and how deep its pixel centres lie inside it."""
+    """The image region around one shape, and the depth of each pixel centre inside the shape."""
 
     rows: slice
     columns: slice
@@ -226,86 +231,93 @@ def _window(
     shape: Depth, centre: tuple[float, float], angle: tuple[float, float], extents: tuple[float, float],
     image_size: tuple[int, int],
 ) -> Window:  # fmt: skip
-    """Evaluate a shape where it can be seen.
+    """Evaluate a shape in its bounding box, clipped to the image.
 
-    `centre` is (x, y) in pixels, inside the image; `angle` is the cosine and sine; `extents` are a and b, in pixels.
+    Args:
+        shape: the depth function.
+        centre: (x, y) in pixels, inside the image.
+        angle: cosine and sine of the direction of the longer axis.
+        extents: the semi-axes a and b in pixels.
+        image_size: height and width in pixels.
     """
     (x, y), (cos, sin), (a, b), (height, width) = centre, angle, extents, image_size
-    reach_x = abs(cos) * a + abs(sin) * b + 1.0  # one pixel more, for the soft edge
-    reach_y = abs(sin) * a + abs(cos) * b + 1.0
-    rows = slice(max(0, math.floor(y - reach_y)), min(height, math.ceil(y + reach_y)))
-    columns = slice(max(0, math.floor(x - reach_x)), min(width, math.ceil(x + reach_x)))
+    half_width = abs(cos) * a + abs(sin) * b + 1.0  # with one pixel for the antialiased edge
+    half_height = abs(sin) * a + abs(cos) * b + 1.0
+    rows = slice(max(0, math.floor(y - half_height)), min(height, math.ceil(y + half_height)))
+    columns = slice(max(0, math.floor(x - half_width)), min(width, math.ceil(x + half_width)))
     dx = np.arange(columns.start, columns.stop) + (0.5 - x)
     dy = (np.arange(rows.start, rows.stop) + (0.5 - y))[:, None]
     return Window(rows, columns, shape(dx * cos + dy * sin, dy * cos - dx * sin, a, b))
 
 
 def _blend(canvas: Array, window: Window, low: Colour, high: Colour, texture: Array) -> None:
-    """Paint a shape onto the canvas (3, H, W), with edges that are soft over one pixel."""
+    """Paint a shape onto the canvas (3, H, W) in place, with antialiased edges."""
     alpha = np.clip(window.depth + 0.5, 0.0, 1.0).astype(np.float32)
-    part = canvas[:, window.rows, window.columns]
-    for channel, dark, bright in zip(part, low, high, strict=True):
+    region = canvas[:, window.rows, window.columns]
+    for channel, dark, bright in zip(region, low, high, strict=True):
         channel += alpha * (dark + (bright - dark) * texture - channel)
 
 
 class Layout(NamedTuple):
-    """Where the objects of a scene are. Later objects lie on top of earlier ones."""
+    """The placement of the objects of a scene. Later objects occlude earlier ones."""
 
     labels: list[int]
     windows: list[Window]
-    owner: Array  # (H, W) int64: which object is seen at each pixel, from 1; 0 where none is
+    owner: Array  # (H, W) int64: number of the visible object at each pixel, from 1; 0 for background
 
     def mask(self, index: int) -> MaskCrop:
-        """Return the visible pixels of an object, cut tightly."""
+        """Return the visible pixels of an object as a tight crop."""
         window = self.windows[index]
-        seen = self.owner[window.rows, window.columns] == index + 1
-        rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+        visible = self.owner[window.rows, window.columns] == index + 1
+        rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
         top, left = int(rows[0]), int(columns[0])
-        pixels = seen[top : rows[-1] + 1, left : columns[-1] + 1].astype(np.uint8)
+        pixels = visible[top : rows[-1] + 1, left : columns[-1] + 1].astype(np.uint8)
         return MaskCrop(window.columns.start + left, window.rows.start + top, pixels)
 
 
 class ShapesConfig(Section):
-    """Generated scenes, which need no download. Another seed gives other scenes: use one to train, one to test."""
+    """Synthetic scenes; no download is needed. Use different seeds for training and validation."""
 
     kind: Literal["shapes"] = "shapes"
     length: int = Field(default=5000, ge=1, description="number of scenes")
     seed: int = Field(default=0, ge=0)
-    height: int = Field(default=128, ge=32, description="of every image, in pixels")
-    width: int = Field(default=128, ge=32, description="of every image, in pixels")
+    height: int = Field(default=128, ge=32, description="image height in pixels")
+    width: int = Field(default=128, ge=32, description="image width in pixels")
     classes: tuple[ShapeName, ...] = Field(default=tuple(SHAPES), min_length=1)
-    objects: tuple[int, int] = Field(default=(2, 6), description="fewest and most objects in a scene")
+    objects: tuple[int, int] = Field(default=(2, 6), description="minimum and maximum number of objects per scene")
     sizes: tuple[float, float] = Field(
-        default=(0.1, 0.7), description="smallest and largest extent of objects, in shares of the shorter image side"
+        default=(0.1, 0.7), description="minimum and maximum object length, as a fraction of the shorter image side"
     )
     contrast: float = Field(
-        default=0.2, ge=0.0, le=0.4, description="least mean colour difference to background and other objects"
+        default=0.2, ge=0.0, le=0.4, description="minimum mean colour difference to the background and other objects"
     )
-    noise: float = Field(default=6.0, ge=0.0, le=64.0, description="standard deviation of pixel noise, of 255")
+    noise: float = Field(
+        default=6.0, ge=0.0, le=64.0, description="standard deviation of the pixel noise, in grey levels (0..255)"
+    )
 
     @field_validator("classes")
     @classmethod
     def _distinct(cls, classes: tuple[ShapeName, ...]) -> tuple[ShapeName, ...]:
         if len(set(classes)) < len(classes):
-            raise ValueError(f"each class may stand only once, got {list(classes)}")
+            raise ValueError(f"each class may occur only once, got {list(classes)}")
         return classes
 
     @field_validator("objects")
     @classmethod
     def _countable(cls, objects: tuple[int, int]) -> tuple[int, int]:
         if not 0 <= objects[0] <= objects[1]:
-            raise ValueError(f"needs 0 <= fewest <= most, got {list(objects)}")
+            raise ValueError(f"expected 0 <= minimum <= maximum, got {list(objects)}")
         return objects
 
     @field_validator("sizes")
     @classmethod
     def _inside_image(cls, sizes: tuple[float, float]) -> tuple[float, float]:
         if not 0.0 < sizes[0] <= sizes[1] <= 1.0:
-            raise ValueError(f"needs 0 < smallest <= largest <= 1, got {list(sizes)}")
+            raise ValueError(f"expected 0 < minimum <= maximum <= 1, got {list(sizes)}")
         return sizes
 
     def build(self) -> ShapesDataset:
-        """Return the dataset; nothing is drawn before it is indexed."""
+        """Return the dataset. Scenes are generated when they are indexed."""
         return ShapesDataset(
             length=self.length,
             seed=self.seed,
@@ -319,18 +331,19 @@ class ShapesConfig(Section):
 
 
 class ShapesDataset:
-    """Scenes of textured shapes on a textured background, with exact masks of what is visible of each.
+    """Scenes of textured shapes on a textured background, with exact masks of the visible pixels of each object.
 
     Args:
-        length: how many scenes; a longer dataset of the same seed begins with the same scenes.
-        seed: what all scenes come from.
-        image_size: height and width in pixels, of every image.
-        classes: the shapes that occur, in the order of their labels.
-        objects: fewest and most objects in a scene. A crowded scene may end with fewer, but never with none unless
-            that is allowed.
-        sizes: smallest and largest extent of an object along its longer axis, in shares of the shorter image side;
+        length: number of scenes N; a longer dataset with the same seed begins with the same scenes.
+        seed: seed of all scenes.
+        image_size: height and width of all images, in pixels.
+        classes: names of the shapes, in the order of their labels.
+        objects: minimum and maximum number of objects per scene. A crowded scene may have fewer, but not zero unless
+            the minimum is 0.
+        sizes: minimum and maximum length of an object along its longer axis, as a fraction of the shorter image side;
             drawn log-uniformly.
-        contrast: least mean difference between an object's colour and the background's and other objects', 0..1.
+        contrast: minimum mean colour difference of an object to the background and the other objects, 0..1. If no
+            candidate colour reaches it, the colour with the largest difference is used.
         noise: standard deviation of the pixel noise, in grey levels.
     """
 
@@ -360,7 +373,11 @@ class ShapesDataset:
         return self.length
 
     def __getitem__(self, index: int) -> Example:
-        """Draw scene `index`, from 0. The boxes are tight around the visible masks."""
+        """Return scene `index`, from 0. Boxes are tight around the visible pixels.
+
+        Raises:
+            IndexError: `index` is not in 0..N-1.
+        """
         rng = self._generator(index)
         layout = self._arrange(rng)
         masks = tuple(layout.mask(k) for k in range(len(layout.labels)))
@@ -374,15 +391,15 @@ class ShapesDataset:
         )
 
     def image_id(self, index: int) -> int:
-        """Return the id of scene `index`: ids start at 1."""
+        """Return the image id of scene `index`; ids start at 1."""
         return index + 1
 
     def image_sizes(self) -> Array:
-        """Return heights and widths, (N, 2) int64, without drawing anything."""
+        """Return height and width of each image, (N, 2) int64."""
         return np.tile(np.array(self.image_size, dtype=np.int64), (self.length, 1))
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return all annotations as COCO's JSON would hold them, masks as compressed RLE. Draws no pixels."""
+        """Return the annotations of all scenes in COCO format, with compressed RLE masks. Images are not rendered."""
         height, width = self.image_size
         annotations: list[dict[str, Any]] = []
         for index in range(self.length):
@@ -398,9 +415,9 @@ class ShapesDataset:
 
     def _annotations(self, index: int) -> list[dict[str, Any]]:
         layout = self._arrange(self._generator(index))
-        by_column = np.asfortranarray(layout.owner)  # the order that the encoder wants
-        # One object at a time: the planes of 2,000 together would take as many images.
-        encoded = [rle.encode((by_column == number).view(np.uint8)) for number in range(1, len(layout.labels) + 1)]
+        owner = np.asfortranarray(layout.owner)  # the memory order that the encoder requires
+        # Encoded one object at a time, because the full-size masks of many objects together need much memory.
+        encoded = [rle.encode((owner == number).view(np.uint8)) for number in range(1, len(layout.labels) + 1)]
         return [
             {
                 "image_id": self.image_id(index),
@@ -419,25 +436,26 @@ class ShapesDataset:
         return Generator(PCG64(SeedSequence([self.seed, index])))
 
     def _arrange(self, rng: Generator) -> Layout:
-        """Place objects one over the other; what would hide too much of an earlier one is drawn anew."""
+        """Place objects in order; an object that would occlude too much of an earlier one is rejected."""
         layout = Layout([], [], np.zeros(self.image_size, dtype=np.int64))
-        visible = needed = np.zeros(1, dtype=np.int64)  # pixels of each object; entry 0 is the background
-        wanted = _count(rng, *self.objects)
-        for _ in range(4 * wanted):
-            if len(layout.labels) == wanted:
+        # Visible and required pixels of each object; entry 0 is the background.
+        visible = required = np.zeros(1, dtype=np.int64)
+        num_objects = _count(rng, *self.objects)
+        for _ in range(4 * num_objects):
+            if len(layout.labels) == num_objects:
                 break
             label, window = self._draw_object(rng)
             inside = window.depth >= 0.0
             area = np.count_nonzero(inside)
             owner = layout.owner[window.rows, window.columns]
-            left = visible - np.bincount(owner[inside], minlength=len(visible))
-            if area < MIN_VISIBLE_PIXELS or (left < needed)[1:].any():
+            still_visible = visible - np.bincount(owner[inside], minlength=len(visible))
+            if area < MIN_VISIBLE_PIXELS or (still_visible < required)[1:].any():
                 continue
             layout.labels.append(label)
             layout.windows.append(window)
             owner[inside] = len(layout.labels)
-            visible = np.append(left, area)
-            needed = np.append(needed, max(MIN_VISIBLE_PIXELS, math.ceil(MIN_VISIBLE_SHARE * area)))
+            visible = np.append(still_visible, area)
+            required = np.append(required, max(MIN_VISIBLE_PIXELS, math.ceil(MIN_VISIBLE_SHARE * area)))
         return layout
 
     def _draw_object(self, rng: Generator) -> tuple[int, Window]:
@@ -445,21 +463,21 @@ class ShapesDataset:
         label = _count(rng, 1, len(self._shapes))
         a = 0.5 * min(height, width) * _log_uniform(rng, *self.sizes)
         b = a * _between(rng, *ASPECTS)
-        # The image's edge may cut an object, but takes no more than 15 percent of its longer axis.
+        # An object may be truncated at the image border, by at most 15 percent of its longer axis.
         centre = (_between(rng, 0.7 * a, width - 0.7 * a), _between(rng, 0.7 * a, height - 0.7 * a))
         return label, _window(self._shapes[label - 1], centre, _direction(rng), (a, b), self.image_size)
 
     def _paint(self, rng: Generator, layout: Layout) -> Array:
-        """Return the picture, (3, H, W) uint8."""
+        """Render the image, (3, H, W) uint8 RGB."""
         low = _colour(rng, saturation=(0.1, 0.6), value=(0.15, 0.95))
         high = low.mixed(_colour(rng, saturation=(0.1, 0.6), value=(0.15, 0.95)), 0.7)
         texture = _texture(rng, *self.image_size)
         canvas = np.stack([dark + (bright - dark) * texture for dark, bright in zip(low, high, strict=True)])
         self._paint_strokes(rng, canvas)
-        used = [low, high]
+        used_colours = [low, high]
         for window in layout.windows:
-            colour = _contrasting(rng, used, self.contrast)
-            used.append(colour)
+            colour = _contrasting(rng, used_colours, self.contrast)
+            used_colours.append(colour)
             texture = _texture(rng, *window.depth.shape)
             _blend(canvas, window, colour.mixed(BLACK, 0.25), colour.mixed(WHITE, 0.15), texture)
         return self._noisy(rng, canvas)
@@ -474,7 +492,7 @@ class ShapesDataset:
             _blend(canvas, window, colour, colour, np.zeros((1, 1), dtype=np.float32))
 
     def _noisy(self, rng: Generator, canvas: Array) -> Array:
-        # The sum of two bytes has a triangular density: near enough to a normal one, and exact.
+        # The sum of two uniform bytes has a triangular density, which approximates a normal one without rounding.
         pairs = np.frombuffer(rng.bytes(2 * canvas.size), dtype=np.uint8).reshape(2, *canvas.shape)
         noise = pairs[0].astype(np.float32) + pairs[1] - 255.0
         canvas += noise * (self.noise / BYTE_PAIR_STD)

@@ -1,4 +1,4 @@
-"""What is in a dataset, in numbers for people to read."""
+"""Summary statistics of a dataset, as text."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 
-SMALL, LARGE = 32**2, 96**2  # COCO's bounds between small, medium and large areas, in square pixels
+SMALL, LARGE = 32**2, 96**2  # COCO's area limits of small, medium and large objects, in square pixels
 
 
 def summarize(ground_truth: dict[str, Any]) -> str:
-    """Count the images, and the objects by size and by class, of a dataset in COCO's format."""
+    """Return the number of images, and of objects by size and by class, as text.
+
+    Args:
+        ground_truth: a dataset in COCO format.
+    """
     annotations = ground_truth["annotations"]
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
-    images, occupied = len(ground_truth["images"]), len({annotation["image_id"] for annotation in annotations})
+    images, annotated = len(ground_truth["images"]), len({annotation["image_id"] for annotation in annotations})
     sides = np.sqrt([annotation["area"] for annotation in objects]) if objects else np.zeros(1)
     areas = sides**2
     by_size = (areas < SMALL).sum(), ((areas >= SMALL) & (areas <= LARGE)).sum(), (areas > LARGE).sum()
     lines = [
-        f"{images} images, {images - occupied} of them without objects",
+        f"{images} images, {images - annotated} of them without objects",
         f"{len(objects)} objects and {len(annotations) - len(objects)} crowd regions",
         "small, medium, large: " + ", ".join(map(str, by_size)),
         "square root of the area, 5 / 50 / 95 %: "

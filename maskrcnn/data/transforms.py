@@ -1,7 +1,7 @@
-"""What happens to an image before it is batched: a flip at random, then the resize.
+"""Image transforms: random horizontal flip and resize.
 
-A transform takes an example and a random generator and returns a new example. Masks are flipped but never resized:
-they stay in the pixels in which they were annotated.
+A transform takes an example and a random generator and returns a new example. Masks are flipped but not resized: they
+stay at the resolution of the annotation.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Rounding = Literal["nearest", "floor"]
 
 
 class TransformsConfig(Section):
-    """Flip and resize. The defaults are those of training at one scale; set `flip: 0` for evaluation."""
+    """Horizontal flip and resize. The defaults are for single-scale training; set `flip: 0` for evaluation."""
 
-    short_side: tuple[PositiveInt, ...] = Field((800,), min_length=1)  # one is drawn per image
-    long_side: PositiveInt = 1333  # at most; it wins over the short side
+    short_side: tuple[PositiveInt, ...] = Field((800,), min_length=1)  # one size is drawn per image
+    long_side: PositiveInt = 1333  # upper limit; takes precedence over `short_side`
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability
-    rounding: Rounding = "nearest"  # of the new size: Detectron2 takes the nearest, torchvision the floor
-    antialias: bool = True  # Detectron2 does (by Pillow), torchvision does not
+    rounding: Rounding = "nearest"  # of the new size: "nearest" as in Detectron2, "floor" as in torchvision
+    antialias: bool = True  # true as in Detectron2 (through Pillow); torchvision resizes without
 
     def build(self) -> Transform:
-        """Return the transforms as one."""
+        """Return the composed transform."""
         resize = Resize(self.short_side, self.long_side, rounding=self.rounding, antialias=self.antialias)
-        # Flipping first is cheaper: most images grow.
+        # Flipping first is cheaper because most images are enlarged.
         return Compose((HorizontalFlip(self.flip), resize))
 
 
 @dataclass(frozen=True)
 class Compose:
-    """Transforms one after another, all drawing from the same generator."""
+    """Applies transforms in order, with one random generator."""
 
     steps: tuple[Transform, ...]
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Apply the steps in order."""
+        """Return the transformed example."""
         for step in self.steps:
             example = step(example, rng)
         return example
@@ -56,18 +56,18 @@ class Compose:
 
 @dataclass(frozen=True)
 class HorizontalFlip:
-    """Mirrors left and right with the given probability."""
+    """Flips an example horizontally with the given probability."""
 
     probability: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Flip the example, or return it as it is."""
+        """Return the flipped or the unchanged example."""
         return flip_horizontally(example) if rng.random() < self.probability else example
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Scales the short side to one of `short_side`, drawn at random, unless the long side would pass `long_side`."""
+    """Resizes the short side to a random value of `short_side`, with the long side limited to `long_side`."""
 
     short_side: tuple[int, ...]
     long_side: int
@@ -75,7 +75,7 @@ class Resize:
     antialias: bool = True
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the example at its new size."""
+        """Return the resized example."""
         short_side = self.short_side[int(rng.integers(len(self.short_side)))]
         height, width = example.pixels.shape[1:]
         size = resized_size(height, width, short_side, self.long_side, self.rounding)
@@ -83,29 +83,30 @@ class Resize:
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int, rounding: Rounding) -> tuple[int, int]:
-    """Return the height and width to which an image is resized, each at least 1."""
+    """Return the resized height and width in pixels, each at least 1."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
     half = 0.5 if rounding == "nearest" else 0.0
     return max(1, int(height * scale + half)), max(1, int(width * scale + half))
 
 
 def resize(example: Example, size: tuple[int, int], *, antialias: bool = True) -> Example:
-    """Resize the image bilinearly to `size` (height, width); boxes follow, masks stay, `scale` says the difference.
+    """Resize the image bilinearly to `size` (height, width) and scale its boxes; masks are not resized.
 
-    The pixels stay uint8: at COCO's sizes that is many times as fast as by way of floats.
+    The `scale` of the example is multiplied by the resize factors. The pixels stay uint8, which is many times faster
+    than float at COCO's image sizes.
     """
     height, width = example.pixels.shape[1:]
-    along_x, along_y = size[1] / width, size[0] / height
+    scale_x, scale_y = size[1] / width, size[0] / height
     return dataclasses.replace(
         example,
         pixels=tvf.resize(example.pixels, list(size), antialias=antialias),
-        boxes=example.boxes * torch.tensor([along_x, along_y, along_x, along_y]),
-        scale=(example.scale[0] * along_x, example.scale[1] * along_y),
+        boxes=example.boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
+        scale=(example.scale[0] * scale_x, example.scale[1] * scale_y),
     )
 
 
 def flip_horizontally(example: Example) -> Example:
-    """Mirror image, boxes and masks left and right."""
+    """Flip image, boxes and masks horizontally."""
     width = example.pixels.shape[2]
     annotated_width = round(width / example.scale[0])
     return dataclasses.replace(

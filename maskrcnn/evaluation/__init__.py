@@ -1,1 +1,1 @@
-"""From detections to COCO results, and from results to average precision."""
+"""COCO results, average precision and bootstrap comparisons."""

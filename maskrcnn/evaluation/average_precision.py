@@ -1,7 +1,7 @@
-"""Average precision and recall as COCO defines them, for boxes and masks, from ground truth and results alone.
+"""COCO's average precision and recall for boxes and masks, computed from ground truth and results.
 
 Shapes of COCO's tables: T IoU thresholds (0.50, 0.55, ..., 0.95), R recall levels (0, 0.01, ..., 1), K categories in
-ascending order of id, A areas (all, small, medium, large), N limits on detections per image.
+ascending order of id, A area ranges (all, small, medium, large), N limits on detections per image.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["faster", "pycocotools"]
 
-SHOWN = 10  # categories that a message lists before it only counts them
+SHOWN = 10  # categories that a message lists; it counts the rest
 
 
 @dataclass(frozen=True)
 class Figures:
-    """COCO's figures for boxes or for masks, each from 0 to 1.
+    """COCO metrics of boxes or of masks, each from 0 to 1.
 
-    A figure is nan where the ground truth holds nothing to measure (COCO writes -1): no object of this size, or of
-    this class. Small is below 32 x 32 pixels, large above 96 x 96, by the area of the mask.
+    A metric is nan where the ground truth has no object of the size or class (COCO writes -1). Small objects have an
+    annotated area below 32 x 32 pixels, large objects above 96 x 96.
     """
 
-    ap: float  # mean over IoU 0.50, 0.55, ..., 0.95 and over the classes
+    ap: float  # mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes
     ap50: float
     ap75: float
     ap_small: float
     ap_medium: float
     ap_large: float
-    ar: Mapping[int, float]  # largest recall with at most so many detections per image
+    ar: Mapping[int, float]  # average recall by the limit on detections per image
     ar_small: float
     ar_medium: float
     ar_large: float
-    class_ap: Mapping[str, float]  # `ap` of each class, by its name
+    class_ap: Mapping[str, float]  # `ap` by class name
 
     def summary(self) -> dict[str, float]:
-        """Return the figures under their usual names, without those of the classes."""
+        """Return the metrics by their usual names, without the AP of each class."""
         precision = [self.ap, self.ap50, self.ap75, self.ap_small, self.ap_medium, self.ap_large]
         recall = [self.ar_small, self.ar_medium, self.ar_large]
         return {
@@ -70,62 +70,62 @@ class Figures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured; None for what it was not asked or had nothing to measure with."""
+    """The metrics of boxes and of masks; None for an IoU type that was not evaluated."""
 
     box: Figures | None
     mask: Figures | None
 
     def summary(self) -> dict[str, float]:
-        """Return the figures as `box/AP`, `mask/AP50` and so on; nan where there is nothing to measure."""
+        """Return the metrics by names such as `box/AP` and `mask/AP50`; nan where there are no objects."""
         return {
-            f"{name}/{figure}": value
-            for name, figures in self._parts().items()
-            for figure, value in figures.summary().items()
+            f"{name}/{metric}": value
+            for name, figures in self._evaluated().items()
+            for metric, value in figures.summary().items()
         }
 
     def class_summary(self) -> dict[str, dict[str, float]]:
-        """Return `box/AP` and `mask/AP` of each class, by its name; nan where there is nothing to measure."""
+        """Return `box/AP` and `mask/AP` by class name; nan where there are no objects."""
         classes: dict[str, dict[str, float]] = {}
-        for name, figures in self._parts().items():
-            for label, value in figures.class_ap.items():
-                classes.setdefault(label, {})[f"{name}/AP"] = value
+        for name, figures in self._evaluated().items():
+            for class_name, value in figures.class_ap.items():
+                classes.setdefault(class_name, {})[f"{name}/AP"] = value
         return classes
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: the summary, and `classes` with the AP of each class; None in place of nan."""
-        classes = {label: _none_for_nan(figures) for label, figures in self.class_summary().items()}
+        """Return the summary, and the AP of each class under `classes`, for JSON; None in place of nan."""
+        classes = {class_name: _none_for_nan(values) for class_name, values in self.class_summary().items()}
         return {**_none_for_nan(self.summary()), "classes": classes}
 
     def format_table(self) -> str:
-        """Return the figures as a table for people to read, a line for boxes and one for masks."""
-        parts = {name: figures.summary() for name, figures in self._parts().items()}
-        header = next(iter(parts.values()), {})
-        return _format_rows("", header, [(name, list(values.values())) for name, values in parts.items()])
+        """Return the metrics as a text table, with one line for boxes and one for masks."""
+        summaries = {name: figures.summary() for name, figures in self._evaluated().items()}
+        header = next(iter(summaries.values()), {})
+        return _format_rows("", header, [(name, list(values.values())) for name, values in summaries.items()])
 
     def format_class_table(self) -> str:
-        """Return the AP of each class as a table for people to read, a line for each class."""
-        parts = self._parts()
-        classes = next((list(figures.class_ap) for figures in parts.values()), [])
-        rows = [(label, [figures.class_ap[label] for figures in parts.values()]) for label in classes]
-        return _format_rows("class", [f"{name} AP" for name in parts], rows)
+        """Return the AP of each class as a text table, with one line per class."""
+        evaluated = self._evaluated()
+        class_names = next((list(figures.class_ap) for figures in evaluated.values()), [])
+        rows = [(name, [figures.class_ap[name] for figures in evaluated.values()]) for name in class_names]
+        return _format_rows("class", [f"{name} AP" for name in evaluated], rows)
 
-    def _parts(self) -> dict[str, Figures]:
-        parts = {"box": self.box, "mask": self.mask}
-        return {name: figures for name, figures in parts.items() if figures is not None}
+    def _evaluated(self) -> dict[str, Figures]:
+        by_type = {"box": self.box, "mask": self.mask}
+        return {name: figures for name, figures in by_type.items() if figures is not None}
 
 
-def _none_for_nan(figures: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in figures.items()}
+def _none_for_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def _format_rows(title: str, header: Iterable[str], rows: Sequence[tuple[str, list[float]]]) -> str:
-    left = max(len(title), *(len(name) for name, _ in rows)) if rows else len(title)
+    width = max(len(title), *(len(name) for name, _ in rows)) if rows else len(title)
     columns = [column.rjust(7) for column in header]
-    lines = [" ".join([title.ljust(left), *columns])]
+    lines = [" ".join([title.ljust(width), *columns])]
     for name, values in rows:
         cells = ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
         aligned = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
-        lines.append(" ".join([name.ljust(left), *aligned]))
+        lines.append(" ".join([name.ljust(width), *aligned]))
     return "\n".join(lines)
 
 
@@ -136,52 +136,55 @@ def evaluate(
     max_detections: Sequence[int] = (1, 10, 100),
     backend: Backend = "faster",
 ) -> Evaluation:
-    """Measure results against ground truth, over all images and categories of the ground truth.
+    """Evaluate results on all images and categories of the ground truth.
 
-    Masks are left out if no result has one; boxes are taken from the masks if results have none. Results of unknown
-    categories do not count, as in COCO. Mask figures go by the area of masks, also where results have boxes.
+    Masks are not evaluated if no result has a mask. Boxes are computed from masks for results without a box. Results
+    of unknown categories are ignored, as in COCO. The size of a detection is its mask area for mask metrics and its box
+    area for box metrics.
 
     Args:
-        ground_truth: the annotation file in COCO's format, or what it holds; it is not changed.
-        results: as `coco_results` and `read_results` return them; they are not changed.
-        iou_types: `bbox` measures boxes, `segm` masks.
-        max_detections: detections per image that count, ascending; the last limit is that of every figure but the
-            recalls of the others.
-        backend: `faster` is faster-coco-eval, which gives pycocotools' figures in a fifth of its time.
+        ground_truth: an annotation file in COCO format or its content; it is not changed.
+        results: as returned by `coco_results` and `read_results`; they are not changed.
+        iou_types: `bbox` evaluates boxes, `segm` masks.
+        max_detections: limits on detections per image, ascending. Average recall is computed for each limit; all
+            other metrics use the last limit.
+        backend: `faster` is faster-coco-eval, which gives the same metrics as pycocotools in a fifth of the time.
 
     Raises:
-        InputError: the file is not COCO, or the results do not fit it.
+        InputError: the annotation file is invalid, or the results do not match the ground truth.
     """
     assert list(max_detections) == sorted(max_detections), max_detections
     data = read_ground_truth(ground_truth)
     check_references(data, results)
     figures = {
-        kind: _figures(*_tables(kind, data, results, list(max_detections), backend), data["categories"], max_detections)
-        for kind in measurable(iou_types, results)
+        iou_type: _figures(
+            *_tables(iou_type, data, results, list(max_detections), backend), data["categories"], max_detections
+        )
+        for iou_type in measurable(iou_types, results)
     }
     return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"))
 
 
 def _tables(
-    kind: IouType,
+    iou_type: IouType,
     data: dict[str, Any],
     results: Sequence[dict[str, Any]],
     max_detections: list[int],
     backend: Backend,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's tables: precision (T, R, K, A, N) and recall (T, K, A, N), -1 where there is nothing to measure."""
+    """Return COCO's tables of precision (T, R, K, A, N) and recall (T, K, A, N); -1 where there are no objects."""
     if backend == "faster":
-        coco, coco_eval = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+        coco_class, eval_class = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
     else:
-        coco, coco_eval = pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
-        sides = []
-        for annotations in (coco_objects(kind, data["annotations"]), coco_detections(kind, results)):
-            side = coco()
-            side.dataset = {**data, "annotations": annotations}
-            side.createIndex()
-            sides.append(side)
-        evaluator = coco_eval(*sides, kind)
+        coco_class, eval_class = pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        datasets = []
+        for annotations in (coco_objects(iou_type, data["annotations"]), coco_detections(iou_type, results)):
+            dataset = coco_class()
+            dataset.dataset = {**data, "annotations": annotations}
+            dataset.createIndex()
+            datasets.append(dataset)
+        evaluator = eval_class(*datasets, iou_type)
         evaluator.print_function = logger.debug
         evaluator.params.maxDets = max_detections
         evaluator.evaluate()
@@ -195,62 +198,70 @@ def _figures(
     categories: Sequence[dict[str, Any]],
     max_detections: Sequence[int],
 ) -> Figures:
-    """Average COCO's tables."""
-    best = precision[..., -1]  # (T, R, K, A)
+    """Average COCO's tables to metrics."""
+    precision = precision[..., -1]  # (T, R, K, A)
     return Figures(
-        ap=_mean(best[..., 0]),
-        ap50=_mean(best[0, ..., 0]),
-        ap75=_mean(best[5, ..., 0]),
-        ap_small=_mean(best[..., 1]),
-        ap_medium=_mean(best[..., 2]),
-        ap_large=_mean(best[..., 3]),
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[0, ..., 0]),
+        ap75=_mean(precision[5, ..., 0]),
+        ap_small=_mean(precision[..., 1]),
+        ap_medium=_mean(precision[..., 2]),
+        ap_large=_mean(precision[..., 3]),
         ar={limit: _mean(recall[..., 0, n]) for n, limit in enumerate(max_detections)},
         ar_small=_mean(recall[..., 1, -1]),
         ar_medium=_mean(recall[..., 2, -1]),
         ar_large=_mean(recall[..., 3, -1]),
-        class_ap={name: _mean(best[:, :, k, 0]) for k, name in enumerate(_class_names(categories))},
+        class_ap={name: _mean(precision[:, :, k, 0]) for k, name in enumerate(_class_names(categories))},
     )
 
 
 def _class_names(categories: Sequence[dict[str, Any]]) -> list[str]:
-    """Names in ascending order of category ids; a name that several categories have gets their ids."""
-    times = Counter(category["name"] for category in categories)
+    """Return the names in ascending order of category id; a name of several categories is followed by the id."""
+    name_counts = Counter(category["name"] for category in categories)
     ordered = sorted(categories, key=lambda category: category["id"])
     return [
-        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        category["name"] if name_counts[category["name"]] == 1 else f"{category['name']} ({category['id']})"
         for category in ordered
     ]
 
 
 def _mean(values: np.ndarray) -> float:
-    measured = values[values > -1]
-    return float(measured.mean()) if measured.size else math.nan
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else math.nan
 
 
 def diagnose(ground_truth: dict[str, Any] | Path, results: Sequence[dict[str, Any]]) -> str | None:
-    """Explain what to look at where AP50 is 0 although there are results; None where there are none.
+    """Return a comparison of images and categories, to explain an AP50 of 0; None if there are no results.
 
-    The usual cause is that categories or images of the two sides are not the same.
+    The usual cause is that the image or category ids of results and ground truth do not match.
+
+    Args:
+        ground_truth, results: as for `evaluate`.
+
+    Raises:
+        InputError: the annotation file is invalid.
     """
     if not results:
         return None
     data = read_ground_truth(ground_truth)
-    objects = Counter(annotation["category_id"] for annotation in data["annotations"])
-    found = Counter(result["category_id"] for result in results)
+    object_counts = Counter(annotation["category_id"] for annotation in data["annotations"])
+    result_counts = Counter(result["category_id"] for result in results)
     names = {category["id"]: category["name"] for category in data["categories"]}
-    images = {image["id"] for image in data["images"]}
-    images_found = {result["image_id"] for result in results}
-    counted = sorted(objects.keys() | found.keys(), key=lambda key: -objects[key] - found[key])
+    image_ids = {image["id"] for image in data["images"]}
+    result_image_ids = {result["image_id"] for result in results}
+    categories = sorted(
+        object_counts.keys() | result_counts.keys(), key=lambda key: -object_counts[key] - result_counts[key]
+    )
     lines = [
-        f"results name {len(images_found)} images, {len(images_found & images)} of the {len(images)} in the "
-        "ground truth",
+        f"the results contain {len(result_image_ids)} images, {len(result_image_ids & image_ids)} of the "
+        f"{len(image_ids)} in the ground truth",
         *(
-            f"category {key} ({names.get(key, 'unknown')}): {objects[key]} objects, {found[key]} results"
-            for key in counted[:SHOWN]
+            f"category {key} ({names.get(key, 'unknown')}): {object_counts[key]} objects, {result_counts[key]} results"
+            for key in categories[:SHOWN]
         ),
     ]
-    if len(counted) > SHOWN:
-        lines.append(f"and {len(counted) - SHOWN} more categories")
-    if not objects.keys() & found.keys():
-        lines.append("no category has both objects and results: the category ids of the two do not match")
+    if len(categories) > SHOWN:
+        lines.append(f"and {len(categories) - SHOWN} more categories")
+    if not object_counts.keys() & result_counts.keys():
+        lines.append("no category has both objects and results: the category ids do not match")
     return "\n".join(lines)

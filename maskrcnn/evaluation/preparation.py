@@ -1,4 +1,4 @@
-"""What COCO's code takes: ground truth and results, checked against each other and in its form."""
+"""Validation of results against the ground truth, and conversion to the input of pycocotools."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 IouType = Literal["bbox", "segm"]
 
-SHOWN = 10  # ids that a message lists before it only counts them
+SHOWN = 10  # maximum number of ids in a message
 
 
 def read_ground_truth(ground_truth: dict[str, Any] | Path) -> dict[str, Any]:
-    """Return what an annotation file in COCO's format holds, with the keys that own data may lack.
+    """Return the content of a COCO annotation file, with `iscrowd` and `area` in every annotation.
 
     Raises:
-        InputError: the file is not COCO.
+        InputError: the file cannot be read or is invalid.
     """
     if isinstance(ground_truth, dict):
         return complete_for_evaluation(ground_truth)
@@ -31,16 +31,16 @@ def read_ground_truth(ground_truth: dict[str, Any] | Path) -> dict[str, Any]:
 
 
 def check_references(data: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Refuse results of unknown images and masks of another size than their image; warn of unknown categories.
+    """Check that image ids and mask sizes match the ground truth; log a warning for unknown categories.
 
     Raises:
-        InputError: it names the images, or the first such mask.
+        InputError: results have unknown image ids, or a mask has another size than its image.
     """
     sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
     if unknown := sorted({result["image_id"] for result in results} - sizes.keys()):
         raise InputError(
-            f"the results name {len(unknown)} images that the ground truth lacks (image_id {_listed(unknown)}); "
-            "are they of another split?"
+            f"the results contain {len(unknown)} images that are not in the ground truth "
+            f"(image_id {_listed(unknown)}); are they from another split?"
         )
     for result in results:
         size = sizes[result["image_id"]]
@@ -51,7 +51,7 @@ def check_references(data: dict[str, Any], results: Sequence[dict[str, Any]]) ->
             )
     categories = {category["id"] for category in data["categories"]}
     if unknown := sorted({result["category_id"] for result in results} - categories):
-        logger.warning("results of categories that the ground truth lacks do not count: %s", _listed(unknown))
+        logger.warning("results of categories that are not in the ground truth are ignored: %s", _listed(unknown))
 
 
 def _listed(ids: Sequence[int]) -> str:
@@ -59,26 +59,26 @@ def _listed(ids: Sequence[int]) -> str:
 
 
 def measurable(iou_types: Sequence[IouType], results: Sequence[dict[str, Any]]) -> list[IouType]:
-    """Leave out masks where results are boxes alone.
+    """Return the IoU types that can be evaluated: without `segm` if no result has a mask.
 
     Raises:
-        InputError: some results have masks and others not, or masks alone are wanted and there are none.
+        InputError: only some results have masks, or `segm` is the only IoU type and no result has a mask.
     """
-    masks = sum("segmentation" in result for result in results)
-    if "segm" not in iou_types or masks == len(results):
+    num_masks = sum("segmentation" in result for result in results)
+    if "segm" not in iou_types or num_masks == len(results):
         return list(iou_types)
-    if masks > 0:
-        raise InputError(f"{len(results) - masks} of {len(results)} results have no 'segmentation'")
+    if num_masks > 0:
+        raise InputError(f"{len(results) - num_masks} of {len(results)} results have no 'segmentation'")
     if "bbox" not in iou_types:
         raise InputError("the results have no 'segmentation', so there are no masks to measure")
-    logger.info("the results have no masks: boxes are measured alone")
+    logger.info("the results have no masks: only boxes are evaluated")
     return ["bbox"]
 
 
 def coco_objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return copies of the annotations, because COCO's code writes into them, and with ids from 1 on.
+    """Return copies of the annotations with ids from 1, without annotations that have no mask if `kind` is `segm`.
 
-    COCO takes a match with id 0 for none.
+    The copies are needed because pycocotools modifies annotations. It treats a match with id 0 as no match.
     """
     if kind == "segm":
         annotations = _with_masks(annotations)
@@ -86,23 +86,26 @@ def coco_objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[d
 
 
 def _with_masks(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out what has no mask, and polygons of fewer than three points, some of which COCO's code reads as boxes."""
-    usable, maskless = [], []
+    """Drop annotations without a mask and polygons with fewer than three points.
+
+    pycocotools reads a polygon of four numbers as a box.
+    """
+    with_masks, without_mask_ids = [], []
     for annotation in annotations:
         mask = annotation.get("segmentation")
         if isinstance(mask, list):
             mask = [polygon for polygon in mask if len(polygon) >= 6]
         if mask:
-            usable.append({**annotation, "segmentation": mask})
+            with_masks.append({**annotation, "segmentation": mask})
         else:
-            maskless.append(annotation["id"])
-    if maskless:
-        logger.warning("annotations without a mask are left out of the mask figures: %s", _listed(maskless))
-    return usable
+            without_mask_ids.append(annotation["id"])
+    if without_mask_ids:
+        logger.warning("annotations without a mask are excluded from mask metrics: %s", _listed(without_mask_ids))
+    return with_masks
 
 
 def coco_detections(kind: IouType, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return results in the form of annotations: ids from 1 on, and the area that COCO counts them by."""
+    """Return results as annotations, with ids from 1 and the mask area (`segm`) or box area (`bbox`)."""
     if kind == "segm":
         masks = [_compressed(result["segmentation"]) for result in results]
         shapes = [{"segmentation": mask, "area": float(cocoapi.area(mask))} for mask in masks]

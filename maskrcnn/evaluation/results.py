@@ -1,4 +1,4 @@
-"""Detections as COCO results: boxes and masks in pixels of the original image, and the file that holds them.
+"""COCO results: conversion of detections to original image coordinates, and reading and writing of results files.
 
 Shapes: B images, D detections, M mask side.
 """
@@ -22,13 +22,13 @@ from maskrcnn.errors import InputError
 from maskrcnn.ops.masks import PasteConvention, encode_masks
 from maskrcnn.structures import Batch, ClassTable, Detections
 
-SHOWN = 5  # problems that a message lists before it only counts them
+SHOWN = 5  # problems that a message lists; it counts the rest
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CocoResult(TypedDict):
-    """One detection. The box is `(x, y, width, height)`; `coco_results` gives both the box and the mask."""
+    """One detection. The box is `(x, y, width, height)`; `coco_results` returns both box and mask."""
 
     image_id: int
     category_id: int
@@ -43,33 +43,33 @@ _SCHEMA = TypeAdapter(list[CocoResult])
 def coco_results(
     detections: Detections, batch: Batch, classes: ClassTable, paste: PasteConvention = "exact"
 ) -> list[dict[str, Any]]:
-    """Bring the detections of a batch back to the original images, in the form of COCO's results files.
+    """Convert the detections of a batch to COCO results, in pixels of the original images.
 
-    Boxes are divided by the image's scale and clipped to the original image, and masks are pasted there.
+    Boxes are divided by the scale of the image and clipped to the original image. Masks are pasted into their boxes.
 
     Args:
         detections: in pixels of the resized images.
-        batch: the images that they were found in.
-        classes: category ids of the labels.
-        paste: how masks become pixels; see `maskrcnn.ops.masks.paste_probabilities`.
+        batch: the batch of the detections.
+        classes: gives the category ids of the labels.
+        paste: the paste convention; see `maskrcnn.ops.masks.paste_probabilities`.
 
     Returns:
-        `{"image_id", "category_id", "bbox", "score", "segmentation"}` of each detection, image by image, best first.
+        A list of `{"image_id", "category_id", "bbox", "score", "segmentation"}`, by image and then by descending score.
     """
-    # `Detections.to` does not wait for copies from a GPU; `Tensor.cpu` does.
+    # `Tensor.cpu` waits for the copy from a GPU; `Detections.to` does not.
     boxes, scores, labels, masks = (
         tensor.cpu() for tensor in (detections.boxes, detections.scores, detections.labels, detections.masks)
     )
     results = []
     for b, image_id in enumerate(batch.image_ids):
-        found = labels[b] > 0
+        valid = labels[b] > 0
         height, width = batch.original_sizes[b]
-        original = _original_boxes(boxes[b][found], batch.scales[b], height, width)
+        original = _original_boxes(boxes[b][valid], batch.scales[b], height, width)
         columns = zip(
-            labels[b][found].tolist(),
+            labels[b][valid].tolist(),
             _xyxy_to_xywh(original).tolist(),
-            scores[b][found].tolist(),
-            encode_masks(masks[b][found], original, height, width, convention=paste),
+            scores[b][valid].tolist(),
+            encode_masks(masks[b][valid], original, height, width, convention=paste),
             strict=True,
         )
         results += [
@@ -98,9 +98,9 @@ def _xyxy_to_xywh(boxes: Tensor) -> Tensor:
 
 
 def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Write a COCO results file, one result a line, as they come from `results`.
+    """Write a COCO results file atomically, with one result per line.
 
-    The file appears under its name when it is complete; until then it is `<name>.partial`.
+    The data is written to `<name>.partial`, which is renamed when it is complete.
     """
     partial = path.with_name(path.name + ".partial")
     separator = "[\n"
@@ -113,10 +113,11 @@ def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read and check a COCO results file: a list of boxes, of masks as run-length codes, or of both.
+    """Return the results of a COCO results file. Each result has a box, a mask in RLE, or both.
 
     Raises:
-        InputError: it names the file and lists the first of all problems, each with the place of the result.
+        InputError: the file cannot be read or is invalid. The message lists the first problems with the list index of
+            the result.
     """
     try:
         text = path.read_bytes()
@@ -126,14 +127,14 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         results = _SCHEMA.validate_json(text)
     except ValidationError as error:
         raise InputError(_schema_message(path, error)) from None
-    problems = [f"[{place}]: {problem}" for place, result in enumerate(results) if (problem := _flaw(result))]
+    problems = [f"[{index}]: {problem}" for index, result in enumerate(results) if (problem := _problem(result))]
     if problems:
         raise InputError(_message(path, problems))
     return [dict(result) for result in results]
 
 
-def _flaw(result: CocoResult) -> str | None:
-    """What the schema cannot see: nothing to measure, or run lengths that do not fill their image."""
+def _problem(result: CocoResult) -> str | None:
+    """Return a problem that the schema does not check: no box and no mask, or a wrong sum of run lengths."""
     if "segmentation" not in result:
         return None if "bbox" in result else "has neither 'bbox' nor 'segmentation'"
     height, width = result["segmentation"]["size"]
@@ -151,21 +152,21 @@ def _flaw(result: CocoResult) -> str | None:
 
 
 def _schema_message(path: Path, error: ValidationError) -> str:
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    if found[0]["type"] == "json_invalid":
-        return f"{path.absolute()}: is not JSON ({found[0]['msg'].removeprefix('Invalid JSON: ')})"
-    if not found[0]["loc"]:
-        return f"{path.absolute()}: is not a COCO results file, which is a list of detections"
-    return _message(path, [f"{_place(problem['loc'])}: {problem['msg'].lower()}" for problem in found])
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    if errors[0]["type"] == "json_invalid":
+        return f"{path.absolute()}: is not JSON ({errors[0]['msg'].removeprefix('Invalid JSON: ')})"
+    if not errors[0]["loc"]:
+        return f"{path.absolute()}: is not a COCO results file; expected a list of detections"
+    return _message(path, [f"{_position(details['loc'])}: {details['msg'].lower()}" for details in errors])
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    """Write where in the file a problem lies: `[3].bbox[2]`."""
-    keys = [key for key in location if key not in ("text", "numbers")]  # the schema's own tags
+def _position(location: tuple[int | str, ...]) -> str:
+    """Return the position of an error in the file, such as `[3].bbox[2]`."""
+    keys = [key for key in location if key not in ("text", "numbers")]  # without the schema's tags
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
 
 
 def _message(path: Path, problems: list[str]) -> str:
     more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     listed = "\n  ".join(["", *problems[:SHOWN], *more])
-    return f"{path.absolute()}: is not a COCO results file; problems by the place in the list:{listed}"
+    return f"{path.absolute()}: is not a COCO results file; problems by list index:{listed}"

@@ -1,1 +1,1 @@
-"""The network, one file a stage, in the order in which data flows."""
+"""The Mask R-CNN model, one file per stage."""

@@ -1,4 +1,6 @@
-"""Box head: the class of a region, and for each class where its box should be.
+"""Box head: classifies each region and predicts a refined box for each class.
+
+A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
 Shapes: N regions, C channels, S cells along a region's side, D features, K classes, B images.
 """
@@ -20,16 +22,16 @@ from maskrcnn.ops.roi import RoIConfig
 
 
 class _TrunkConfig(Section):
-    """What all trunks share."""
+    """Settings of all box heads."""
 
-    roi: RoIConfig | None = None  # the box head's own RoI layer; null takes `model.roi`
-    initialization: Initialization = "fan_in"  # how the layers start: `maskrcnn.models.initialization`
-    bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # by which the deltas' coordinates are multiplied
-    smooth_l1_beta: NonNegativeFloat = 0.0  # where smooth L1 turns linear; 0 is L1
+    roi: RoIConfig | None = None  # RoI layer of the box head; null uses `model.roi`
+    initialization: Initialization = "fan_in"  # see `maskrcnn.models.initialization`
+    bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # factors of the box deltas (dx, dy, dw, dh)
+    smooth_l1_beta: NonNegativeFloat = 0.0  # absolute error from which smooth L1 is linear; 0 is L1
 
 
 class FCTrunkConfig(_TrunkConfig):
-    """Hidden fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
+    """`depth` fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
 
     kind: Literal["fc"] = "fc"
     pool_size: PositiveInt = 7
@@ -37,30 +39,30 @@ class FCTrunkConfig(_TrunkConfig):
     depth: int = Field(2, ge=1)
 
     def build(self, *, channels: int, side: int) -> FullyConnected:
-        """The trunk for regions `(N, channels, side, side)`."""
+        """Return the trunk for regions `(N, channels, side, side)`."""
         inputs = channels * side * side
         return FullyConnected(inputs, width=self.width, depth=self.depth, initialization=self.initialization)
 
 
 class VGGTrunkConfig(_TrunkConfig):
-    """VGG's own fc6 and fc7, with its ImageNet weights where the backbone has them (Fast R-CNN, section 2)."""
+    """fc6 and fc7 of VGG, with ImageNet weights if the backbone loads them (Fast R-CNN, section 2)."""
 
     kind: Literal["vgg_fc"] = "vgg_fc"
     pool_size: Literal[7] = 7
 
     def build(self, *, channels: int, side: int) -> VGGFullyConnected:
-        """The trunk for regions `(N, channels, side, side)`."""
+        """Return the trunk for regions `(N, channels, side, side)`."""
         return VGGFullyConnected(channels * side * side)
 
 
 class MeanTrunkConfig(_TrunkConfig):
-    """The mean over a region's cells: what follows stage 5 in a ResNet, for C4 backbones."""
+    """Global average pooling, as after stage 5 in a ResNet; for C4 backbones."""
 
     kind: Literal["mean"] = "mean"
     pool_size: PositiveInt = 14
 
     def build(self, *, channels: int, side: int) -> Mean:
-        """The trunk for regions `(N, channels, side, side)`."""
+        """Return the trunk for regions `(N, channels, side, side)`."""
         return Mean(channels)
 
 
@@ -83,13 +85,13 @@ class FullyConnected(nn.Sequential):
 class VGGFullyConnected(nn.Module):
     """fc6 and fc7, named as in torchvision's VGG: `(N, C, S, S) -> (N, 4096)`.
 
-    Without VGG's dropout: a draw inside the head would make an image's loss depend on the rest of its batch.
+    VGG's dropout is omitted: it would make the loss of an image depend on the rest of its batch.
     """
 
     def __init__(self, inputs: int, *, width: int = 4096) -> None:
         super().__init__()
         relu = nn.ReLU(inplace=True)
-        # Index 2 was the dropout; fc7 keeps its number 3.
+        # nn.Identity takes the index of the dropout layer, so that fc7 keeps index 3.
         self.classifier = nn.Sequential(nn.Linear(inputs, width), relu, nn.Identity(), nn.Linear(width, width), relu)
         self.features = width
 
@@ -99,7 +101,7 @@ class VGGFullyConnected(nn.Module):
 
 
 class Mean(nn.Module):
-    """`(N, C, S, S) -> (N, C)`."""
+    """Global average pooling: `(N, C, S, S) -> (N, C)`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,10 +113,10 @@ class Mean(nn.Module):
 
 
 class BoxOutputs(NamedTuple):
-    """What the box head says of N regions."""
+    """Predictions of the box head for N regions."""
 
     class_logits: Tensor  # (N, K + 1); column 0 is background
-    box_deltas: Tensor  # (N, K, 4): the box of each class, relative to the region
+    box_deltas: Tensor  # (N, K, 4): box of each class, encoded relative to the proposal
 
 
 class BoxLosses(NamedTuple):
@@ -125,7 +127,7 @@ class BoxLosses(NamedTuple):
 
 
 class BoxHead(nn.Module):
-    """A trunk, and one linear layer each for class logits and box deltas."""
+    """A trunk of shared layers, followed by one linear layer for class logits and one for box deltas."""
 
     def __init__(
         self,
@@ -138,11 +140,16 @@ class BoxHead(nn.Module):
         normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
-        """Build the predictors on `trunk`, which gives `features` numbers a region.
+        """Build the two predictors on `trunk`.
 
-        `bbox_reg_weights` multiply the deltas' coordinates, and smooth L1 turns linear at `smooth_l1_beta` (0: L1).
-        `normalizer` is explained at `sample_mean`, and `initialization`, of the predictors, in
-        `maskrcnn.models.initialization`.
+        Args:
+            trunk: maps regions `(N, C, S, S)` to `(N, features)`.
+            features: D, number of features that `trunk` returns.
+            num_classes: K.
+            bbox_reg_weights: factors of the box deltas (dx, dy, dw, dh).
+            smooth_l1_beta: absolute error from which smooth L1 is linear; 0 is L1.
+            normalizer: see `sample_mean`.
+            initialization: scheme of the predictors, see `maskrcnn.models.initialization`.
         """
         super().__init__()
         self.trunk = trunk
@@ -154,32 +161,33 @@ class BoxHead(nn.Module):
         init_box_predictors(self.cls_score, self.bbox_pred, how=initialization)
 
     def forward(self, regions: Tensor) -> BoxOutputs:
-        """Regions `(N, C, S, S)` to class logits and box deltas."""
+        """Return class logits and box deltas of regions `(N, C, S, S)`."""
         features = self.trunk(regions)
         return BoxOutputs(self.cls_score(features), self.bbox_pred(features).unflatten(1, (-1, 4)))
 
     def losses(
         self, outputs: BoxOutputs, *, labels: Tensor, boxes: Tensor, objects: Tensor, images: Tensor, batch: int
     ) -> BoxLosses:
-        """Cross entropy of the classes, and smooth L1 of a positive's own deltas (Fast R-CNN, section 2.3).
+        """Return the cross entropy of the classes and the smooth L1 loss of the boxes (Fast R-CNN, section 2.3).
 
-        Both are divided by the number of samples, negatives included, so that the box term does not outgrow the
-        other in images with few positives.
+        The box loss uses the positives and, for each, the deltas of its ground-truth class. Both terms are divided by
+        the number of samples, negatives included, so that the box term does not dominate in images with few positives.
 
         Args:
-            outputs: for N regions.
-            labels: `(N,)` class of each region, 0 for background.
-            boxes: `(N, 4)` of the regions.
-            objects: `(N, 4)` boxes of the matched objects; anything for background.
-            images: `(N,)` image of each region.
+            outputs: predictions for N regions.
+            labels: `(N,)` ground-truth class of each region, 0 for background.
+            boxes: `(N, 4)` sampled proposal of each region.
+            objects: `(N, 4)` box of the matched object; ignored for background.
+            images: `(N,)` image index of each region.
             batch: number of images, B.
         """
         counts = boxes.new_zeros(batch).index_add(0, images, torch.ones_like(labels, dtype=boxes.dtype))
-        label = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none")
-        own = outputs.box_deltas[torch.arange(len(labels), device=labels.device), (labels - 1).clamp(min=0)]  # (N, 4)
-        wanted = encode_deltas(objects, boxes, weights=self.bbox_reg_weights)
-        box = box_regression_loss(own, wanted, beta=self.smooth_l1_beta) * (labels > 0)
+        class_losses = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none")
+        classes = (labels - 1).clamp(min=0)
+        deltas = outputs.box_deltas[torch.arange(len(labels), device=labels.device), classes]  # (N, 4)
+        target_deltas = encode_deltas(objects, boxes, weights=self.bbox_reg_weights)
+        box_losses = box_regression_loss(deltas, target_deltas, beta=self.smooth_l1_beta) * (labels > 0)
         return BoxLosses(
-            sample_mean(label, images, counts, per=self.normalizer),
-            sample_mean(box, images, counts, per=self.normalizer),
+            sample_mean(class_losses, images, counts, per=self.normalizer),
+            sample_mean(box_losses, images, counts, per=self.normalizer),
         )

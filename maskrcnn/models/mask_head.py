@@ -1,8 +1,10 @@
-"""Mask head: for each cell of a region, whether it belongs to the object. Two branches, two ways to read them.
+"""Mask head: predicts a mask of M x M cells for each region, with a fully convolutional or a fully connected branch.
 
-With `output: sigmoid`, classes do not compete for a cell: there is a binary mask for every class, of which only the
-region's own is used. The box head decides the class (Mask R-CNN, arXiv 1703.06870, section 3). With `output: softmax`,
-each cell chooses between the classes and background, as in semantic segmentation (table 2b).
+With `output: sigmoid` the head predicts an independent binary mask for every class, and only the mask of the region's
+class is used: classes do not compete (Mask R-CNN, arXiv 1703.06870, section 3). With `output: softmax` each cell is
+classified into the classes and background, as in semantic segmentation (table 2b).
+
+A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
 Shapes: N regions, C channels, S cells along a region's side, M mask side, K classes, L channels of logits, B images.
 """
@@ -28,13 +30,16 @@ MaskTarget = Literal["coverage", "torchvision"]
 
 
 class _MaskHeadConfig(Section):
-    """What all mask heads have.
+    """Settings of all mask heads.
 
-    `roi` is a RoI layer of its own, else the model's serves. `output` and `class_agnostic` say what there is to choose
-    from: a mask for each class or one for all, and with `softmax` background beside them. `target` is what a cell
-    should say: `coverage`, whether the object's mask covers at least half of it, exactly; or `torchvision`, that
-    library's soft samples. `paste` is how a mask gets onto the image: `exact`, or `torchvision`, which rounds the box
-    to whole pixels. `initialization` is how the layers start (`maskrcnn.models.initialization`).
+    `roi`: the RoI layer of this head; null uses `model.roi`.
+    `output`: `sigmoid` (independent binary masks) or `softmax` (classes and background compete for each cell).
+    `class_agnostic`: one mask for all classes instead of one per class.
+    `target`: the mask target of a cell. `coverage`: 1 if the object's mask covers at least half of the cell, else 0.
+    `torchvision`: the fractional values of torchvision's RoIAlign of the mask.
+    `paste`: how a mask is pasted into the image. `exact`: with the box as predicted. `torchvision`: with the box
+    rounded to whole pixels.
+    `initialization`: scheme of the initial weights (`maskrcnn.models.initialization`).
     """
 
     pool_size: PositiveInt = 14
@@ -47,14 +52,14 @@ class _MaskHeadConfig(Section):
 
 
 class FCNMaskHeadConfig(_MaskHeadConfig):
-    """A fully convolutional head: `depth` 3x3 convolutions, and a deconvolution that doubles the side."""
+    """Fully convolutional head: `depth` 3x3 convolutions and a transposed convolution that doubles the side."""
 
     kind: Literal["fcn"] = "fcn"
     depth: NonNegativeInt = 4
     width: PositiveInt = 256
 
     def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> FCNMaskHead:
-        """The head for regions `(N, channels, side, side)`."""
+        """Return the head for regions `(N, channels, side, side)`."""
         return FCNMaskHead(
             channels=channels,
             side=side,
@@ -69,7 +74,7 @@ class FCNMaskHeadConfig(_MaskHeadConfig):
 
 
 class MLPMaskHeadConfig(_MaskHeadConfig):
-    """`depth` hidden fully connected layers, then all cells of the masks at once (Mask R-CNN, table 2e)."""
+    """Fully connected head: `depth` hidden layers and one layer for all mask cells (Mask R-CNN, table 2e)."""
 
     kind: Literal["mlp"] = "mlp"
     depth: PositiveInt = 2
@@ -77,7 +82,7 @@ class MLPMaskHeadConfig(_MaskHeadConfig):
     mask_size: PositiveInt = 28
 
     def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> MLPMaskHead:
-        """The head for regions `(N, channels, side, side)`."""
+        """Return the head for regions `(N, channels, side, side)`."""
         return MLPMaskHead(
             inputs=channels * side * side,
             depth=self.depth,
@@ -95,19 +100,20 @@ MaskHeadConfig = Annotated[FCNMaskHeadConfig | MLPMaskHeadConfig, Field(discrimi
 
 
 class MaskOutputs(NamedTuple):
-    """What the mask head says of the cells of N regions: log probabilities, float32."""
+    """Log probabilities of the mask cells of N regions, float32."""
 
-    inside: Tensor  # (N, M, M): the cell belongs to the object of the region's class
-    outside: Tensor  # (N, M, M): it is background
+    inside: Tensor  # (N, M, M): the cell belongs to the object
+    outside: Tensor  # (N, M, M): the cell is background
 
 
 class MaskHead(nn.Module, ABC):
-    """What mask heads share: which channel of the logits is whose, the probabilities, and the loss.
+    """Base class of mask heads: order of the logit channels, probabilities, and loss.
 
-    L = K, or 1 if the head is class-agnostic; with softmax one more, background, which comes first.
+    The logits have L = K channels in the order of the labels, or L = 1 if the head is class-agnostic. With softmax, a
+    background channel precedes them.
     """
 
-    logits: nn.Conv2d | nn.Linear  # the last layer; the rows of its parameters are in the order of the channels
+    logits: nn.Conv2d | nn.Linear  # the last layer; its parameter rows are in the order of the L channels
 
     def __init__(
         self, *, mask_size: int, num_classes: int, output: MaskOutput, class_agnostic: bool, normalizer: Normalizer
@@ -121,14 +127,14 @@ class MaskHead(nn.Module, ABC):
 
     @abstractmethod
     def all_masks(self, regions: Tensor) -> Tensor:
-        """The logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
+        """Return the logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
 
     def own_masks(self, regions: Tensor, channels: Tensor) -> Tensor:
-        """The logits of one channel of each region: `(N, C, S, S)` and `(N,)`, 0..L-1, to `(N, M, M)`."""
-        return _choose(self.all_masks(regions), channels)
+        """Return the logits of channel `channels[n]`, 0..L-1, of each region n: `(N, C, S, S), (N,) -> (N, M, M)`."""
+        return _select_channel(self.all_masks(regions), channels)
 
     def forward(self, regions: Tensor, labels: Tensor) -> MaskOutputs:
-        """The masks of the regions' own classes.
+        """Return the mask of class `labels[n]` for each region n, as log probabilities.
 
         Args:
             regions: `(N, C, S, S)`.
@@ -136,32 +142,30 @@ class MaskHead(nn.Module, ABC):
         """
         classes = torch.ones_like(labels) if self.class_agnostic else labels
         if self.output == "sigmoid":
-            own = self.own_masks(regions, classes - 1).float()
-            return MaskOutputs(F.logsigmoid(own), F.logsigmoid(-own))
-        logs = self.all_masks(regions).float().log_softmax(dim=1)
-        return MaskOutputs(_choose(logs, classes), logs[:, 0])
+            logits = self.own_masks(regions, classes - 1).float()
+            return MaskOutputs(F.logsigmoid(logits), F.logsigmoid(-logits))
+        log_probabilities = self.all_masks(regions).float().log_softmax(dim=1)
+        return MaskOutputs(_select_channel(log_probabilities, classes), log_probabilities[:, 0])
 
     def probabilities(self, regions: Tensor, labels: Tensor) -> Tensor:
-        """The probability that a cell belongs to the object, `(N, M, M)` float32; arguments as for a call."""
+        """Return the mask probabilities `(N, M, M)`, float32. See `forward` for the arguments."""
         return self(regions, labels).inside.exp()
 
     def loss(self, outputs: MaskOutputs, wanted: Tensor, *, images: Tensor, batch: int) -> Tensor:
-        """Cross entropy, mean over the cells of a mask and over the positives; 0 without any.
-
-        With sigmoid it is binary; with softmax a cell should be of the region's class, or background.
+        """Return the cross entropy, averaged over the cells of a mask and then over the regions; 0 without regions.
 
         Args:
-            outputs: for N regions.
-            wanted: `(N, M, M)` in 0..1.
-            images: `(N,)` image of each region.
+            outputs: predictions for N regions, all of them positives.
+            wanted: `(N, M, M)` mask targets in 0..1.
+            images: `(N,)` image index of each region.
             batch: number of images, B.
         """
-        values = -(wanted * outputs.inside + (1 - wanted) * outputs.outside).mean(dim=(1, 2))
-        counts = values.new_zeros(batch).index_add(0, images, torch.ones_like(values))
-        return sample_mean(values, images, counts, per=self.normalizer)
+        losses = -(wanted * outputs.inside + (1 - wanted) * outputs.outside).mean(dim=(1, 2))
+        counts = losses.new_zeros(batch).index_add(0, images, torch.ones_like(losses))
+        return sample_mean(losses, images, counts, per=self.normalizer)
 
     def class_rows(self) -> dict[str, ClassRows]:
-        """The parameters whose rows belong to classes: see `training.checkpoint.load_weights`."""
+        """Return the parameters whose rows belong to classes, for `training.checkpoint.load_weights`."""
         if self.class_agnostic:
             return {}
         rows = ClassRows(per_class=len(self.logits.weight) // self.channels, background=self.output == "softmax")
@@ -169,7 +173,7 @@ class MaskHead(nn.Module, ABC):
 
 
 class FCNMaskHead(MaskHead):
-    """Convolutions that keep the layout of the region: each cell of the mask looks at its own place. M = 2 S."""
+    """Fully convolutional mask head, which keeps the spatial layout of the region. M = 2 S."""
 
     def __init__(
         self,
@@ -198,30 +202,30 @@ class FCNMaskHead(MaskHead):
         init_mask_convolutions(convs, self.upsample, self.logits, how=initialization)
 
     def features(self, regions: Tensor) -> Tensor:
-        """Regions `(N, C, S, S)` to what the masks are read from, `(N, width, M, M)`."""
+        """Return the input of the last layer: `(N, C, S, S) -> (N, width, M, M)`."""
         for conv in self.convs:
             regions = F.relu_(conv(regions))
         return F.relu_(self.upsample(regions))
 
     def all_masks(self, regions: Tensor) -> Tensor:
-        """The logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
+        """Return the logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
         return self.logits(self.features(regions))
 
     def own_masks(self, regions: Tensor, channels: Tensor) -> Tensor:
-        """The logits of one channel of each region, `(N, M, M)`, without computing the L - 1 others."""
-        features = self.features(regions).permute(0, 2, 3, 1)  # (N, M, M, width): the layout that it has in memory
+        """Return the logits of one channel of each region, `(N, M, M)`, without computing the other L - 1."""
+        features = self.features(regions).permute(0, 2, 3, 1)  # (N, M, M, width): the memory layout
         # A 1x1 convolution is a dot product over channels: (N, M * M, width) x (N, width, 1).
         kernels = self.logits.weight.flatten(1)[channels][..., None]
         assert self.logits.bias is not None
-        own = torch.bmm(features.flatten(1, 2), kernels) + self.logits.bias[channels][:, None, None]
-        return own.view(features.shape[:3])
+        logits = torch.bmm(features.flatten(1, 2), kernels) + self.logits.bias[channels][:, None, None]
+        return logits.view(features.shape[:3])
 
 
 class MLPMaskHead(MaskHead):
-    """Fully connected layers: every cell of the mask looks at the whole region.
+    """Fully connected mask head: every mask cell depends on the whole region.
 
-    It always computes all L masks. A gather of the own channel's weights would hold M * M * width numbers a region,
-    which is more than the L masks for any L below `width`.
+    It always computes all L masks. Gathering the weights of one channel per region would take M * M * width numbers
+    per region, more than the L masks for any L < `width`.
     """
 
     def __init__(
@@ -237,7 +241,7 @@ class MLPMaskHead(MaskHead):
         normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
-        """Build the layers for regions of `inputs` = C * S * S numbers."""
+        """Build the layers for regions with `inputs` = C * S * S features."""
         super().__init__(
             mask_size=mask_size,
             num_classes=num_classes,
@@ -253,13 +257,13 @@ class MLPMaskHead(MaskHead):
         init_mask_logits(self.logits, how=initialization)
 
     def all_masks(self, regions: Tensor) -> Tensor:
-        """The logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
+        """Return the logits of all channels: `(N, C, S, S) -> (N, L, M, M)`."""
         features = regions.flatten(1)
         for linear in self.hidden:
             features = F.relu_(linear(features))
         return self.logits(features).unflatten(1, (self.channels, self.mask_size, self.mask_size))
 
 
-def _choose(masks: Tensor, channels: Tensor) -> Tensor:
-    """One channel of each region: `(N, L, M, M)` and `(N,)` to `(N, M, M)`."""
+def _select_channel(masks: Tensor, channels: Tensor) -> Tensor:
+    """Return one channel of each region: `(N, L, M, M), (N,) -> (N, M, M)`."""
     return masks[torch.arange(len(channels), device=channels.device), channels]

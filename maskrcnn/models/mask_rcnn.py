@@ -1,4 +1,6 @@
-"""Mask R-CNN (arXiv 1703.06870): the whole figure, in the order in which data flows.
+"""Mask R-CNN (arXiv 1703.06870): the config of the model, and the model assembled from its stages.
+
+A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
 Shapes: B images, H x W pixels, N regions of all images, C channels, S cells along a region's side, M mask side.
 """
@@ -29,9 +31,9 @@ from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, 
 
 
 class PixelConfig(Section):
-    """How the backbone wants its pixels: the order of the channels, and their mean and deviation in 0..255.
+    """Input normalisation of the backbone: channel order, and mean and standard deviation of pixels in 0..255.
 
-    It belongs to the backbone's weights. Defaults: torchvision's.
+    It must match the pretrained weights. The defaults match torchvision's.
     """
 
     order: Literal["rgb", "bgr"] = "rgb"
@@ -40,7 +42,7 @@ class PixelConfig(Section):
 
 
 class MaskRCNNConfig(Section):
-    """The whole model. `roi` is the layer of both heads, unless a head names its own."""
+    """The model. `roi` is the RoI layer of both heads; `box_head.roi` and `mask_head.roi` override it."""
 
     pixels: PixelConfig = PixelConfig()
     backbone: BackboneConfig = ResNetConfig()
@@ -53,18 +55,18 @@ class MaskRCNNConfig(Section):
     loss_normalizer: Normalizer = "image"
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> MaskRCNNConfig:
+    def _sections_match(self) -> MaskRCNNConfig:
         levels, output = self.backbone.levels, self.backbone.output
         if len(self.rpn.anchor_sizes) != levels:
             raise ValueError(
                 f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but backbone.output '{output}' has {levels}"
             )
         if output == "c4" and (self.box_head.pool_size % 2 or self.mask_head.pool_size % 2):
-            raise ValueError("with backbone.output 'c4' stage 5 halves the regions: give the heads an even pool_size")
+            raise ValueError("backbone.output 'c4' needs an even pool_size in both heads: stage 5 halves the regions")
         return self
 
     def build(self, num_classes: int, *, pretrained: bool = True) -> MaskRCNN:
-        """The model for classes 1..`num_classes`; `pretrained` loads the weights that `backbone.weights` names."""
+        """Return the model for labels 1..`num_classes`; `pretrained` loads the weights of `backbone.weights`."""
         backbone, body, res5 = self.backbone.build()
         strides = backbone.strides[:-1] if self.backbone.output == "fpn" else backbone.strides
         channels = backbone.channels[0] if res5 is None else res5.channels
@@ -101,11 +103,11 @@ class MaskRCNNConfig(Section):
             ),
             mask_target=self.mask_head.target,
         )
-        # Convolutions run faster on a CPU when a cell's channels lie together, and RoI layers then read whole rows.
+        # With channels_last, convolutions are faster on a CPU, and RoI layers read the channels of a cell contiguously.
         return model.to(memory_format=torch.channels_last)
 
     def _poolers(self, strides: tuple[int, ...]) -> tuple[RoIPooler, RoIPooler]:
-        """The poolers of the box and the mask head: one object if both heads read alike."""
+        """Return the poolers of box and mask head: the same object if their settings are equal."""
         (box_roi, box_size), (mask_roi, mask_size) = (
             (head.roi or self.roi, head.pool_size) for head in (self.box_head, self.mask_head)
         )
@@ -116,7 +118,7 @@ class MaskRCNNConfig(Section):
 
 
 class PixelNormalizer(nn.Module):
-    """Pixels as they are stored to what the backbone wants, on the device."""
+    """Converts stored pixels to the normalised input of the backbone, on the device of the images."""
 
     def __init__(self, *, order: Literal["rgb", "bgr"], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -127,7 +129,7 @@ class PixelNormalizer(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: ImageBatch) -> Tensor:
-        """`(B, 3, H, W)` RGB in 0..255 to normalised float32; the padding becomes 0, the mean colour."""
+        """Return normalised float32 pixels `(B, 3, H, W)`; the padding is 0, the mean colour."""
         pixels = images.pixels.flip(1) if self.order == "bgr" else images.pixels
         pixels = pixels.to(torch.float32, memory_format=torch.channels_last)
         height, width = pixels.shape[-2:]
@@ -138,7 +140,7 @@ class PixelNormalizer(nn.Module):
 
 
 class MaskRCNN(nn.Module):
-    """The parts, joined. What comes back never depends on train() or eval(): losses from a call, else `detect`."""
+    """The complete model: `forward` returns losses, `detect` returns detections, both in train and in eval mode."""
 
     def __init__(
         self,
@@ -155,9 +157,9 @@ class MaskRCNN(nn.Module):
         mask_head: MaskHead,
         mask_target: MaskTarget,
     ) -> None:
-        """Join the parts; `res5`, if any, runs on each region before either head.
+        """Assemble the model. If `res5` is given, it runs on each region before both heads.
 
-        Where `mask_pooler` is the very object `box_pooler`, training reads the regions once for both heads.
+        If `mask_pooler` is the same object as `box_pooler`, training pools the regions once for both heads.
         """
         super().__init__()
         self.pixels = pixels
@@ -175,12 +177,12 @@ class MaskRCNN(nn.Module):
     @property
     def size_divisor(self) -> int:
         """The sides of `ImageBatch.pixels` must be multiples of this."""
-        return max(self.box_pooler.strides)  # not P6's: it is every second cell of P5, rounded up
+        return max(self.box_pooler.strides)  # without P6, whose sides are rounded up
 
     def forward(
         self, images: ImageBatch, targets: Targets, observe: Callable[[Diagnostics], None] | None = None
     ) -> Losses:
-        """The losses of a batch, each an average over its images; `observe`, if any, is told how the batch went."""
+        """Return the losses of a batch. `observe`, if given, is called with the `Diagnostics` of the batch."""
         features = self.backbone(self.pixels(images))
         proposals = self.rpn.propose(features, images.sizes, self.rpn.training_counts)
         loss_objectness, loss_rpn_box_reg = self.rpn.losses(features, targets, images.seeds)
@@ -188,7 +190,7 @@ class MaskRCNN(nn.Module):
         if observe is not None:
             observe(diagnose(proposals, targets, samples))
 
-        image, slot = samples.valid.nonzero(as_tuple=True)  # the N regions: padding is dropped, to save its work
+        image, slot = samples.valid.nonzero(as_tuple=True)  # the N samples without padding
         labels = samples.labels[image, slot]
         regions = self._regions(self.box_pooler, features, samples.boxes[image, slot], image)
         loss_classifier, loss_box_reg = self.box_head.losses(
@@ -206,33 +208,33 @@ class MaskRCNN(nn.Module):
             regions = regions[positive]
         else:
             regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
-        wanted = self._mask_targets(samples, targets, images)[image, slot]
-        loss_mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
+        target_masks = self._mask_targets(samples, targets, images)[image, slot]
+        loss_mask = self.mask_head.loss(self.mask_head(regions, labels), target_masks, images=image, batch=len(images))
         return Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> Detections:
-        """The objects in a batch of images, with a mask for each, in pixels of the resized images."""
+        """Return the detections of a batch of images, with masks, in pixels of the resized images."""
         features = self.backbone(self.pixels(images))
         proposals = self.rpn.propose(features, images.sizes, self.rpn.inference_counts)
 
         image, slot = proposals.valid.nonzero(as_tuple=True)
         regions = self._regions(self.box_pooler, features, proposals.boxes[image, slot], image)
-        class_logits, box_deltas = (_dense(values.float(), proposals.valid) for values in self.box_head(regions))
+        class_logits, box_deltas = (_scatter(values.float(), proposals.valid) for values in self.box_head(regions))
         detections = self.selector(proposals, class_logits, box_deltas, images.sizes)
 
         image, slot = detections.valid.nonzero(as_tuple=True)
         regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
         masks = self.mask_head.probabilities(regions, detections.labels[image, slot])
-        return replace(detections, masks=_dense(masks, detections.valid))
+        return replace(detections, masks=_scatter(masks, detections.valid))
 
     def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
-        """What the heads see of boxes `(N, 4)`: `(N, C, S, S)`."""
+        """Return the regions of boxes `(N, 4)`, the input of the heads: `(N, C, S, S)`."""
         regions = pooler(features[: len(pooler.strides)], boxes, images)
         return regions if self.res5 is None else self.res5(regions)
 
     def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch) -> Tensor:
-        """What the masks of the samples that can be positive should say: `(B, max_positives, M, M)`."""
+        """Return the mask targets of the first `max_positives` samples of each image: `(B, max_positives, M, M)`."""
         boxes = samples.boxes[:, : self.sampler.max_positives]
         matched = samples.matched[:, : self.sampler.max_positives]
         side = self.mask_head.mask_size
@@ -242,12 +244,12 @@ class MaskRCNN(nn.Module):
         return mask_targets(targets.masks, boxes, matched, side)
 
     def compile_dense(self, **options: Any) -> None:
-        """Compile in place what is dense: backbone, RPN head, stage 5 and heads; parameters keep their names.
+        """Compile backbone, RPN head, stage 5 and heads in place; parameter names do not change.
 
-        What lies between (proposals, sampling, RoI layers) is left as it is. `options` go to `torch.compile`. The
-        backbone is compiled for one size of images, and when another one comes, once more for any size; the other
-        parts for any size of maps and any number of regions at once, because these always differ. Batches of one
-        image, or with one region or none, are compiled apart.
+        Proposals, sampling and RoI layers are not compiled. `options` are passed to `torch.compile`. The backbone is
+        compiled for a fixed image size first, and at the first other size again, for any size. The other modules are
+        compiled for dynamic shapes from the start, because the number of regions always differs. torch compiles batch
+        sizes of 1 and region counts of 0 and 1 separately.
         """
         self.backbone.compile(**options)
         heads = (self.rpn, self.res5, self.box_head, self.mask_head)
@@ -255,22 +257,22 @@ class MaskRCNN(nn.Module):
             head.compile(**{"dynamic": True, **options})
 
     def stages(self) -> list[nn.Module]:
-        """The backbone's stages, from the image on: see `training.optimizer.parameter_groups`.
+        """Return the backbone's stages, first to last, for `training.optimizer.parameter_groups`.
 
-        Stage 5 is one of them also where it runs on regions: it has the same weights to start from.
+        Stage 5 is included also if it runs on regions, because it has pretrained weights, too.
         """
         return [*self.backbone.stages(), *([] if self.res5 is None else [self.res5])]
 
     def class_rows(self) -> Mapping[str, ClassRows]:
-        """The parameters whose rows belong to classes, and how: see `training.checkpoint.load_weights`."""
+        """Return the parameters whose rows belong to classes, for `training.checkpoint.load_weights`."""
         scores, deltas = ClassRows(per_class=1, background=True), ClassRows(per_class=4, background=False)
         rows = {"box_head.cls_score.weight": scores, "box_head.cls_score.bias": scores}
         rows |= {"box_head.bbox_pred.weight": deltas, "box_head.bbox_pred.bias": deltas}
-        return rows | {f"mask_head.{name}": own for name, own in self.mask_head.class_rows().items()}
+        return rows | {f"mask_head.{name}": layout for name, layout in self.mask_head.class_rows().items()}
 
 
-def _dense(values: Tensor, valid: Tensor) -> Tensor:
-    """Spread `(N, ...)` over the N true places of `valid` `(B, P)`: `(B, P, ...)`, zeros elsewhere."""
+def _scatter(values: Tensor, valid: Tensor) -> Tensor:
+    """Write values `(N, ...)` to the N true positions of `valid` `(B, P)`: `(B, P, ...)`, zeros elsewhere."""
     dense = values.new_zeros(*valid.shape, *values.shape[1:])
     dense[valid] = values
     return dense

@@ -1,4 +1,4 @@
-"""Normalisation layers, and convolution and norm as one operation.
+"""Normalisation layers, and their fusion with convolutions.
 
 Shapes: N images or regions, C channels, H x W cells.
 """
@@ -11,22 +11,22 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as Fused
+from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
 from maskrcnn.training.distributed import is_shared, sum_over_processes
 
 NormKind = Literal["none", "frozen_bn", "bn", "sync_bn", "gn"]
-NormFactory = Callable[[int], nn.Module]  # from a number of channels
+NormFactory = Callable[[int], nn.Module]  # number of channels -> norm layer
 
-GROUPS = 32  # of group normalisation, as in its paper (arXiv 1803.08494)
+GROUPS = 32  # groups of GroupNorm, as in its paper (arXiv 1803.08494)
 
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine parameters are constants.
 
-    Detection batches are too small to estimate statistics from, so those of the classification task stay. The state
-    has BatchNorm2d's names. `eps` belongs to the lineage of the weights: 1e-5 for most, 0 for torchvision's published
-    detectors (prior versions of which had none).
+    Detection batches are too small to estimate statistics from, so the statistics of the pretrained classifier are
+    kept. The state dict has BatchNorm2d's names. `eps` must match the pretrained weights: 1e-5 for most, 0 for
+    torchvision's published detectors (whose FrozenBatchNorm2d had no eps when they were trained).
     """
 
     weight: Tensor
@@ -43,50 +43,52 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The layer as `y = scale * x + shift`, each `(C,)`."""
+        """Return scale and shift, each `(C,)`, of the layer as `y = scale * x + shift`."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same."""
+        """`(N, C, H, W) -> (N, C, H, W)`."""
         scale, shift = self.scale_and_shift()
         return features * scale[:, None, None] + shift[:, None, None]
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that trains with the statistics of all processes; on a single one it is BatchNorm2d.
+    """Batch normalisation with the statistics of all processes in training; BatchNorm2d in a single process.
 
-    A process may have nothing to normalise, as where stage 5 of a C4 model reads regions and there are none. On a GPU
-    torch's own kernels do the work. They do not run on a CPU (nor does DDP take `nn.SyncBatchNorm` there), so plain
-    operations compute the same: what happens on eight GPUs can be tried, and is tested, without any.
+    The input of a process may be empty, for example without regions in stage 5 of a C4 model. On a GPU, torch's
+    SyncBatchNorm kernels are used. They do not run on a CPU (and DDP rejects `nn.SyncBatchNorm` there), so a CPU uses
+    plain operations with the same result. This allows testing without GPUs.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, C, H, W)` to the same."""
+        """`(N, C, H, W) -> (N, C, H, W)`."""
         if not (self.training and is_shared()):
             return super().forward(features)
         return self._on_gpu(features) if features.is_cuda else self._on_cpu(features)
 
     def _on_gpu(self, features: Tensor) -> Tensor:
-        """What `nn.SyncBatchNorm` does."""
+        """The forward pass of `nn.SyncBatchNorm`."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         group = torch.distributed.group.WORLD
         world = torch.distributed.get_world_size()
         statistics = self.running_mean, self.running_var
-        return Fused.apply(features, self.weight, self.bias, *statistics, self.eps, self.momentum, group, world)
+        return SyncBatchNormFunction.apply(
+            features, self.weight, self.bias, *statistics, self.eps, self.momentum, group, world
+        )
 
     def _on_cpu(self, features: Tensor) -> Tensor:
         cells, mean, variance = _joint_statistics(features.float())
         if cells > 1:
-            self._remember(cells, mean.detach(), variance.detach())
+            self._update_running_statistics(cells, mean.detach(), variance.detach())
         scale = torch.rsqrt(variance + self.eps) * self.weight
         normalised = (features - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
         return normalised.to(features.dtype)
 
     @torch.no_grad()
-    def _remember(self, cells: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards those of a batch, as torch does: without bias."""
+    def _update_running_statistics(self, cells: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics, with the unbiased variance, as torch does."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -97,7 +99,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def _joint_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of cells, `()`, their mean and variance, `(C,)`, over the maps `(N, C, H, W)` of all processes."""
+    """Return cell count `()`, mean `(C,)` and variance `(C,)` over the maps `(N, C, H, W)` of all processes."""
     cells = sum_over_processes(features.new_tensor(features.numel() // features.shape[1]))
     divisor = cells.clamp(min=1)
     mean = sum_over_processes(features.sum(dim=(0, 2, 3))) / divisor
@@ -106,7 +108,7 @@ def _joint_statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def build_norm(kind: NormKind, channels: int, *, eps: float = 1e-5) -> nn.Module:
-    """A norm layer for `channels` channels; `eps` is used by the batch norms."""
+    """Return a norm layer for `channels` channels; only batch norms use `eps`."""
     match kind:
         case "none":
             return nn.Identity()
@@ -121,10 +123,10 @@ def build_norm(kind: NormKind, channels: int, *, eps: float = 1e-5) -> nn.Module
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
-    """`norm(conv(features))`; a frozen norm is folded into the kernel.
+    """Return `norm(conv(features))`. A frozen norm is folded into the kernel of the convolution.
 
-    Scaling the kernel costs as many multiplications as it has weights, scaling the map as many as it has pixels, and
-    the unscaled map need not be kept for the backward pass.
+    Scaling the kernel takes fewer multiplications than scaling the feature map, and the unscaled feature map need not
+    be stored for the backward pass.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(features))
@@ -136,7 +138,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its norm, as one operation."""
+    """A convolution followed by a norm."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
@@ -144,5 +146,5 @@ class ConvNorm(nn.Module):
         self.norm = norm
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(N, C, H, W)` to `(N, C', H', W')`."""
+        """`(N, C, H, W) -> (N, C', H', W')`."""
         return conv_norm(self.conv, self.norm, features)

@@ -1,4 +1,4 @@
-"""Backbone weights from image classification: torchvision's files, from its cache, by download, or from a path."""
+"""Load backbone weights of an image classifier: torchvision's ImageNet weights (cached or downloaded), or a file."""
 
 from __future__ import annotations
 
@@ -20,33 +20,38 @@ CLASSIFIERS = ("fc.", "classifier.6.")  # the last layer of a ResNet and of a VG
 
 
 def load_pretrained(modules: Sequence[nn.Module | None], weights: str, *, architecture: str) -> None:
-    """Load what `modules` share with a torchvision classifier, whose parameter names they have.
+    """Load the tensors that `modules` share, by name, with a torchvision classifier.
 
     Args:
-        modules: parts of the model; each takes the tensors that it has names for.
+        modules: modules with torchvision's parameter names; None is skipped.
         weights: `imagenet`, or the path of a state dict.
-        architecture: torchvision's name of the classifier, for `imagenet`.
+        architecture: torchvision's name of the classifier; `imagenet` loads its weights.
 
     Raises:
-        InputError: if the file is missing or cannot be read, if a tensor's shape does not fit, or if nothing fits.
+        InputError: if the file is missing or unreadable, a tensor has the wrong shape, or no tensor has a known name.
+            Nothing is loaded then.
     """
     path = imagenet_file(architecture) if weights == "imagenet" else Path(weights)
     state = read_tensors(path)
-    wanted: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     for module in modules:
-        wanted |= module.state_dict() if module is not None else {}
-    ours = {name for name in wanted if not name.endswith("num_batches_tracked")}
-    shared = ours & state.keys()
-    misfits = [name for name in sorted(shared) if state[name].shape != wanted[name].shape]
-    if misfits or not shared:
-        raise InputError(_complaint(path, architecture, wanted, state, misfits))
+        targets |= module.state_dict() if module is not None else {}
+    expected = {name for name in targets if not name.endswith("num_batches_tracked")}
+    shared = expected & state.keys()
+    mismatched = [name for name in sorted(shared) if state[name].shape != targets[name].shape]
+    if mismatched or not shared:
+        raise InputError(_error_message(path, architecture, targets, state, mismatched))
     for name in shared:
-        wanted[name].copy_(state[name])  # state_dict() holds the live tensors
-    _report(path, shared, missing=sorted(ours - shared), unused=sorted(state.keys() - ours))
+        targets[name].copy_(state[name])  # state_dict() returns the modules' own tensors, not copies
+    _log_summary(path, shared, missing=sorted(expected - shared), unused=sorted(state.keys() - expected))
 
 
 def imagenet_file(architecture: str) -> Path:
-    """torchvision's file of `architecture` trained on ImageNet-1k, from its cache or by download."""
+    """Return the path of torchvision's ImageNet-1k weights of `architecture`; download them if they are not cached.
+
+    Raises:
+        InputError: if torchvision has no such weights, or if the download fails.
+    """
     url = _url(architecture)
     path = Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.is_file():
@@ -74,23 +79,31 @@ def _url(architecture: str) -> str:
         ) from error
 
 
-def _complaint(
-    path: Path, architecture: str, wanted: dict[str, Tensor], state: dict[str, Tensor], misfits: list[str]
+def _error_message(
+    path: Path, architecture: str, targets: dict[str, Tensor], state: dict[str, Tensor], mismatched: list[str]
 ) -> str:
-    if not misfits:
+    if not mismatched:
         example = min(state, default="nothing")
-        return f"{path}: none of its {len(state)} tensors has a name of {architecture} (it has {example})"
-    lines = [f"  {name}: {tuple(state[name].shape)} in the file, {tuple(wanted[name].shape)} here" for name in misfits]
+        return (
+            f"{path}: none of its {len(state)} tensors has a parameter name of {architecture} (first name: {example})"
+        )
+    lines = [
+        f"  {name}: {tuple(state[name].shape)} in the file, {tuple(targets[name].shape)} in the model"
+        for name in mismatched
+    ]
     more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
     return f"{path}: does not fit {architecture}; nothing was loaded:\n" + "\n".join(lines[:10]) + more
 
 
-def _report(path: Path, shared: set[str], *, missing: list[str], unused: list[str]) -> None:
+def _log_summary(path: Path, shared: set[str], *, missing: list[str], unused: list[str]) -> None:
     unused = [name for name in unused if not name.startswith(CLASSIFIERS) and not name.endswith("num_batches_tracked")]
     logger.info("%s: loaded %d tensors", path, len(shared))
     if missing:
         logger.warning(
-            "%s: lacks %d tensors, which keep their random values: %s", path, len(missing), ", ".join(missing)
+            "%s: %d tensors of the model are missing and keep their random initialization: %s",
+            path,
+            len(missing),
+            ", ".join(missing),
         )
     if unused:
-        logger.info("%s: %d tensors have no place here: %s", path, len(unused), ", ".join(unused))
+        logger.info("%s: ignored %d tensors that the model does not have: %s", path, len(unused), ", ".join(unused))

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: boxes, anchors, matching, NMS, RoI layers, masks."""
+"""Stateless tensor operations: boxes, anchors, matching, NMS, RoI layers, masks."""

@@ -1,6 +1,6 @@
-"""Anchors: the boxes of reference that the RPN scores and moves, a few at each cell of each feature map.
+"""Anchors: the reference boxes of the RPN, A per cell of each feature map.
 
-Shapes: A anchors a cell, H x W cells.
+Shapes: A anchors per cell, H x W cells.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def base_anchors(sizes: Sequence[float], ratios: Sequence[float], *, rounded: bool = False) -> Tensor:
-    """Anchors of one cell, centred on the origin: `(A, 4)`, sizes outer and ratios inner.
+    """Return the anchors of one cell, centred on the origin: `(A, 4)`, ordered by size, then by ratio.
 
     `sizes` are square roots of the area in pixels, `ratios` are height / width (Faster R-CNN, arXiv 1506.01497,
-    section 3.1.1). `rounded` puts the corners on whole pixels, as torchvision does (half to even).
+    section 3.1.1). `rounded` rounds the corners to whole pixels, half to even, as torchvision does.
     """
     boxes = []
     for size in sizes:
@@ -27,9 +27,9 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float], *, rounded: bo
 
 
 def grid_anchors(base: Tensor, *, height: int, width: int, stride: int) -> Tensor:
-    """Put `base` `(A, 4)` on each cell of a map: `(H * W * A, 4)`, row by row, the anchors of a cell together.
+    """Place the anchors `base` `(A, 4)` on each cell of a map: `(H * W * A, 4)`, ordered by row, column and anchor.
 
-    The anchors of cell `(i, j)` are centred on `(j * stride, i * stride)`, the offset 0 of Detectron2 and
+    The anchors of cell `(i, j)` are centred on `(j * stride, i * stride)`, as in Detectron2 (offset 0) and
     torchvision.
     """
     x = torch.arange(width, device=base.device, dtype=base.dtype) * stride

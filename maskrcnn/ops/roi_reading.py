@@ -1,8 +1,8 @@
-"""What a RoI layer makes of one box, as numbers: the cells it reads, its bins, its sample points.
+"""Explain what a RoI layer reads for one box: the quantised region, its bins and its sample points.
 
-Everything is in cells of the map: the cell in column `j` covers `[j, j + 1)`, and its value stands at `j + 0.5`.
+Coordinates are cells of the feature map: column `j` covers `[j, j + 1)`, and its value is located at `j + 0.5`.
 
-Shapes: H and W of the feature map, S size of the grid, N sample points a bin and axis.
+Shapes: H and W of the feature map, S size of the output grid, N sample points per bin and axis.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Span = tuple[float, float]  # start and end
 
 @dataclass(frozen=True)
 class AxisReading:
-    """What is read along one axis, in cells. It may reach beyond the map."""
+    """What is read along one axis, in cells. It may extend beyond the feature map."""
 
-    region: Span  # all of the box that is read, as the layer quantised it, or as it is
-    bins: tuple[Span, ...]  # S; whole cells where the layer takes whole cells
-    points: tuple[tuple[float, ...], ...]  # S times N, where the map is read bilinearly; N is 0 for whole cells
+    region: Span  # the box as the layer reads it: quantised (RoIPool, RoIWarp) or exact (RoIAlign)
+    bins: tuple[Span, ...]  # S; whole cells for RoIPool
+    points: tuple[tuple[float, ...], ...]  # S times N bilinear sample points; N is 0 for RoIPool
 
 
 @dataclass(frozen=True)
 class RoIReading:
-    """What is read of one box. The bin in row i and column j is `y.bins[i]` by `x.bins[j]`, its points likewise."""
+    """What is read for one box. The bin in row i and column j is `y.bins[i]` x `x.bins[j]`; points likewise."""
 
     x: AxisReading
     y: AxisReading
-    pooled: Tensor  # (S, S), what the layer itself returns
+    pooled: Tensor  # (S, S), output of the layer
 
 
 def read_box(
     config: RoIConfig, features: Tensor, box: tuple[float, float, float, float], *, stride: float, size: int
 ) -> RoIReading:
-    """Return what a layer reads of a box, and what comes out.
+    """Return the region, bins and sample points that a RoI layer reads for a box, and its output.
 
     Args:
-        config: the layer.
+        config: config of the layer.
         features: (H, W) float32, one channel of a feature map.
         box: (x1, y1, x2, y2) in pixels of the image.
-        stride: image pixels per cell of the map.
+        stride: image pixels per cell of the feature map.
         size: S.
     """
     boxes = torch.tensor([box])
@@ -56,7 +56,7 @@ def read_box(
 
 
 def _region(config: RoIConfig, boxes: Tensor, stride: float) -> list[float]:
-    """Return the box (1, 4) as the layer sees it, in cells."""
+    """Return x1, y1, x2, y2 of the region that the layer reads for the box (1, 4), in cells."""
     if isinstance(config, RoIPoolConfig) and config.rounding == "floor":
         return cut_cells(boxes, stride)[0].tolist()
     if not isinstance(config, RoIAlignConfig):
@@ -64,7 +64,7 @@ def _region(config: RoIConfig, boxes: Tensor, stride: float) -> list[float]:
     x1, y1, x2, y2 = (boxes[0] / stride).tolist()
     if config.aligned:
         return [x1, y1, x2, y2]
-    # The first RoIAlign takes a corner for the index of a value, which stands half a cell further on.
+    # Legacy RoIAlign uses coordinates as indices of values, and values are located half a cell further.
     return [x1 + 0.5, y1 + 0.5, max(x2, x1 + 1) + 0.5, max(y2, y1 + 1) + 0.5]
 
 
@@ -82,7 +82,7 @@ def _read_axis(config: RoIConfig, region: Span, size: int) -> AxisReading:
 def _rounded_bins(region: Span, size: int) -> tuple[Span, ...]:
     start, side = region[0], torch.tensor(region[1] - region[0]) / size
     index = torch.arange(size)
-    # In float32, as the kernel does it: of 57 cells in 7 bins, it gives a cell more to one bin than exact numbers do.
+    # Float32 as in the kernel: for 57 cells in 7 bins, one bin gets a cell more than in exact arithmetic.
     first, end = (index * side).floor() + start, ((index + 1) * side).ceil() + start
     return tuple(zip(first.tolist(), end.tolist(), strict=True))
 

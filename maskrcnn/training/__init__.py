@@ -1,1 +1,1 @@
-"""What turns a model and a stream of batches into trained weights."""
+"""The training engine: loop, step, optimizer, schedule, checkpoints, metrics and distributed training."""

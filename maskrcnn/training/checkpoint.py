@@ -1,6 +1,6 @@
-"""Checkpoints: everything a run needs to go on, in one file that is either whole or absent.
+"""Checkpoints: the complete state of a run in one file, written atomically.
 
-A checkpoint is read with `torch.load(weights_only=True)`, so that reading one never runs code from it.
+Files are read with `torch.load(weights_only=True)`, so loading a checkpoint never runs code from it.
 """
 
 from __future__ import annotations
@@ -33,27 +33,30 @@ FORMAT = "maskrcnn checkpoint 1"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training changes, besides the iteration, from which the place in the data and the learning rate follow."""
+    """The objects that training updates.
+
+    The position in the data and the learning rate are functions of the iteration, which is not part of this state.
+    """
 
     model: nn.Module
     optimizer: Optimizer
-    scaler: GradScaler = field(default_factory=partial(GradScaler, enabled=False))  # of the loss, enabled under fp16
+    scaler: GradScaler = field(default_factory=partial(GradScaler, enabled=False))  # loss scaler, enabled for fp16
     average: ExponentialAverage | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `iteration` steps."""
+    """The state of a run after `iteration` training steps."""
 
     iteration: int
-    model: dict[str, Tensor]  # the model's state dict
-    average: dict[str, Tensor]  # the averaged weights under the same names; empty without an average
-    optimizer: dict[str, Any]  # the optimizer's state dict
-    scaler: dict[str, Any]  # the loss scaler's state dict; empty unless the precision is fp16
+    model: dict[str, Tensor]  # state dict of the model
+    average: dict[str, Tensor]  # averaged weights, same names as `model`; empty if there is no average
+    optimizer: dict[str, Any]  # state dict of the optimizer
+    scaler: dict[str, Any]  # state dict of the loss scaler; empty unless the precision is fp16
     random_states: dict[str, Any]
     classes: ClassTable
-    config: dict[str, Any]  # resolved, in plain types
-    metrics: dict[str, float]  # of the evaluation of these weights; empty if there was none
+    config: dict[str, Any]  # resolved configuration in plain types
+    metrics: dict[str, float]  # evaluation metrics of these weights; empty if they were not evaluated
     versions: dict[str, str]
 
 
@@ -65,7 +68,7 @@ def capture(
     config: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> Checkpoint:
-    """Collect the state of a run; the tensors are the live ones, so save it before the next step."""
+    """Return the state of a run. The tensors are not copied, so save the checkpoint before the next training step."""
     return Checkpoint(
         iteration=iteration,
         model=dict(state.model.state_dict()),
@@ -76,24 +79,30 @@ def capture(
         classes=classes,
         config=dict(config),
         metrics=dict(metrics),
-        # TorchVersion is a class of its own, which weights_only refuses.
+        # str(): weights_only rejects the class TorchVersion.
         versions={"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
     )
 
 
 def restore(checkpoint: Checkpoint, state: TrainingState, *, source: str) -> None:
-    """Put a run back to where `checkpoint` was taken. Raises InputError, which names `source`, where it does not fit.
+    """Load a checkpoint into the model, optimizer, loss scaler, average and random generators.
 
-    Learning rates and decay come from the optimizer, that is from the configuration, not from the checkpoint.
+    Learning rates and weight decay are not restored: they keep the values of the current configuration.
+
+    Args:
+        checkpoint: the checkpoint to load.
+        state: the objects to load it into.
+        source: name of the checkpoint in error messages.
+
+    Raises:
+        InputError: the checkpoint does not match the model, the optimizer or the average.
     """
     load_weights(state.model, checkpoint.model, source=source).require_complete()
     load_optimizer_state(state.optimizer, checkpoint.optimizer, source=source)
     if checkpoint.scaler:
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.average is not None and not checkpoint.average:
-        raise InputError(
-            f"{source}: it holds no averaged weights; leave training.ema_decay away to go on with this run"
-        )
+        raise InputError(f"{source}: it holds no averaged weights; remove training.ema_decay to resume this run")
     if state.average is not None:
         state.average.load(checkpoint.average)
     set_random_states(checkpoint.random_states)
@@ -103,23 +112,27 @@ def restore(checkpoint: Checkpoint, state: TrainingState, *, source: str) -> Non
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`; whatever happens meanwhile, `path` holds the old one or the new one, whole."""
-    # asdict() would copy every tensor.
+    """Write `checkpoint` to `path` atomically: after a failure, `path` still holds the previous checkpoint."""
+    # Not dataclasses.asdict(checkpoint), which copies every tensor.
     content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     content["classes"] = dataclasses.asdict(checkpoint.classes)
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU. Raises InputError, which names the file, where it is not one."""
+    """Return the checkpoint in `path`, with all tensors on the CPU.
+
+    Raises:
+        InputError: the file cannot be read, is damaged or is not a checkpoint. The message names the file.
+    """
     content = read_tensors(path)
     if content.get("format") != FORMAT:
         raise InputError(
             f"{path}: this is not a checkpoint of this project (backbone weights go to model.backbone.weights)"
         )
-    newer: dict[str, Any] = {"average": {}, "scaler": {}}  # than the first files of this format
+    defaults: dict[str, Any] = {"average": {}, "scaler": {}}  # fields that the first files of this format lack
     fields: dict[str, Any] = {
-        field.name: content.get(field.name, newer.get(field.name)) for field in dataclasses.fields(Checkpoint)
+        field.name: content.get(field.name, defaults.get(field.name)) for field in dataclasses.fields(Checkpoint)
     }
     absent = [name for name, value in fields.items() if value is None]
     if absent:
@@ -129,15 +142,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read any file that `torch.save` wrote and that holds a mapping by name, a plain state dict for one.
+    """Return the dict in a file written by `torch.save`, such as a state dict.
 
-    Raises InputError, which names the file, where it is missing, unreadable, damaged or something else.
+    Raises:
+        InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except Exception as error:  # unpickling foreign bytes can raise nearly anything
+    except Exception as error:  # unpickling arbitrary bytes can raise almost any exception
         raise InputError(
             f"{path}: this is not a file of tensors that can be read safely, or it is damaged: {_first_line(error)}"
         ) from error
@@ -147,9 +161,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file through a temporary one in the same folder; `path` holds the old content or the new, whole.
+    """Write a file atomically: write a temporary file in the same folder, sync it, then rename it to `path`.
 
-    Raises OSError, which names the file, where the disk is full or cannot be written.
+    Args:
+        path: the file to write. Its folder is created if needed.
+        write: writes the content to the open file that it receives.
+
+    Raises:
+        OSError: the disk is full or not writable. The message names the file, whose previous content is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
@@ -160,23 +179,27 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):  # of a folder that has become read-only; the first error is the one to tell of
+        with suppress(OSError):  # a folder that became read-only; report the first error
             temporary.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what went wrong
-        if isinstance(reason, OSError):
-            kept = f"{reason.strerror}; what was there before is kept"
-            raise OSError(reason.errno, kept, str(path)) from error
+        # torch.save raises a RuntimeError in the context of the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            message = f"{cause.strerror}; what was there before is kept"
+            raise OSError(cause.errno, message, str(path)) from error
         raise
     _sync_folder(path.parent)
 
 
 def temporary_of(path: Path) -> Path:
-    """The file that `write_atomically` writes first; a kill may leave it behind, and the next write replaces it."""
-    return path.with_name(path.name + ".tmp")  # in the same folder: a rename across file systems is a copy
+    """Return the path of the temporary file of `write_atomically`.
+
+    A killed process may leave this file behind; the next write to `path` replaces it.
+    """
+    return path.with_name(path.name + ".tmp")  # in the same folder: a rename across file systems is not atomic
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure; only POSIX opens folders."""
+    """Sync a folder to disk so that a rename survives a power failure. Does nothing except on POSIX."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -190,10 +213,10 @@ def _first_line(error: Exception) -> str:
 
 
 class CheckpointFolder:
-    """A run's checkpoints.
+    """The checkpoint files of a run.
 
-    `last.pt` to resume from, `best.pt` of the best evaluation so far, and `iteration_N.pt` for the newest of those
-    before the last, as many as the run keeps.
+    `last.pt` is the newest checkpoint, from which a run resumes. `best.pt` is the checkpoint with the best evaluation.
+    `iteration_N.pt` are the newest `keep` checkpoints, including the last one.
     """
 
     def __init__(
@@ -206,45 +229,49 @@ class CheckpointFolder:
         metric: str,
         keep: int = 0,
     ) -> None:
-        """Take over a folder.
+        """Set up the folder and read the metric of an existing `best.pt`.
 
         Args:
-            folder: where the files are, or will be.
-            state: what is saved.
-            classes, config: what is saved with it.
-            metric: names the value, higher is better, that `best.pt` is chosen by; one already there stays in play.
-            keep: how many `iteration_N.pt` to keep.
+            folder: folder of the checkpoint files. It need not exist.
+            state: the training state to save.
+            classes: class table to save.
+            config: resolved configuration to save, in plain types.
+            metric: name of the metric that selects `best.pt`; higher is better.
+            keep: number of `iteration_N.pt` files to keep.
         """
         self.folder = folder
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
         self._state, self._keep = state, keep
         self._classes, self._config, self._metric = classes, config, metric
-        before = load_checkpoint(self.best) if self.best.exists() else None
-        self.best_iteration = before.iteration if before else 0
-        self._record = before.metrics.get(metric, -math.inf) if before else -math.inf
+        best = load_checkpoint(self.best) if self.best.exists() else None
+        self.best_iteration = best.iteration if best else 0
+        self._best_value = best.metrics.get(metric, -math.inf) if best else -math.inf
 
     def save(self, iteration: int) -> None:
-        """Write `last.pt`."""
+        """Write `last.pt` and, if `keep` is positive, `iteration_N.pt`."""
         save_checkpoint(self.last, self._capture(iteration, metrics={}))
         if self._keep:
             copy = self.folder / f"iteration_{iteration:08d}.pt"
             copy.unlink(missing_ok=True)
             try:
-                # A second name for the same file: it costs nothing, and outlives the next `last.pt`.
+                # A hard link uses no disk space and stays when `last.pt` is replaced.
                 os.link(self.last, copy)
-            except OSError:  # this file system has no such names
+            except OSError:  # the file system does not support hard links
                 content = self.last.read_bytes()
                 write_atomically(copy, lambda file: file.write(content))
-            for old in sorted(self.folder.glob("iteration_*.pt"))[: -self._keep]:
-                old.unlink()
+            for outdated in sorted(self.folder.glob("iteration_*.pt"))[: -self._keep]:
+                outdated.unlink()
 
     def keep_best(self, iteration: int, metrics: Mapping[str, float]) -> bool:
-        """Write `best.pt` if these metrics beat all before; return whether they do. NaN beats nothing."""
-        improved = metrics[self._metric] > self._record
+        """Write `best.pt` and return True if the selected metric is better than in all evaluations before.
+
+        NaN is never better.
+        """
+        improved = metrics[self._metric] > self._best_value
         if improved:
             save_checkpoint(self.best, self._capture(iteration, metrics=metrics))
-            self._record, self.best_iteration = metrics[self._metric], iteration
+            self._best_value, self.best_iteration = metrics[self._metric], iteration
         return improved
 
     def _capture(self, iteration: int, *, metrics: Mapping[str, float]) -> Checkpoint:
@@ -261,9 +288,9 @@ class CheckpointFolder:
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of all global generators: Python's, NumPy's, torch's, and the current GPU's if it is used."""
+    """Return the states of the global random generators of Python, NumPy, torch and, if CUDA is in use, the GPU."""
     numpy_state = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))  # weights_only refuses NumPy's arrays
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))  # weights_only rejects NumPy arrays
     return {
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
@@ -273,14 +300,17 @@ def random_states() -> dict[str, Any]:
 
 
 def seed_generators(seed: int) -> None:
-    """Start all global generators from `seed`: Python's, NumPy's, torch's. Ours have seeds of their own anyway."""
+    """Seed the global random generators of Python, NumPy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # it takes no more
+    np.random.seed(seed % 2**32)  # NumPy accepts at most 32 bits
     torch.manual_seed(seed)
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Undo every draw since `random_states()` returned `states`; a GPU's state needs a GPU and is else left out."""
+    """Set the global random generators to `states`, as returned by `random_states()`.
+
+    The state of a GPU is ignored if there is no GPU.
+    """
     random.setstate(states["python"])
     numpy_state = states["numpy"]["state"]
     key = numpy_state["key"].numpy().astype(np.uint32)
@@ -290,48 +320,48 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-# ---- Weights alone
+# ---- Weights only
 
 
 @runtime_checkable
 class HasClassRows(Protocol):
-    """A model that says which of its parameters have rows that belong to classes."""
+    """A model that knows which of its parameters have class-specific rows."""
 
     def class_rows(self) -> Mapping[str, ClassRows]:
-        """Map the names of these parameters, weights and biases alike, to how their rows are shared out.
+        """Return the row layout of each weight and bias with class-specific rows, by parameter name.
 
-        A parameter that all classes share is not named.
+        Class-agnostic parameters are left out.
         """
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What `load_weights` found; names are those of state dicts."""
+    """The result of `load_weights`. Tensors are named as in state dicts."""
 
     source: str
     loaded: tuple[str, ...]
     misfits: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # name, shape in the file, shape in the model
     missing: tuple[str, ...]  # in the model, not in the file
     unused: tuple[str, ...]  # in the file, not in the model
-    known_classes: tuple[str, ...]  # whose rows came from the file by name
-    new_classes: tuple[str, ...]  # whose rows keep the model's values
+    known_classes: tuple[str, ...]  # classes whose rows were loaded by class name
+    new_classes: tuple[str, ...]  # classes whose rows keep the model's values
 
     @property
     def complete(self) -> bool:
-        """Whether file and model hold the same names and shapes, and every class was known."""
+        """Whether file and model have the same names and shapes, and the file has every class of the model."""
         return not (self.misfits or self.missing or self.unused or self.new_classes)
 
     def require_complete(self) -> None:
-        """Raise InputError, which lists what does not fit, unless all does."""
+        """Raise InputError with the list of mismatches unless the report is complete."""
         if not self.complete:
-            raise InputError(f"{self.source}: these weights are not of this model\n{self.describe()}")
+            raise InputError(f"{self.source}: these weights do not match this model\n{self.describe()}")
 
     def describe(self) -> str:
-        """Return a table for people: a line for the count, then a line for each exception."""
+        """Return the report as text: the number of loaded tensors, then one line for each mismatch."""
         lines = [f"{len(self.loaded)} tensors loaded from {self.source}"]
         lines += [
-            f"  does not fit  {name}: {list(theirs)} in the file, {list(ours)} in the model"
-            for name, theirs, ours in self.misfits
+            f"  does not fit  {name}: {list(file_shape)} in the file, {list(model_shape)} in the model"
+            for name, file_shape, model_shape in self.misfits
         ]
         lines += [f"  missing       {name}: not in the file" for name in self.missing]
         lines += [f"  unused        {name}: not in the model" for name in self.unused]
@@ -349,63 +379,89 @@ def load_weights(
     source_classes: ClassTable | None = None,
     classes: ClassTable | None = None,
 ) -> WeightsReport:
-    """Load into `model` every tensor whose name and shape fit; the others keep the model's values.
+    """Load into `model` every tensor whose name and shape match; other tensors of the model keep their values.
 
-    With the class tables of the file and of the model (`HasClassRows`), rows that belong to a class go to the class
-    of the same name; a class that the file does not know keeps the model's rows. `source` names the file in reports.
+    With both class tables, class-specific rows are loaded by class name. A class that is not in the file keeps the
+    rows of the model.
+
+    Args:
+        model: the model to load into. With class tables, it must implement `HasClassRows`.
+        weights: state dict to load.
+        source: name of the file in reports and error messages.
+        source_classes: class table of the file.
+        classes: class table of the model.
+
+    Returns:
+        What was loaded and what does not match.
+
+    Raises:
+        InputError: a class-specific tensor does not have the number of rows that `source_classes` implies.
     """
-    own = model.state_dict()
+    model_state = model.state_dict()
     known: dict[int, int] = {}
     if source_classes is not None and classes is not None:
         assert isinstance(model, HasClassRows)
         known = _common_labels(source_classes, classes)
         weights = _move_class_rows(
-            weights, own, model.class_rows(), known, classes_in_file=len(source_classes), source=source
+            weights, model_state, model.class_rows(), known, classes_in_file=len(source_classes), source=source
         )
-    shared = [name for name in weights if name in own]
-    fitting = {name: weights[name] for name in shared if weights[name].shape == own[name].shape}
-    model.load_state_dict(fitting, strict=False)
-    names = classes.names if source_classes is not None and classes is not None else ()
+    shared = [name for name in weights if name in model_state]
+    matching = {name: weights[name] for name in shared if weights[name].shape == model_state[name].shape}
+    model.load_state_dict(matching, strict=False)
+    class_names = classes.names if source_classes is not None and classes is not None else ()
     return WeightsReport(
         source=source,
-        loaded=tuple(fitting),
+        loaded=tuple(matching),
         misfits=tuple(
-            (name, tuple(weights[name].shape), tuple(own[name].shape)) for name in shared if name not in fitting
+            (name, tuple(weights[name].shape), tuple(model_state[name].shape))
+            for name in shared
+            if name not in matching
         ),
-        missing=tuple(name for name in own if name not in weights),
-        unused=tuple(name for name in weights if name not in own),
-        known_classes=tuple(name for label, name in enumerate(names, start=1) if label in known),
-        new_classes=tuple(name for label, name in enumerate(names, start=1) if label not in known),
+        missing=tuple(name for name in model_state if name not in weights),
+        unused=tuple(name for name in weights if name not in model_state),
+        known_classes=tuple(name for label, name in enumerate(class_names, start=1) if label in known),
+        new_classes=tuple(name for label, name in enumerate(class_names, start=1) if label not in known),
     )
 
 
 def _common_labels(source: ClassTable, target: ClassTable) -> dict[int, int]:
-    """Map the labels of `target` whose name `source` has too to their labels there."""
+    """Return the label in `source` for each label of `target` whose class name is in both tables."""
     labels = {name: label for label, name in enumerate(source.names, start=1)}
     return {label: labels[name] for label, name in enumerate(target.names, start=1) if name in labels}
 
 
 def _move_class_rows(
     weights: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
     layouts: Mapping[str, ClassRows],
     known: Mapping[int, int],
     *,
     classes_in_file: int,
     source: str,
 ) -> dict[str, Tensor]:
-    """Return `weights` with the rows of known classes at the model's places, in copies of the model's tensors."""
-    moved = dict(weights)
+    """Return `weights` with class-specific rows in the model's class order.
+
+    Rows of classes that are not in the file are copied from the model.
+
+    Args:
+        weights: state dict of the file.
+        model_state: state dict of the model.
+        layouts: row layout of each class-specific tensor, by name.
+        known: label in the file for each label of the model whose class is in the file.
+        classes_in_file: number of classes of the file.
+        source: name of the file in error messages.
+    """
+    reordered = dict(weights)
     for name, layout in layouts.items():
-        if name not in weights or weights[name].shape[1:] != own[name].shape[1:]:
-            continue  # missing or of another width: load_weights reports it
+        if name not in weights or weights[name].shape[1:] != model_state[name].shape[1:]:
+            continue  # missing or of another width; load_weights reports it
         rows = layout.count(classes_in_file)
         if len(weights[name]) != rows:
             raise InputError(
                 f"{source}: {name} has {len(weights[name])} rows, but {classes_in_file} classes need {rows}"
             )
-        moved[name] = own[name].clone()
-        # A GPU's tensor takes rows of a GPU's tensor only.
-        theirs = weights[name].to(moved[name])
-        moved[name][layout.of(list(known))] = theirs[layout.of(list(known.values()))]
-    return moved
+        reordered[name] = model_state[name].clone()
+        # Indexed assignment needs both tensors on the same device.
+        rows_in_file = weights[name].to(reordered[name])
+        reordered[name][layout.of(list(known))] = rows_in_file[layout.of(list(known.values()))]
+    return reordered

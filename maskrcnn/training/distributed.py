@@ -1,7 +1,7 @@
-"""The processes of one training: who this one is, and what it tells the others.
+"""Distributed training: the process group, its collective operations, and DistributedDataParallel.
 
-torchrun starts the processes, one for each GPU, and describes them in environment variables; without it, there is one.
-This is the one module that knows `torch.distributed`. docs/distributed.md says how to start, stop and resume.
+torchrun starts one process for each GPU and describes the group in environment variables. Without torchrun there is one
+process. Only this module uses `torch.distributed`. docs/distributed.md explains how to start, stop and resume.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from maskrcnn.errors import InputError
 
 Value = TypeVar("Value")
 
-# How long a process waits for the others: the longest evaluation on the main process, during which they idle.
+# Limit for a collective operation. The other processes wait while the main process computes the evaluation metrics.
 TIMEOUT = timedelta(minutes=30)
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes of a training, seen from this one; by default it is the only one.
+    """The process group of a training run, as seen from this process. The default is a single process.
 
-    The methods that exchange something are collective: every process must call them, in the same order. All but
-    `mean` and what `wrap` returns talk through the CPU (gloo), so they neither wait for a GPU nor take its memory.
+    Methods that communicate are collective: every process must call them in the same order. Except for `mean`,
+    `share_buffers` and the module that `wrap` returns, they communicate through the CPU (gloo), so they do not wait
+    for the GPU or use its memory.
     """
 
-    device: torch.device  # of this process alone
-    rank: int = 0  # this process, 0..world-1
-    world: int = 1  # how many there are
+    device: torch.device  # device of this process
+    rank: int = 0  # rank of this process, 0..world-1
+    world: int = 1  # number of processes
+
+    def __str__(self) -> str:
+        return f"{self.world} processes, this one with {self.device}" if self.world > 1 else str(self.device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this one speaks for all: console, files, checkpoints."""
+        """Whether this is the main process (rank 0), which logs and writes all files."""
         return self.rank == 0
 
     def max(self, number: int) -> int:
-        """Return the largest number that any process gives."""
+        """Return the maximum of `number` over all processes."""
         if self.world == 1:
             return number
         largest = torch.tensor(number)
@@ -56,15 +60,18 @@ class Processes:
         return int(largest)
 
     def any(self, flag: bool) -> bool:
-        """Return whether any process says yes."""
+        """Return whether `flag` is true on any process."""
         return self.max(int(flag)) > 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has called this method (a barrier)."""
         self.max(0)
 
     def gather(self, value: Value) -> list[Value] | None:
-        """Return the values of all processes by rank on the main process, None on others; any that can be pickled."""
+        """Return the values of all processes, in order of rank, on the main process, and None on the others.
+
+        The values must be picklable.
+        """
         if self.world == 1:
             return [value]
         values = [value] * self.world if self.is_main else None
@@ -72,7 +79,7 @@ class Processes:
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """Return the main process's value, which can be pickled; what the others pass is ignored."""
+        """Return the value of the main process, which must be picklable. The values of other processes are ignored."""
         if self.world == 1:
             return value
         values = [value]
@@ -80,11 +87,11 @@ class Processes:
         return values[0]
 
     def from_main(self, work: Callable[[], Value]) -> Value:
-        """Do `work` on the main process alone, and return there and on all others what it returns."""
+        """Call `work` on the main process only and return its result on every process."""
         return cast(Value, self.broadcast(work() if self.is_main else None))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of a tensor over the processes, on its device; a number that is not finite reaches all."""
+        """Return the mean of a tensor over the processes, on the same device. NaN and infinity propagate to all."""
         if self.world == 1:
             return values
         total = values.detach().clone()
@@ -92,49 +99,53 @@ class Processes:
         return total / self.world
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers, such as the running statistics of batch norms."""
+        """Copy the buffers of the main process, such as running statistics of batch norms, to every process."""
         if self.world > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return `model` such that a backward pass averages gradients over processes; all start from the main one's.
+        """Return `model` wrapped in DistributedDataParallel, which averages gradients over the processes.
 
-        Losses are means over images, so equally many images on each process give the gradient of the whole batch.
-        Every parameter takes part in every step (`tests/models/test_mask_rcnn.py`), so none is looked for. Buffers stay
-        apart until `share_buffers`: they change nothing in training.
+        All processes start with the weights of the main process. Losses are means over images, so with equally many
+        images on each process the averaged gradient is that of the whole batch. Every parameter is used in every step
+        (`tests/models/test_mask_rcnn.py`), so `find_unused_parameters` is off. Buffers are not synchronized during
+        training, where they do not affect the result; `share_buffers` synchronizes them.
         """
         if self.world == 1:
             return model
         self.share_buffers(model)
-        # Strides of a 1x1 kernel that lies channels_last are ambiguous; the memory is the same either way.
+        # The strides of a channels_last 1x1 kernel are ambiguous; the memory layout is the same either way.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with warnings.catch_warnings():
-            # Newer versions of torch have another name for it, which older ones lack.
+            # Newer versions of torch rename this argument; older versions lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, backward passes add to each process's own gradients; the next one outside averages the sums."""
+    """Return a context for gradient accumulation: backward passes inside it do not average gradients over processes.
+
+    The next backward pass outside the context averages the accumulated gradients.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-# ---- Sums inside a model
+# ---- Differentiable sum over processes
 
 
 def is_shared() -> bool:
-    """Whether this process has joined others."""
+    """Return whether this process belongs to an initialized process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over the processes, through which gradients flow back to all of them."""
+    """Return the sum of a tensor over the processes. The operation is differentiable on every process."""
     return _Sum.apply(values)
 
 
 class _Sum(torch.autograd.Function):
-    """A value on one process changes the sum, and so the loss, on all: its gradient is the sum of theirs."""
+    """All-reduce sum. Each input affects the loss of every process, so its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
@@ -147,49 +158,49 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-# ---- Joining
+# ---- Process group
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun started, each with its own GPU if `device` is "cuda"; leave them at the end.
+    """Join the process group that torchrun started, and leave it at the end of the block.
 
-    After an exception they are not left: NCCL would wait there for processes that may be gone. torchrun ends the
-    others when this one exits.
+    With `device` "cuda", each process gets its own GPU. After an exception the group is not destroyed, because NCCL
+    would wait for processes that may have exited. torchrun stops the others when this one exits.
 
     Raises:
-        InputError: the environment is torchrun's in part, or `device` does not fit it.
+        InputError: some of torchrun's environment variables are missing, or `device` does not match them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(device)
         return
-    rank, world, own = _described(os.environ, device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
-    yield Processes(own, rank, world)
+    rank, world, local_device = _read_environment(os.environ, device)
+    if local_device.type == "cuda":
+        torch.cuda.set_device(local_device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if local_device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield Processes(local_device, rank, world)
     dist.destroy_process_group()
 
 
-def _described(environment: Mapping[str, str], device: torch.device) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of processes, and its own device."""
-    absent = [name for name in _TORCHRUN if name not in environment]
-    if absent:
+def _read_environment(environment: Mapping[str, str], device: torch.device) -> tuple[int, int, torch.device]:
+    """Return the rank of this process, the number of processes, and the device of this process."""
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in environment]
+    if missing:
         raise InputError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(absent)} is not set: start several processes "
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set: start several processes "
             "with torchrun (docs/distributed.md), or unset WORLD_SIZE"
         )
-    rank, world, local = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return rank, world, _own_device(device, local)
+    rank, world, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return rank, world, _local_device(device, local_rank)
 
 
-def _own_device(device: torch.device, local_rank: int) -> torch.device:
+def _local_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if device.index is not None:
         raise InputError(
-            f"--device {device} names one GPU, but torchrun gives each process its own: leave --device away, and "
-            "choose GPUs by CUDA_VISIBLE_DEVICES"
+            f"--device {device} names one GPU, but torchrun gives each process its own: omit --device and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     count = torch.cuda.device_count()
     if local_rank >= count:

@@ -1,4 +1,4 @@
-"""A running average of the weights, which is often better than the weights themselves."""
+"""Exponential moving average (EMA) of the model weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class ExponentialAverage:
-    """The exponential moving average of a model's parameters and of the statistics of its norms.
+    """The exponential moving average of the parameters and norm statistics of a model.
 
-    The average starts at the state that the model has when it is made. Step `n` (from 1) keeps the share `decay` of
-    it, or (1 + n) / (10 + n) where that is less, so that it forgets the beginning.
+    The average is initialized with the current state of the model. Training step `n` (from 1) multiplies it by
+    min(`decay`, (1 + n) / (10 + n)), so that the initial weights are forgotten quickly.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
@@ -23,8 +23,8 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the model as it is after `step`; whole numbers (counters) are copied."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        """Update the average with the model state after training step `step`. Integer buffers (counters) are copied."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
         averages, currents = [], []
         for name, tensor in self._model.state_dict().items():
             if tensor.is_floating_point():
@@ -32,23 +32,23 @@ class ExponentialAverage:
                 currents.append(tensor)
             else:
                 self._average[name].copy_(tensor)
-        torch._foreach_lerp_(averages, currents, share)
+        torch._foreach_lerp_(averages, currents, weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights inside the block, and its own again after it."""
-        own = {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+        """Load the averaged weights into the model for this block and restore the model weights afterwards."""
+        model_state = {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
         self._model.load_state_dict(self._average)
         try:
             yield
         finally:
-            self._model.load_state_dict(own)
+            self._model.load_state_dict(model_state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's names."""
+        """Return the averaged weights by name, as in the state dict of the model. The tensors are not copied."""
         return self._average
 
     def load(self, average: Mapping[str, Tensor]) -> None:
-        """Go on from averaged weights, of the model's names and shapes."""
+        """Load averaged weights with the names and shapes of the model's state dict."""
         for name, tensor in self._average.items():
             tensor.copy_(average[name])

@@ -1,7 +1,7 @@
-"""The training loop: one step after another, until all are done, something is not finite, or a signal comes.
+"""The training loop: training steps, periodic logging, checkpoints and evaluations, and stopping on a signal.
 
-All state is in the model, the optimizer and the iteration: the number of steps done. A run resumes by restoring these
-three from a checkpoint and passing a loader that starts at that iteration.
+The loop has no state except `TrainingState` and the iteration, which is the number of finished steps. To resume,
+restore both from a checkpoint and pass a loader that starts at that iteration.
 """
 
 from __future__ import annotations
@@ -36,51 +36,64 @@ Save = Callable[[int], None]
 Evaluate = Callable[[int], Measurement]
 
 
-class TrainingConfig(Section):
-    """How to train: by default the reference 1x recipe."""
-
-    batch_size: PositiveInt = Field(16, description="images of one step, of all processes together")
-    grad_accum_steps: PositiveInt = Field(
-        1, description="parts in which a process computes its share of a batch, one after another"
-    )
-    optimizer: OptimizerConfig = SGDConfig()
-    schedule: ScheduleConfig = MultiStepConfig()
-    seed: NonNegativeInt = 0
-    workers: NonNegativeInt = Field(4, description="processes that load data; 0 loads in the training process")
-    precision: Precision = Field(
-        "fp32", description="of matrix products: bf16 or fp16 (with a loss scaler) by autocast"
-    )
-    clip_norm: PositiveFloat | None = Field(None, description="longest gradient allowed; null leaves it")
-    skip_non_finite: NonNegativeInt = Field(
-        0, description="steps in a row that may be left out because a loss or gradient is not finite"
-    )
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="keep and evaluate a running average of the weights")
-    compile: bool = Field(False, description="torch.compile the dense parts")
-    deterministic: bool = Field(False, description="refuse operations whose result may differ from run to run")
-    profile: bool = Field(False, description="write a profiler trace of steps 10 to 20")
-    evaluate_every: PositiveInt = Field(5000, description="iterations between evaluations; one more comes at the end")
-    patience: PositiveInt | None = Field(
-        None, description="evaluations without a better best_metric after which training ends; null goes on"
-    )
-    checkpoint_every: PositiveInt = Field(5000, description="iterations between checkpoints")
-    keep_checkpoints: NonNegativeInt = Field(0, description="how many of them to keep, besides the last and the best")
-    log_every: PositiveInt = Field(20, description="iterations between records in metrics.jsonl")
-
-
 class Intervals(NamedTuple):
-    """How many iterations lie between two of a kind; each also comes at the end."""
+    """Iterations between evaluations, checkpoints and log records. Each is also done after the last iteration."""
 
     evaluate: int
     save: int
     log: int
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """A signal stopped the training early, with its state saved; the message says how to go on."""
+class TrainingConfig(Section):
+    """Training settings. The defaults are the reference 1x recipe (Detectron2)."""
+
+    batch_size: PositiveInt = Field(16, description="images per training step, over all processes")
+    grad_accum_steps: PositiveInt = Field(
+        1, description="gradient accumulation steps: batches into which a process splits its images of a training step"
+    )
+    optimizer: OptimizerConfig = SGDConfig()
+    schedule: ScheduleConfig = MultiStepConfig()
+    seed: NonNegativeInt = 0
+    workers: NonNegativeInt = Field(4, description="data loader processes; 0 loads in the training process")
+    precision: Precision = Field("fp32", description="autocast precision; fp16 uses a loss scaler")
+    clip_norm: PositiveFloat | None = Field(None, description="maximum gradient norm; null disables clipping")
+    skip_non_finite: NonNegativeInt = Field(
+        0, description="consecutive training steps that may be skipped because a loss or gradient is not finite"
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the exponential moving average of the weights, which is evaluated too; null disables it",
+    )
+    compile: bool = Field(False, description="use torch.compile for the backbone, the RPN head and the RoI heads")
+    deterministic: bool = Field(
+        False, description="use deterministic algorithms and raise an error where there are none"
+    )
+    profile: bool = Field(False, description="write a profiler trace of training steps 10 to 20")
+    evaluate_every: PositiveInt = Field(
+        5000, description="iterations between evaluations; the last iteration is evaluated too"
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="stop training after this many evaluations without improvement of best_metric; null disables it",
+    )
+    checkpoint_every: PositiveInt = Field(5000, description="iterations between checkpoints")
+    keep_checkpoints: NonNegativeInt = Field(0, description="number of checkpoints to keep besides last.pt and best.pt")
+    log_every: PositiveInt = Field(20, description="iterations between records in metrics.jsonl")
+
+    @property
+    def intervals(self) -> Intervals:
+        """The intervals of the training loop."""
+        return Intervals(self.evaluate_every, self.checkpoint_every, self.log_every)
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """Training stopped early because of a signal, after saving a checkpoint. The message says how to resume."""
 
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(f"{number.name}: {message}")
-        self.status = 128 + number  # what shells report: 130 for SIGINT, 143 for SIGTERM
+        self.status = 128 + number  # exit status, as shells report it: 130 for SIGINT, 143 for SIGTERM
 
 
 def train(
@@ -99,95 +112,109 @@ def train(
 ) -> None:
     """Train from iteration `start` to `iterations`.
 
-    `loader` yields the batches of each iteration, without end, the first for the step after `start`. `save(iteration)`
-    writes a checkpoint; it is called before each evaluation and on a signal, too. `evaluate(iteration)` measures the
-    model; it may leave the model in any mode, but must not draw from the global random generators. `is_over()` is asked
-    after each evaluation whether training has come to its end early. `profiler` is told of each step.
+    Args:
+        step: the training step.
+        loader: endless; yields the batches of each iteration after `start`.
+        schedule: learning rate factor as a function of the iteration.
+        start, iterations: number of training steps that are already done, and at the end.
+        intervals, writer: when to evaluate, save and log, and what records steps and evaluations.
+        save: `save(iteration)` writes a checkpoint. It is also called before each evaluation and on a signal.
+        evaluate: `evaluate(iteration)` evaluates the model. It must not draw from the global random generators.
+        is_over: called after each evaluation; returns True to stop training early.
+        profiler: `profiler.step()` is called after each training step.
 
-    Raises whatever `loader` raises, the steps so far saved, and whatever `step` raises: that may leave norms with
-    broken statistics, so nothing is saved then. Interrupted after SIGINT or SIGTERM.
+    Raises:
+        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        Exception: of `loader`, after saving a checkpoint, or of `step`, without saving: norm statistics may be invalid.
     """
     speed, processes = Speedometer(), step.processes
     with (
         StopRequest(second_signal_kills=processes.world == 1) as stop,
-        _progress_bar(start, iterations, shown=processes.is_main) as bar,
+        _progress_bar(start, iterations, enabled=processes.is_main) as bar,
     ):
         _evaluate_once(start, writer, evaluate, due=_is_due(start, intervals.evaluate, iterations))
-        batches = iter(loader)
-        level = logging.INFO if bar.disable else logging.DEBUG  # a progress line tells the user already
+        batch_iterator = iter(loader)
         for iteration in range(start + 1, iterations + 1):
             if _is_due(iteration - 1, intervals.evaluate, iterations) and is_over():
-                logger.info("no better evaluation for a while: training ends after iteration %d", iteration - 1)
+                logger.info("no improvement in the last evaluations: training ends after iteration %d", iteration - 1)
                 break
-            log_due = _is_due(iteration, intervals.log, iterations)
+            log_due, evaluation_due = (_is_due(iteration, n, iterations) for n in (intervals.log, intervals.evaluate))
             with speed.waiting():
-                parts = _fetch(batches, processes, save, iteration - 1, start)
-            with speed.working(images=sum(len(batch.images) for batch in parts) * processes.world):
+                batches = _fetch(batch_iterator, processes, save, iteration - 1, start)
+            with speed.working(images=sum(len(batch.images) for batch in batches) * processes.world):
                 lr = set_learning_rate(step.state.optimizer, schedule(iteration - 1))
-                found = step(parts, iteration, diagnose=log_due)
+                result = step(batches, iteration, diagnose=log_due)
             if profiler is not None:
                 profiler.step()
-            shown = _shown(found, iteration, lr, speed, processes, whole=log_due)
-            bar.set_postfix_str(shown.brief, refresh=False)
+            record = _record_of(result, iteration, lr, speed, processes, average=log_due)
+            bar.set_postfix_str(record.brief, refresh=False)
             bar.update()
             if log_due:
-                logger.log(level, "iteration %d of %d: %s", iteration, iterations, shown)
-                writer.log_step(shown)
-                speed.reset()
-            _stop_if_asked(stop, processes, save, iteration)
-            evaluation_due = _is_due(iteration, intervals.evaluate, iterations)
+                _log_step(record, iterations, writer, speed, console=bool(bar.disable))
+            _stop_on_signal(stop, processes, save, iteration)
             if evaluation_due or _is_due(iteration, intervals.save, iterations):
                 save(iteration)
             _evaluate_once(iteration, writer, evaluate, due=evaluation_due)
     writer.log_end()
 
 
-def _stop_if_asked(stop: StopRequest, processes: Processes, save: Save, iteration: int) -> None:
-    """Save and raise Interrupted if any process got a signal."""
+def _log_step(record: Step, iterations: int, writer: MetricsWriter, speed: Speedometer, *, console: bool) -> None:
+    """Record a step and restart the timing; `console`: there is no progress bar that shows the same values."""
+    level = logging.INFO if console else logging.DEBUG
+    logger.log(level, "iteration %d of %d: %s", record.iteration, iterations, record)
+    writer.log_step(record)
+    speed.reset()
+
+
+def _stop_on_signal(stop: StopRequest, processes: Processes, save: Save, iteration: int) -> None:
+    """Save a checkpoint and raise Interrupted if any process received a signal."""
     if number := processes.max(stop.signal or 0):
         save(iteration)
-        processes.wait()  # the end of one process is the end of all: not before the main one has saved
-        message = f"stopped after iteration {iteration}, which is saved; --resume goes on"
+        processes.wait()  # torchrun stops all processes when one exits, so wait for the main one to save
+        message = f"stopped after iteration {iteration}, which is saved; resume with --resume"
         raise Interrupted(signal.Signals(number), message)
 
 
-def _shown(
-    found: StepResult, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, whole: bool
+def _record_of(
+    result: StepResult, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, average: bool
 ) -> Step:
-    """The step as it is recorded; `whole` takes the means over all processes."""
-    losses = found.losses
-    if whole and processes.world > 1:
+    """Return the record of a training step; with `average`, losses are averaged over the processes."""
+    losses = result.losses
+    if average and processes.world > 1:
         means = processes.mean(torch.tensor(list(losses.values()), device=processes.device))
         losses = dict(zip(losses, means.tolist(), strict=True))
     return Step(
         iteration=iteration,
         losses=losses,
         lr=lr,
-        gradient_norm=found.gradient_norm,
+        gradient_norm=result.gradient_norm,
         images_per_second=speed.images_per_second,
         data_share=speed.data_share,
         peak_memory=peak_memory(processes.device),
-        diagnostics=found.diagnostics,
+        diagnostics=result.diagnostics,
     )
 
 
 def _fetch(
-    batches: Iterator[Sequence[Batch]], processes: Processes, save: Save, iteration: int, start: int
+    batch_iterator: Iterator[Sequence[Batch]], processes: Processes, save: Save, iteration: int, start: int
 ) -> Sequence[Batch]:
-    """Return the next batches; where a process cannot have its own, save the state after `iteration`, and raise."""
-    parts: Sequence[Batch] = ()
+    """Return the batches of the next training step.
+
+    If loading fails on any process, save a checkpoint after `iteration` and raise on every process.
+    """
+    batches: Sequence[Batch] = ()
     error: Exception | None = None
     try:
-        parts = next(batches)
-    except Exception as caught:  # an image cannot be read, or a worker died: the weights are not to blame
+        batches = next(batch_iterator)
+    except Exception as caught:  # an unreadable image or a dead worker; the weights are valid
         error = caught
     if not processes.any(error is not None):
-        return parts
+        return batches
     if iteration > start:
         save(iteration)
-        logger.warning("the state after iteration %d is saved; --resume goes on", iteration)
+        logger.warning("the state after iteration %d is saved; resume with --resume", iteration)
     processes.wait()
-    raise error or InputError("another process could not read its images, and said why")
+    raise error or InputError("another process could not load its images; see its error message")
 
 
 def _is_due(iteration: int, every: int, iterations: int) -> bool:
@@ -195,18 +222,21 @@ def _is_due(iteration: int, every: int, iterations: int) -> bool:
 
 
 def _evaluate_once(iteration: int, writer: MetricsWriter, evaluate: Evaluate, *, due: bool) -> None:
-    """Evaluate and record it, unless that is on record: a run killed during an evaluation resumes just before it."""
+    """Evaluate and record the result if `due`.
+
+    A recorded evaluation is not repeated. A run that was killed during an evaluation resumes just before it.
+    """
     if due and writer.last_evaluation != iteration:
         writer.log_evaluation(iteration, evaluate(iteration))
 
 
-# ---- What the user sees
+# ---- Progress
 
 
 class Speedometer:
-    """Images per second, and the share of time spent waiting for data, since `reset()`.
+    """Measures images per second and the fraction of time spent waiting for data, since `reset()`.
 
-    Evaluations and checkpoints in between do not count.
+    Only `waiting` and `working` blocks count; evaluations and checkpoints do not.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -214,43 +244,43 @@ class Speedometer:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Reset all counters."""
         self._images, self._waited, self._worked = 0, 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time of this block as waiting for data."""
-        began = self._clock()
+        """Count the time of this block as time spent waiting for data."""
+        started_at = self._clock()
         yield
-        self._waited += self._clock() - began
+        self._waited += self._clock() - started_at
 
     @contextmanager
     def working(self, *, images: int) -> Iterator[None]:
-        """Count the time of this block as spent on `images` images."""
-        began = self._clock()
+        """Count the time of this block as processing of `images` images."""
+        started_at = self._clock()
         yield
-        self._worked += self._clock() - began
+        self._worked += self._clock() - started_at
         self._images += images
 
     @property
     def images_per_second(self) -> float:
-        """Images over all time counted."""
+        """Images divided by the total counted time."""
         return self._images / max(self._waited + self._worked, 1e-9)
 
     @property
     def data_share(self) -> float:
-        """Time waiting for data over all time counted, 0 to 1."""
+        """Fraction of the total counted time spent waiting for data, 0 to 1."""
         return self._waited / max(self._waited + self._worked, 1e-9)
 
 
-def _progress_bar(start: int, iterations: int, *, shown: bool) -> tqdm:
-    """Return the progress line on standard error; where that is no terminal, there is none."""
+def _progress_bar(start: int, iterations: int, *, enabled: bool) -> tqdm:
+    """Return the progress bar on standard error. It is disabled if standard error is not a terminal."""
     return tqdm(
         initial=start,
         total=iterations,
-        disable=None if shown else True,
+        disable=None if enabled else True,
         dynamic_ncols=True,
-        smoothing=0,  # the mean speed so far, evaluations included, tells the time left best
+        smoothing=0,  # the mean speed, evaluations included, predicts the remaining time best
         bar_format="{n_fmt}/{total_fmt} {remaining} left{postfix}",
     )
 
@@ -259,11 +289,11 @@ def _progress_bar(start: int, iterations: int, *, shown: bool) -> tqdm:
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM inside a `with` block, instead of dying from them; works in the main thread alone.
+    """Records SIGINT and SIGTERM inside a `with` block instead of terminating. Works in the main thread only.
 
-    The first signal is noted in `signal`. A second one acts at once, as if there were no block, unless
-    `second_signal_kills` is false: of several processes each may be signalled by SLURM and by torchrun alike. Ctrl-C
-    and SLURM signal the data loader's workers too; these must ignore it, or the next batch never comes.
+    The first signal is stored in `signal`. A second signal has its usual effect, unless `second_signal_kills` is
+    False: in distributed training, SLURM and torchrun may both send the signal to each process. Ctrl-C and SLURM also
+    signal the data loader workers, which must ignore it, or the next batch never arrives.
     """
 
     def __init__(self, *, second_signal_kills: bool = True) -> None:
@@ -271,22 +301,24 @@ class StopRequest:
         self._second_signal_kills = second_signal_kills
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous_handlers = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._put_back()
+        self._restore_handlers()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if self._second_signal_kills:
-            self._put_back()
-        # Not print(): the signal may have come in the middle of one.
+            self._restore_handlers()
+        # Not print(), which is not reentrant: the signal may have interrupted another print().
         hint = "; another stops at once" if self._second_signal_kills else ""
         os.write(2, f"\n{self.signal.name}: finishing this step, then saving{hint}\n".encode())
 
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

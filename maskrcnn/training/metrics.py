@@ -1,37 +1,37 @@
-"""What a run measured: `metrics.jsonl` for programs, TensorBoard for people (docs/metrics.md explains the curves).
+"""The metrics of a run: `metrics.jsonl` and TensorBoard events (docs/metrics.md explains the curves).
 
-`metrics.jsonl` holds one JSON object a line. Each has `kind` and `iteration`, the number of steps done. A number that
-is not finite is stored as null, and its curve in TensorBoard has no point there.
+`metrics.jsonl` holds one JSON object per line. Each has `kind` and `iteration`, the number of finished training steps.
+A number that is not finite is stored as null and has no point in TensorBoard.
 
-`"kind": "train"`, every `log_every` iterations, about the last step alone (a mean over steps would have to survive
-an interruption, and TensorBoard smooths anyway):
-    loss                sum of the terms
-    losses              object: each term of the loss by name
+`"kind": "train"`, every `log_every` iterations. Except for the speed, the values are those of the last step, not means
+over several steps, so that a resumed run writes the same records:
+    loss                sum of the loss terms
+    losses              object: each loss term by name
     lr                  learning rate of the step
-    gradient_norm       2-norm of the gradient of all parameters together, before clipping
-    images_per_second   since the record before
-    data_share          share of the time since then that was spent waiting for data, 0 to 1
-    peak_memory         bytes: the most that the process held so far, or on a GPU, that tensors took up there
-    proposal_recall     share of the objects that a proposal of the RPN overlaps with IoU 0.5 or more, 0 to 1; the
-                        objects' own boxes, which are added to the proposals, do not count
-    positive_fraction      share of positives among the regions that train the heads, 0 to 1
-                        (either is absent where there was nothing to measure: a step without objects, or regions)
+    gradient_norm       2-norm of the gradient of all parameters, before clipping
+    images_per_second   since the previous record
+    data_share          fraction of the time since the previous record spent waiting for data, 0 to 1
+    peak_memory         bytes: peak memory of the process so far, or on a GPU, of its allocated tensors
+    proposal_recall     fraction of the ground-truth objects that an RPN proposal overlaps with IoU 0.5 or more, 0 to 1;
+                        ground-truth boxes that are added to the proposals do not count
+    positive_fraction   fraction of positives among the sampled RoIs, 0 to 1
+                        (both are absent if undefined: a step without objects, or without RoIs)
 
 `"kind": "evaluation"`:
     metrics             object: each metric by name, such as "mask/AP"; "ema/mask/AP" is that of the averaged weights
-    images_per_second   of inference, results and their masks included, without comparing them with the ground truth
-    classes             object: by name of the class an object with its "box/AP", "mask/AP", "ema/mask/AP", ...
-    loss                sum of the terms, over the validation images; absent where it was not measured, like
-    losses              object: each term by name
+    images_per_second   of inference, including the masks of the results, without the computation of the metrics
+    classes             object: for each class name an object with its "box/AP", "mask/AP", "ema/mask/AP", ...
+    loss                sum of the loss terms on the validation images; absent if not measured
+    losses              object: each loss term by name; absent if not measured
 
-`"kind": "end"` is the last record of a training that came to its end, by its schedule or by running out of patience.
+`"kind": "end"` is the last record of a finished training, at the end of the schedule or after early stopping.
 
-TensorBoard has each number under its path, `train/losses/loss_mask` or `evaluation/mask/AP`; but for the classes it has
-`class_AP/mask/NAME`. Besides, it has the pictures of some validation images at each evaluation, `pictures/IMAGE_ID`,
-and the resolved configuration as text, `config`, of each start.
+TensorBoard has each number under its path, such as `train/losses/loss_mask` or `evaluation/mask/AP`, and the AP of each
+class as `class_AP/mask/NAME`. It also has pictures of some validation images at each evaluation, `pictures/IMAGE_ID`,
+and the resolved configuration of each start as text, `config`.
 
-A resumed run drops the records of the steps that it repeats, so that its file equals an undisturbed one's but for
-`TIMING_KEYS`.
+A resumed run drops the records of the steps that it repeats, so that its file equals that of an uninterrupted run
+except for `TIMING_KEYS`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from maskrcnn.config import Section, to_yaml
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-LONGEST_RECORD = 2**20  # bytes; an evaluation of LVIS's 1203 classes, with averaged weights, has a fifth of them
+LONGEST_RECORD = 2**20  # bytes; an evaluation with the 1203 classes of LVIS and averaged weights takes a fifth of it
 TIMING_KEYS = frozenset({"images_per_second", "data_share", "peak_memory"})
 
 Record = dict[str, Any]
@@ -60,7 +60,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """One training step as it is shown and recorded; the module's docstring explains the values."""
+    """The record of one training step. The module docstring explains the values."""
 
     iteration: int
     losses: Mapping[str, float]
@@ -73,11 +73,11 @@ class Step:
 
     @property
     def loss(self) -> float:
-        """The sum of the terms."""
+        """The sum of the loss terms."""
         return sum(self.losses.values())
 
     def measured(self) -> dict[str, Any]:
-        """Return what `metrics.jsonl` keeps, by key."""
+        """Return the fields of the record in `metrics.jsonl`."""
         return {
             "loss": self.loss,
             "losses": dict(self.losses),
@@ -91,7 +91,7 @@ class Step:
 
     @property
     def brief(self) -> str:
-        """What the progress line says; at most 50 characters or so, to be seen whole in a terminal of 80 columns."""
+        """The text of the progress bar; at most about 50 characters, to fit a terminal of 80 columns."""
         return (
             f"loss {self.loss:.3f} lr {self.lr:.2g} {self.images_per_second:.3g} img/s "
             f"data {self.data_share:.0%} {self.peak_memory / 2**30:.1f} GiB"
@@ -102,88 +102,88 @@ class Step:
 
 
 class Measurement(NamedTuple):
-    """What an evaluation found, and how fast; the module's docstring explains the values."""
+    """The result of an evaluation. The module docstring explains the values."""
 
     metrics: Mapping[str, float]
     images_per_second: float
     classes: Mapping[str, Mapping[str, float]] = {}
-    losses: Mapping[str, float] = {}  # empty: not measured
-    pictures: Mapping[str, np.ndarray] = {}  # for TensorBoard alone: (H, W, 3) uint8 RGB by image id
+    losses: Mapping[str, float] = {}  # empty if not measured
+    pictures: Mapping[str, np.ndarray] = {}  # for TensorBoard only: (H, W, 3) uint8 RGB by image id
 
     def with_average(self, average: Measurement) -> Measurement:
-        """Return this together with the figures of the averaged weights, whose names begin with `ema/`."""
+        """Return this measurement with the metrics of the averaged weights added under names with the prefix `ema/`."""
         classes = {
-            name: {**figures, **_prefixed("ema/", average.classes.get(name, {}))}
-            for name, figures in self.classes.items()
+            name: {**metrics, **_prefixed("ema/", average.classes.get(name, {}))}
+            for name, metrics in self.classes.items()
         }
         return self._replace(metrics={**self.metrics, **_prefixed("ema/", average.metrics)}, classes=classes)
 
     def measured(self) -> dict[str, Any]:
-        """Return what `metrics.jsonl` keeps, by key."""
-        found = {
+        """Return the fields of the record in `metrics.jsonl`."""
+        fields = {
             "metrics": dict(self.metrics),
             "images_per_second": self.images_per_second,
-            "classes": {name: dict(figures) for name, figures in self.classes.items()},
+            "classes": {name: dict(metrics) for name, metrics in self.classes.items()},
         }
-        return found | ({"loss": sum(self.losses.values()), "losses": dict(self.losses)} if self.losses else {})
+        return fields | ({"loss": sum(self.losses.values()), "losses": dict(self.losses)} if self.losses else {})
 
     def curves(self) -> dict[str, float]:
-        """Return each number with its name in TensorBoard."""
+        """Return each number by its name in TensorBoard."""
         classes = {
-            f"class_AP/{figure.removesuffix('/AP')}/{name}": value
-            for name, figures in self.classes.items()
-            for figure, value in figures.items()
+            f"class_AP/{metric.removesuffix('/AP')}/{name}": value
+            for name, metrics in self.classes.items()
+            for metric, value in metrics.items()
         }
-        whole = {name: value for name, value in self.measured().items() if name not in ("metrics", "classes")}
-        return _prefixed("evaluation/", {**self.metrics, **_flat(whole)}) | classes
+        others = {name: value for name, value in self.measured().items() if name not in ("metrics", "classes")}
+        return _prefixed("evaluation/", {**self.metrics, **_flat(others)}) | classes
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard events in `tensorboard/`; use it in a `with` statement."""
+    """Writes `metrics.jsonl` and the TensorBoard events in `tensorboard/`. Use it in a `with` statement."""
 
     last_evaluation: int | None
-    """Iteration of the newest evaluation on record."""
+    """Iteration of the newest recorded evaluation, None if there is none."""
 
     def __init__(self, run_dir: Path, *, start: int = 0) -> None:
-        """Open the run that goes on after `start` iterations; what is on record about later ones is dropped."""
+        """Open the files of a run that continues after iteration `start`. Records of later iterations are dropped."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
-        past = read_records(path) if path.exists() else []
-        kept = [record for record in past if record["iteration"] <= start and record["kind"] != "end"]
-        evaluations = [record["iteration"] for record in kept if record["kind"] == "evaluation"]
+        records = read_records(path) if path.exists() else []
+        records = [record for record in records if record["iteration"] <= start and record["kind"] != "end"]
+        evaluations = [record["iteration"] for record in records if record["kind"] == "evaluation"]
         self.last_evaluation = max(evaluations, default=None)
-        _replace(path, "".join(_line(record) for record in kept))
-        # Line-buffered: what is logged survives a kill.
+        _replace(path, "".join(_line(record) for record in records))
+        # Line-buffered, so that records survive a kill of the process.
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._start = start
         self._events = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=start + 1)
 
     def log_config(self, config: Section) -> None:
-        """Put the resolved configuration into TensorBoard: its run directory may be elsewhere, or gone."""
-        # Not `add_hparams`: it begins another run each time that training resumes.
+        """Add the resolved configuration to TensorBoard, so that the events can be read without the run directory."""
+        # Not `add_hparams`, which creates another TensorBoard run each time that training resumes.
         self._events.add_text("config", f"```yaml\n{to_yaml(config)}```", self._start)
 
     def log_step(self, step: Step) -> None:
         """Record one training step."""
-        measured = step.measured()
-        self._append({"kind": "train", "iteration": step.iteration, **measured})
-        self._draw(_prefixed("train/", _flat(measured)), step.iteration)
+        fields = step.measured()
+        self._append({"kind": "train", "iteration": step.iteration, **fields})
+        self._add_scalars(_prefixed("train/", _flat(fields)), step.iteration)
 
     def log_evaluation(self, iteration: int, found: Measurement) -> None:
-        """Record one evaluation, and make sure that it is on disk."""
+        """Record one evaluation and flush the TensorBoard events."""
         self._append({"kind": "evaluation", "iteration": iteration, **found.measured()})
-        self._draw(found.curves(), iteration)
+        self._add_scalars(found.curves(), iteration)
         for name, picture in found.pictures.items():
             self._events.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
         self._events.flush()
         self.last_evaluation = iteration
 
     def log_end(self) -> None:
-        """Record that the training came to its end, which is an evaluation."""
+        """Record the end of training, at the iteration of the last evaluation."""
         self._append({"kind": "end", "iteration": self.last_evaluation})
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Flush and close the files."""
         self._file.close()
         self._events.close()
 
@@ -198,15 +198,15 @@ class MetricsWriter:
     def _append(self, record: Record) -> None:
         self._file.write(_line(record))
 
-    def _draw(self, curves: Mapping[str, float], iteration: int) -> None:
-        """Add a point to each curve."""
-        for name, value in curves.items():
+    def _add_scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """Add the finite values to TensorBoard."""
+        for name, value in values.items():
             if math.isfinite(value):
                 self._events.add_scalar(name, value, iteration)
 
 
 class SilentWriter(MetricsWriter):
-    """Writes nothing: for all processes of a training but the main one."""
+    """Writes nothing. For the processes other than the main one in distributed training."""
 
     def __init__(self) -> None:
         self.last_evaluation = None
@@ -218,7 +218,7 @@ class SilentWriter(MetricsWriter):
         """Do nothing."""
 
     def log_evaluation(self, iteration: int, found: Measurement) -> None:
-        """Remember that there was one."""
+        """Update `last_evaluation`."""
         self.last_evaluation = iteration
 
     def log_end(self) -> None:
@@ -229,13 +229,13 @@ class SilentWriter(MetricsWriter):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the records of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """Return the records of a `metrics.jsonl`. An incomplete last line, left by a killed process, is ignored."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last_record(path: Path) -> Record | None:
-    """Return the newest record of a `metrics.jsonl`, None if there is none; reads the end of the file alone."""
+    """Return the last record of a `metrics.jsonl`, or None if there is none. Reads only the end of the file."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -249,7 +249,7 @@ def _line(record: Record) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Replace numbers that JSON cannot hold by None, at any depth."""
+    """Return `value` with NaN and infinite numbers replaced by None, at any depth."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -257,10 +257,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Return each number by its name, those of an inner mapping as `outer/inner`."""
+def _flat(fields: Mapping[str, Any]) -> dict[str, float]:
+    """Return each number by name; the names of a nested mapping become `outer/inner`."""
     numbers: dict[str, float] = {}
-    for name, value in measured.items():
+    for name, value in fields.items():
         numbers |= _prefixed(f"{name}/", value) if isinstance(value, Mapping) else {name: value}
     return numbers
 
@@ -270,7 +270,7 @@ def _prefixed(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file through a temporary one, so that a kill in between loses no records."""
+    """Write a file atomically, so that a kill during the write loses no records."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

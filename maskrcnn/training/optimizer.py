@@ -1,4 +1,4 @@
-"""Optimizers: which parameters decay, how fast they learn, and how long a gradient may be."""
+"""Optimizers: parameter groups, weight decay, learning rate scaling and gradient clipping."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ _NORM_LAYERS = (
     *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
 )
 
-# One kernel for all parameters halves the time of a step; elsewhere torch has no such kernel, or we cannot test it.
+# The fused kernel halves the time of an optimizer step. Other devices lack it, or it is not tested there.
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class _OptimizerConfig(Section):
-    """What all optimizers share: how the rate scales with the batch, and which parameters get what of it."""
+    """Settings of all optimizers: learning rate scaling and parameter groups."""
 
     lr: PositiveFloat
-    base_batch: PositiveInt = Field(16, description="the batch that `lr` is meant for; others scale it linearly")
-    weight_decay: NonNegativeFloat
-    norm_weight_decay: NonNegativeFloat = Field(0.0, description="decay of weights and biases of norm layers")
-    bias_weight_decay: NonNegativeFloat | None = Field(
-        None, description="decay of all other biases; null: that of weights, as in Detectron2"
+    base_batch: PositiveInt = Field(
+        16, description="batch size for which `lr` is given; `lr` is scaled linearly for other batch sizes"
     )
-    backbone_lr_factor: PositiveFloat = Field(1.0, description="by which the backbone's stages learn faster or slower")
+    weight_decay: NonNegativeFloat
+    norm_weight_decay: NonNegativeFloat = Field(0.0, description="weight decay of weights and biases of norm layers")
+    bias_weight_decay: NonNegativeFloat | None = Field(
+        None, description="weight decay of all other biases; null uses `weight_decay`, as in Detectron2"
+    )
+    backbone_lr_factor: PositiveFloat = Field(1.0, description="learning rate factor of the backbone stages")
     layer_decay: LayerDecay = Field(
-        1.0, description="by which a stage learns slower than what follows it; neck and heads learn at the full rate"
+        1.0, description="learning rate factor from each backbone stage to the one before it; 1 for neck and heads"
     )
 
     def groups(self, model: nn.Module, *, lr: float) -> list[dict[str, Any]]:
-        """Return `parameter_groups` with these settings, at the rate `lr`."""
+        """Return the `parameter_groups` of `model` with these settings and the base learning rate `lr`."""
         return parameter_groups(
             model,
             lr=lr,
@@ -58,7 +60,7 @@ class _OptimizerConfig(Section):
 
 
 class SGDConfig(_OptimizerConfig):
-    """Stochastic gradient descent with momentum: the reference recipe (Detectron2's defaults)."""
+    """Stochastic gradient descent with momentum. The defaults are those of Detectron2."""
 
     kind: Literal["sgd"] = "sgd"
     lr: PositiveFloat = Field(0.02, description="learning rate for a batch of `base_batch` images")
@@ -66,7 +68,7 @@ class SGDConfig(_OptimizerConfig):
     weight_decay: NonNegativeFloat = 1e-4
 
     def build(self, model: nn.Module, *, batch_size: int) -> Optimizer:
-        """Return the optimizer of the parameters that learn, for steps of `batch_size` images."""
+        """Return the optimizer of the trainable parameters for training steps of `batch_size` images."""
         lr = scaled_lr(self.lr, base_batch=self.base_batch, batch_size=batch_size)
         return SGD(self.groups(model, lr=lr), lr=lr, momentum=self.momentum, fused=_can_fuse(model))
 
@@ -80,7 +82,7 @@ class AdamWConfig(_OptimizerConfig):
     weight_decay: NonNegativeFloat = 0.05
 
     def build(self, model: nn.Module, *, batch_size: int) -> Optimizer:
-        """Return the optimizer of the parameters that learn, for steps of `batch_size` images."""
+        """Return the optimizer of the trainable parameters for training steps of `batch_size` images."""
         lr = scaled_lr(self.lr, base_batch=self.base_batch, batch_size=batch_size)
         return AdamW(self.groups(model, lr=lr), lr=lr, betas=self.betas, fused=_can_fuse(model))
 
@@ -89,7 +91,7 @@ OptimizerConfig = Annotated[SGDConfig | AdamWConfig, Field(discriminator="kind")
 
 
 def scaled_lr(lr: float, *, base_batch: int, batch_size: int) -> float:
-    """Scale a learning rate in proportion to the batch (Goyal et al. 2017), and say so in the log."""
+    """Return the learning rate scaled linearly with the batch size (Goyal et al. 2017), and log it."""
     scaled = lr * batch_size / base_batch
     logger.info("learning rate %g = %g x batch %d / base batch %d", scaled, lr, batch_size, base_batch)
     return scaled
@@ -97,10 +99,13 @@ def scaled_lr(lr: float, *, base_batch: int, batch_size: int) -> float:
 
 @runtime_checkable
 class HasStages(Protocol):
-    """A model that says which of its parts are stages of the backbone."""
+    """A model that lists the stages of its backbone."""
 
     def stages(self) -> Sequence[nn.Module]:
-        """Return the stages, from the image to the heads; parameters of none of them are the neck's and the heads'."""
+        """Return the backbone stages, in order from the image to the heads.
+
+        Parameters outside of these stages belong to the neck and the heads.
+        """
 
 
 def parameter_groups(
@@ -113,21 +118,20 @@ def parameter_groups(
     backbone_lr_factor: float = 1.0,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Put the parameters that need a gradient into groups of equal rate and decay.
+    """Return parameter groups with equal learning rate and weight decay; frozen parameters are left out.
 
-    A stage of the backbone (`HasStages`) that is the n-th from the heads learns at `lr * backbone_lr_factor *
-    layer_decay ** n`, n counted from 1, everything else at `lr` (the layer decay of BEiT, arXiv 2106.08254, with
-    stages for layers). Each group states its own `initial_lr`, which `set_learning_rate` multiplies; parameters carry
-    their names.
+    The n-th backbone stage (`HasStages`), counted from 1 at the heads, has the learning rate `lr * backbone_lr_factor *
+    layer_decay ** n`. All other parameters have `lr`. This is the layer decay of BEiT (arXiv 2106.08254) with stages
+    instead of layers. Each group has an `initial_lr`, which `set_learning_rate` multiplies, and named parameters.
     """
-    norms, rates = _norm_parameters(model), _stage_factors(model, backbone_lr_factor, layer_decay)
+    norms, factors = _norm_parameters(model), _stage_factors(model, backbone_lr_factor, layer_decay)
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = bias_weight_decay if name.endswith("bias") else weight_decay
         decay = norm_weight_decay if parameter in norms else decay
-        groups.setdefault((lr * rates.get(parameter, 1.0), decay), []).append((name, parameter))
+        groups.setdefault((lr * factors.get(parameter, 1.0), decay), []).append((name, parameter))
     return [
         {"params": named, "lr": rate, "initial_lr": rate, "weight_decay": decay}
         for (rate, decay), named in groups.items()
@@ -135,13 +139,13 @@ def parameter_groups(
 
 
 def _norm_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of norm layers."""
+    """Return the parameters of all norm layers."""
     norms = (module for module in model.modules() if isinstance(module, _NORM_LAYERS))
     return {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
 
 
 def _stage_factors(model: nn.Module, backbone_lr_factor: float, layer_decay: float) -> dict[nn.Parameter, float]:
-    """By what the rate of each parameter of the backbone's stages is multiplied."""
+    """Return the learning rate factor of each parameter in a backbone stage."""
     stages = model.stages() if isinstance(model, HasStages) else ()
     return {
         parameter: backbone_lr_factor * layer_decay**depth
@@ -151,14 +155,17 @@ def _stage_factors(model: nn.Module, backbone_lr_factor: float, layer_decay: flo
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Give every group its initial rate times `factor`; return the base rate times it, which is the heads' rate."""
+    """Set the learning rate of each group to its initial rate times `factor`; return that of the heads."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.defaults["lr"]) * factor
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Shorten the gradient of all parameters together to `max_norm` (None: leave it); return its norm before."""
+    """Clip the gradient norm over all parameters to `max_norm`; None disables clipping.
+
+    Returns the 2-norm before clipping, a scalar tensor.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -168,28 +175,35 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, source: str) -> None:
-    """Take momenta and step counts from an optimizer's state dict; rates and decay stay as configured.
+    """Load the optimizer state (momenta, step counts) from a state dict; learning rates and decay are not loaded.
 
-    Raises InputError, which names `source`, where the state belongs to other parameters or another optimizer.
+    Args:
+        optimizer: the optimizer to load into.
+        state: state dict of an optimizer.
+        source: name of the checkpoint in error messages.
+
+    Raises:
+        InputError: the state belongs to other parameters, other parameter groups or another kind of optimizer.
     """
-    own = optimizer.state_dict()
-    before, now = _parameter_names(state), _parameter_names(own)
-    if set().union(*before) != set().union(*now):
+    current = optimizer.state_dict()
+    stored_names, current_names = _parameter_names(state), _parameter_names(current)
+    if set().union(*stored_names) != set().union(*current_names):
         raise InputError(
-            f"{source}: its optimizer state belongs to other parameters than those that learn now; to resume, keep "
-            "the model and what is frozen as they were, or start anew from these weights with --init"
+            f"{source}: its optimizer state belongs to other parameters than those that are trained now; to "
+            "resume, keep the model and its frozen layers, or start a new run from these weights with --init"
         )
-    if before != now:
+    if stored_names != current_names:
         raise InputError(
-            f"{source}: its optimizer has the parameters in other groups; to resume, keep training.optimizer, above "
-            "all its weight decays, backbone_lr_factor and layer_decay, or start anew from these weights with --init"
+            f"{source}: its optimizer has the parameters in other groups; to resume, keep training.optimizer, in "
+            "particular its weight decays, backbone_lr_factor and layer_decay, or start a new run from these weights "
+            "with --init"
         )
-    if _hyperparameter_names(state) != _hyperparameter_names(own):
+    if _hyperparameter_names(state) != _hyperparameter_names(current):
         raise InputError(
             f"{source}: its state is of another kind of optimizer than {type(optimizer).__name__}; to resume, keep "
-            "training.optimizer.kind, or start anew from these weights with --init"
+            "training.optimizer.kind, or start a new run from these weights with --init"
         )
-    optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
+    optimizer.load_state_dict({"state": state["state"], "param_groups": current["param_groups"]})
 
 
 def _parameter_names(state: dict[str, Any]) -> list[list[str]]:

@@ -1,6 +1,6 @@
-"""A trace of a few steps: what the CPU and the GPU do when, to see where the time goes.
+"""A profiler trace of a few training steps on CPU and GPU.
 
-chrome://tracing and https://ui.perfetto.dev show it.
+Open the trace in chrome://tracing or https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from torch.profiler import ProfilerActivity
 logger = logging.getLogger(__name__)
 
 FOLDER = "profile"
-# Counted from the start of the process. The first steps warm up: memory, cuDNN's choices, compilation, data workers.
+# Counted from the start of the process. Earlier steps are warm-up: memory, cuDNN benchmark, compilation, data workers.
 FIRST, LAST = 10, 20
 
 
 class Profiler:
-    """Records steps 10 to 20 of this process to `profile/steps_10_to_20.json` in the run's folder.
+    """Records training steps 10 to 20 of this process in `profile/steps_10_to_20.json` of the run directory.
 
-    Use it in a `with` statement, which ends with what there is if training does. A span `ProfilerStep#10` holds the
-    tenth step from the end of the ninth on: waiting for data, forward, backward, and whatever came between.
+    Use it in a `with` statement. If training ends before step 20, the trace ends with the last step. A span
+    `ProfilerStep#10` begins at the end of step 9, so it includes waiting for data, forward and backward pass, and
+    anything in between.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Set up; nothing is recorded before step 10, and nothing after step 20."""
+        """Set up the profiler for a run directory."""
         self._path = run_dir / FOLDER / f"steps_{FIRST}_to_{LAST}.json"
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(
             activities=activities,
-            # torch numbers steps from 0, and warms up for one before the first that counts.
+            # torch counts steps from 0 and needs one warm-up step before the first recorded one.
             schedule=torch.profiler.schedule(wait=FIRST - 1, warmup=1, active=LAST - FIRST + 1, repeat=1),
             on_trace_ready=self._write,
         )
 
     def __enter__(self) -> Profiler:
         self._profile.start()
-        self._profile.step()  # number 0 is what comes before the first
+        self._profile.step()  # step 0 of torch is the time before the first training step
         return self
 
     def __exit__(
@@ -49,13 +50,13 @@ class Profiler:
     ) -> None:
         self._profile.stop()
         if self._profile.step_num < FIRST:
-            logger.warning("training ended before step %d of this process: there is no trace", FIRST)
+            logger.warning("training ended before step %d of this process: no profiler trace was written", FIRST)
 
     def step(self) -> None:
-        """Say that a step is done."""
+        """Mark the end of a training step."""
         self._profile.step()
 
     def _write(self, profile: torch.profiler.profile) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(self._path))
-        logger.info("%s: a trace of steps %d to %d, for https://ui.perfetto.dev", self._path, FIRST, LAST)
+        logger.info("%s: profiler trace of steps %d to %d; open it in https://ui.perfetto.dev", self._path, FIRST, LAST)

@@ -1,6 +1,6 @@
-"""A step that went wrong, in a file: the weights before it and its batches, so that it can be repeated.
+"""Replay files: the weights and batches of a training step whose loss or gradient was not finite.
 
-`tools/replay_batch.py` does so.
+`tools/replay_batch.py` computes such a step again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FORMAT = "maskrcnn replay 1"
 
 
 class Replay(NamedTuple):
-    """What it takes to repeat a step on one process."""
+    """The inputs of a training step on one process."""
 
     iteration: int
-    model: dict[str, Tensor]  # the state dict before the step
+    model: dict[str, Tensor]  # state dict before the step
     batches: list[Batch]
     classes: ClassTable
-    config: dict[str, Any]  # resolved, in plain types
+    config: dict[str, Any]  # resolved configuration in plain types
 
 
 def save_replay(
@@ -39,7 +39,16 @@ def save_replay(
     classes: ClassTable,
     config: Mapping[str, Any],
 ) -> Path:
-    """Write the step of `iteration`, which was not taken; return `path`."""
+    """Write a replay file and return `path`.
+
+    Args:
+        path: the file to write.
+        model: the model with the weights before the step.
+        batches: the batches of the step on this process.
+        iteration: the iteration of the step.
+        classes: class table of the model.
+        config: resolved configuration in plain types.
+    """
     content = {
         "format": FORMAT,
         "iteration": iteration,
@@ -53,10 +62,14 @@ def save_replay(
 
 
 def load_replay(path: Path) -> Replay:
-    """Read a step. Raises InputError, which names the file, where it holds none."""
+    """Return the content of a replay file.
+
+    Raises:
+        InputError: the file cannot be read or is not a replay file. The message names the file.
+    """
     content = read_tensors(path)
     if content.get("format") != FORMAT:
-        raise InputError(f"{path}: this is no stored step (training writes one where a loss or gradient is not finite)")
+        raise InputError(f"{path}: not a replay file (training writes one when a loss or gradient is not finite)")
     return Replay(
         content["iteration"],
         content["model"],
@@ -67,7 +80,7 @@ def load_replay(path: Path) -> Replay:
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
-    """The batch as nested dicts of tensors and tuples, which can be read without running code."""
+    """Return the batch as nested dicts of tensors and tuples, which `weights_only=True` can load."""
     return {
         "image_ids": batch.image_ids,
         "images": dataclasses.asdict(batch.images),

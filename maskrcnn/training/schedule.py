@@ -1,7 +1,6 @@
-"""Learning-rate schedules: pure functions from an iteration to a factor, so that resuming needs no state.
+"""Learning rate schedules: pure functions from an iteration to a factor, so that resuming needs no state.
 
-The factor for iteration `i` (counted from 0) multiplies the base learning rate in the step that follows `i` finished
-ones.
+The factor for iteration `i` multiplies the base learning rate in the training step after `i` finished steps.
 """
 
 from __future__ import annotations
@@ -37,31 +36,36 @@ Schedule = Callable[[int], float]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _plain(length: float) -> float:
-    """A whole number as an int, so that a stored configuration says 60000, not 60000.0."""
+def _int_if_whole(length: float) -> float:
+    """Return whole numbers as int, so that a stored configuration has 60000, not 60000.0."""
     return int(length) if length == int(length) else length
 
 
 Length = Annotated[
-    float, Field(gt=0, allow_inf_nan=False), AfterValidator(_plain), PlainSerializer(_plain, return_type=Any)
+    float,
+    Field(gt=0, allow_inf_nan=False),
+    AfterValidator(_int_if_whole),
+    PlainSerializer(_int_if_whole, return_type=Any),
 ]
 
 DEFAULT_ITERATIONS = 90_000  # the reference 1x schedule
 
 
 class _WarmUpConfig(Section):
-    """What all schedules share: a length, and a linear rise at the start (Detectron2's defaults).
+    """Settings of all schedules: the length and a linear warm-up (Detectron2's defaults).
 
-    The length is stated in `iterations` or in `epochs`, and `steps` are in the same unit; the warm-up is always in
-    iterations. What an epoch is, the dataset says: `resolve` turns epochs into iterations.
+    The length is in `iterations` or in `epochs`, and `steps` are in the same unit. The warm-up is always in iterations.
+    `resolve` converts epochs to iterations for the size of a dataset.
     """
 
-    epochs: Length | None = Field(None, description="length in passes over the dataset, instead of `iterations`")
+    epochs: Length | None = Field(None, description="length of training in epochs, instead of `iterations`")
     iterations: PositiveInt | None = Field(
-        None, description="length in optimizer steps; 90000 without `epochs`", validate_default=True
+        None,
+        description="length of training in optimizer steps; default 90000 if `epochs` is null",
+        validate_default=True,
     )
     warmup_iterations: NonNegativeInt = Field(
-        1000, description="steps over which the rate rises; a tenth of the schedule where they are more than it has"
+        1000, description="length of the warm-up; a tenth of the schedule if it is longer than the schedule"
     )
     warmup_factor: Share = 0.001
 
@@ -77,12 +81,15 @@ class _WarmUpConfig(Section):
 
     @property
     def num_iterations(self) -> int:
-        """After how many iterations training ends; only a schedule in iterations knows it."""
+        """The length of training in iterations. Call `resolve` first if the schedule is in epochs."""
         assert self.iterations is not None, "resolve() the schedule first"
         return self.iterations
 
     def effective_warmup(self) -> int:
-        """Return the warm-up's length: a tenth of the schedule where the one stated is longer than the schedule."""
+        """Return the length of the warm-up: `warmup_iterations`, or a tenth of the schedule if it is longer than that.
+
+        A shortened warm-up is logged.
+        """
         if self.warmup_iterations <= self.num_iterations:
             return self.warmup_iterations
         shorter = self.num_iterations // 10
@@ -95,9 +102,13 @@ class _WarmUpConfig(Section):
         return shorter
 
     def resolve(self, iterations_per_epoch: int) -> Self:
-        """Return the schedule in iterations; one that is in iterations already returns itself.
+        """Return the schedule with its length and steps in iterations.
 
-        Raises InputError if the epochs are too short for the steps.
+        Args:
+            iterations_per_epoch: number of training steps per epoch.
+
+        Raises:
+            InputError: the schedule is invalid after rounding to iterations.
         """
         if self.epochs is None:
             return self
@@ -112,16 +123,16 @@ class _WarmUpConfig(Section):
             ) from error
 
     def _in_iterations(self, iterations_per_epoch: int) -> dict[str, Any]:
-        """The values that change with the unit, by key."""
+        """Return the settings whose unit changes, converted to iterations, by key."""
         assert self.epochs is not None
         return {"iterations": max(1, round(self.epochs * iterations_per_epoch))}
 
 
 class MultiStepConfig(_WarmUpConfig):
-    """The rate falls by `gamma` at each of `steps`; by default the reference 1x schedule."""
+    """The learning rate is multiplied by `gamma` at each of `steps`. The defaults are the 1x schedule of Detectron2."""
 
     kind: Literal["multi_step"] = "multi_step"
-    steps: tuple[Length, ...] = Field((60_000, 80_000), description="in iterations, or with `epochs`, in epochs")
+    steps: tuple[Length, ...] = Field((60_000, 80_000), description="in iterations, or in epochs if `epochs` is set")
     gamma: PositiveFloat = 0.1
 
     @model_validator(mode="after")
@@ -141,7 +152,7 @@ class MultiStepConfig(_WarmUpConfig):
         return {**super()._in_iterations(iterations_per_epoch), "steps": steps}
 
     def build(self) -> Schedule:
-        """Return the schedule, which must be in iterations, as a function of the iteration."""
+        """Return the learning rate factor as a function of the iteration. The schedule must be in iterations."""
         assert self.epochs is None, "resolve() the schedule first"
         return partial(
             multi_step_factor,
@@ -153,13 +164,13 @@ class MultiStepConfig(_WarmUpConfig):
 
 
 class CosineConfig(_WarmUpConfig):
-    """The rate falls along half a cosine, from 1 at the first iteration to `final_factor` after the last."""
+    """Cosine decay of the learning rate factor, from 1 at the first iteration to `final_factor` after the last."""
 
     kind: Literal["cosine"] = "cosine"
     final_factor: Share = 0.0
 
     def build(self) -> Schedule:
-        """Return the schedule, which must be in iterations, as a function of the iteration."""
+        """Return the learning rate factor as a function of the iteration. The schedule must be in iterations."""
         return partial(
             cosine_factor,
             iterations=self.num_iterations,
@@ -173,7 +184,7 @@ ScheduleConfig = Annotated[MultiStepConfig | CosineConfig, Field(discriminator="
 
 
 def warmup(iteration: int, *, iterations: int, factor: float) -> float:
-    """Return the linear rise from `factor` at iteration 0 to 1 at `iterations`, and 1 from there on."""
+    """Return the warm-up factor: linear from `factor` at iteration 0 to 1 at `iterations`, then 1."""
     if iteration >= iterations:
         return 1.0
     return factor + (1.0 - factor) * iteration / iterations
@@ -182,15 +193,15 @@ def warmup(iteration: int, *, iterations: int, factor: float) -> float:
 def multi_step_factor(
     iteration: int, *, steps: Sequence[float], gamma: float, warmup_iterations: int, warmup_factor: float
 ) -> float:
-    """Return `gamma` to the power of the steps passed, times the warm-up."""
-    rise = warmup(iteration, iterations=warmup_iterations, factor=warmup_factor)
-    return rise * gamma ** bisect.bisect_right(steps, iteration)
+    """Return `gamma` to the power of the number of steps passed, times the warm-up factor."""
+    warmup_value = warmup(iteration, iterations=warmup_iterations, factor=warmup_factor)
+    return warmup_value * gamma ** bisect.bisect_right(steps, iteration)
 
 
 def cosine_factor(
     iteration: int, *, iterations: int, final_factor: float, warmup_iterations: int, warmup_factor: float
 ) -> float:
-    """Return half a cosine from 1 to `final_factor` over `iterations`, times the warm-up."""
-    rise = warmup(iteration, iterations=warmup_iterations, factor=warmup_factor)
-    fall = 0.5 * (1.0 + math.cos(math.pi * min(iteration / iterations, 1.0)))
-    return rise * (final_factor + (1.0 - final_factor) * fall)
+    """Return the cosine decay from 1 to `final_factor` over `iterations`, times the warm-up factor."""
+    warmup_value = warmup(iteration, iterations=warmup_iterations, factor=warmup_factor)
+    decay = 0.5 * (1.0 + math.cos(math.pi * min(iteration / iterations, 1.0)))
+    return warmup_value * (final_factor + (1.0 - final_factor) * decay)

@@ -1,4 +1,4 @@
-"""One training step: from the batches of one iteration to changed weights, or to a clear refusal."""
+"""One training step: forward and backward pass with gradient accumulation, checks for NaN, and the optimizer."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SMALLEST_SCALE = 1.0  # fp16 gradients that overflow even without being scaled up are not the scaler's fault
+SMALLEST_SCALE = 1.0  # at this loss scale, a gradient that is not finite is an error and not an fp16 overflow
 
 Keep = Callable[[int, Sequence[Batch]], Path]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found, on this process."""
+    """The results of a training step on this process."""
 
-    losses: Mapping[str, float]  # means over the images
-    gradient_norm: float  # over all processes, before clipping
-    diagnostics: Mapping[str, float]  # empty unless they were asked for
+    losses: Mapping[str, float]  # each loss term, mean over the images
+    gradient_norm: float  # 2-norm of the gradient averaged over all processes, before clipping
+    diagnostics: Mapping[str, float]  # proposal and sampling diagnostics; empty unless requested
 
 
 class TrainingStep:
-    """Forward, backward, and the optimizer.
+    """Forward pass, backward pass and optimizer step, with gradient accumulation.
 
-    The batches of an iteration are computed one after another and their gradients averaged: they have equally many
-    images, so this is the gradient of all of them at once (but for the statistics of batch norms).
+    The batches of an iteration are processed one after another and their gradients averaged. They have equally many
+    images, so the result is the gradient of the whole batch, except for the statistics of batch norms.
     """
 
     def __init__(
@@ -56,12 +56,13 @@ class TrainingStep:
         """Set up the step.
 
         Args:
-            state: what steps change; its model is on the processes' device.
-            processes: which compute the step together, each with images of its own.
-            precision: of matrix products (autocast).
-            clip_norm: longest gradient allowed; None leaves it.
-            skips: how many steps in a row may be left out because a loss or gradient is not finite.
-            keep: stores the weights and batches of such a step, for `tools/replay_batch.py`; returns where.
+            state: the training state to update. Its model is on the device of `processes`.
+            processes: the process group. Each process has its own images.
+            precision: autocast precision.
+            clip_norm: maximum gradient norm; None disables clipping.
+            skips: number of consecutive steps that may be skipped because a loss or gradient is not finite.
+            keep: `keep(iteration, batches)` stores the weights and batches of such a step for
+                `tools/replay_batch.py` and returns the path of the file.
         """
         self.state = state
         self.processes = processes
@@ -72,78 +73,97 @@ class TrainingStep:
         self._keep = keep
 
     def __call__(self, batches: Sequence[Batch], iteration: int, *, diagnose: bool = False) -> StepResult:
-        """Take a step.
+        """Compute the gradient and update the weights.
+
+        Args:
+            batches: the batches of this process, all with equally many images.
+            iteration: number of the step, counted from 1.
+            diagnose: whether to compute the diagnostics.
 
         Raises:
-            FloatingPointError: a loss or the gradient is not finite, too many times in a row; the step was not taken.
-            MemoryError: it did not fit; the message says what helps.
+            FloatingPointError: a loss or the gradient is not finite in more than `skips` consecutive steps. The weights
+                are unchanged.
+            MemoryError: out of memory. The message lists settings that reduce memory.
         """
         optimizer, scaler = self.state.optimizer, self.state.scaler
-        seen: list[Diagnostics] = []
-        statistics = [buffer.clone() for buffer in self.state.model.buffers()] if self._skips else []
-        with _memory_explained(batches, iteration):
-            terms = self.gradients(batches, seen.append if diagnose else None)
+        diagnostics: list[Diagnostics] = []
+        buffers = [buffer.clone() for buffer in self.state.model.buffers()] if self._skips else []
+        with _explaining_out_of_memory(batches, iteration):
+            terms = self.gradients(batches, diagnostics.append if diagnose else None)
             scaler.unscale_(optimizer)
             norm = clip_gradients(optimizer, self._clip_norm)
-            # On a GPU this waits for the backward pass, once a step: the price of never stepping on a bad gradient.
-            *values, length = torch.stack([*terms, norm]).tolist()
+            # On a GPU, tolist() waits for the backward pass, which is needed to check the gradient before the update.
+            *values, gradient_norm = torch.stack([*terms, norm]).tolist()
         losses = dict(zip(Losses._fields, values, strict=True))
-        if self._is_sound(iteration, batches, losses, length):
+        if self._can_update(iteration, batches, losses, gradient_norm):
             scaler.step(optimizer)
-        else:  # the statistics of norms may have gone bad in the forward pass
-            for now, before in zip(self.state.model.buffers(), statistics, strict=True):
-                now.copy_(before)
+        else:  # the forward pass may have made the running statistics of norms invalid
+            for buffer, value_before in zip(self.state.model.buffers(), buffers, strict=True):
+                buffer.copy_(value_before)
         scaler.update()
         if self.state.average is not None:
             self.state.average.update(iteration)
-        return StepResult(losses, length, _means(seen))
+        return StepResult(losses, gradient_norm, _means(diagnostics))
 
     def gradients(
         self, batches: Sequence[Batch], observe: Callable[[Diagnostics], None] | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Compute the gradient of the mean loss, times the scaler's scale; return the terms of that loss, detached."""
+        """Accumulate the gradient of the mean loss over `batches`, times the loss scale, in the parameters.
+
+        Args:
+            batches: the batches of this process, all with equally many images.
+            observe: called with the diagnostics of each batch.
+
+        Returns:
+            The terms of the mean loss in the order of `Losses`, detached scalars.
+        """
         self.state.model.train()
         self.state.optimizer.zero_grad()
         device = self.processes.device
         asynchronous = device.type == "cuda"
-        sums: tuple[torch.Tensor, ...] = ()
+        mean_terms: tuple[torch.Tensor, ...] = ()
         for number, batch in enumerate(batches, start=1):
             images = batch.images.to(device, non_blocking=asynchronous)
             targets = batch.targets.to(device, non_blocking=asynchronous)
-            # Gradients are averaged over processes once an iteration, in the backward pass of its last batch.
+            # Gradients are averaged over processes once per iteration, in the backward pass of the last batch.
             with nullcontext() if number == len(batches) else without_exchange(self._forward):
                 with torch.autocast(device.type, AUTOCAST.get(self._precision), enabled=self._precision != "fp32"):
                     losses: Losses = self._forward(images, targets, observe=observe)
                 self.state.scaler.scale(losses.total / len(batches)).backward()
             terms = tuple(term.detach() / len(batches) for term in losses)
-            sums = tuple(map(torch.add, sums, terms)) if sums else terms
-        return sums
+            mean_terms = tuple(map(torch.add, mean_terms, terms)) if mean_terms else terms
+        return mean_terms
 
-    def _is_sound(self, iteration: int, batches: Sequence[Batch], losses: Mapping[str, float], norm: float) -> bool:
-        """Whether the optimizer may step. All processes answer alike."""
+    def _can_update(self, iteration: int, batches: Sequence[Batch], losses: Mapping[str, float], norm: float) -> bool:
+        """Return whether the optimizer may step, which is the same on all processes.
+
+        Raises FloatingPointError after too many consecutive steps that are not finite.
+        """
         finite = all(map(math.isfinite, losses.values()))
-        # A gradient that overflows for its scale: the scaler leaves the step out itself, and tries a smaller one.
+        # A gradient may overflow because of the loss scale: the scaler then skips the step and reduces the scale.
         overflow = finite and self._precision == "fp16" and self.state.scaler.get_scale() > SMALLEST_SCALE
-        bad = not finite or not (overflow or math.isfinite(norm))
-        if not self.processes.any(bad):
+        invalid = not finite or not (overflow or math.isfinite(norm))
+        if not self.processes.any(invalid):
             self._skipped = 0
             return True
         self._skipped += 1
-        message = _what_is_not_finite(iteration, batches, losses, norm)
-        if self._keep is not None and bad:
-            message += f" Weights and batch are in {self._keep(iteration, batches)}: tools/replay_batch.py repeats it."
+        message = _not_finite_message(iteration, batches, losses, norm)
+        if self._keep is not None and invalid:
+            message += (
+                f" The weights and the batch are in {self._keep(iteration, batches)}: tools/replay_batch.py repeats it."
+            )
         if self._skipped > self._skips:
-            self.processes.wait()  # the end of one process is the end of all: not before the step is stored
+            self.processes.wait()  # torchrun stops all processes when one exits, so wait until the step is stored
             raise FloatingPointError(message)
-        logger.warning("%s (%d of at most %d in a row)", message, self._skipped, self._skips)
+        logger.warning("%s Skipped %d of at most %d steps in a row.", message, self._skipped, self._skips)
         return False
 
 
-def _means(seen: Sequence[Diagnostics]) -> dict[str, float]:
-    """The mean of each figure over the batches in which there was something to measure; none if there was nothing."""
+def _means(diagnostics: Sequence[Diagnostics]) -> dict[str, float]:
+    """Return the mean of each value over the batches in which it is not NaN; a value that is always NaN is left out."""
     means = {}
-    for name in Diagnostics._fields if seen else ():
-        values = [value for item in seen if not math.isnan(value := float(getattr(item, name)))]
+    for name in Diagnostics._fields if diagnostics else ():
+        values = [value for item in diagnostics if not math.isnan(value := float(getattr(item, name)))]
         if values:
             means[name] = sum(values) / len(values)
     return means
@@ -153,7 +173,7 @@ def _image_ids(batches: Sequence[Batch]) -> str:
     return ", ".join(str(image_id) for batch in batches for image_id in batch.image_ids)
 
 
-def _what_is_not_finite(iteration: int, batches: Sequence[Batch], losses: Mapping[str, float], norm: float) -> str:
+def _not_finite_message(iteration: int, batches: Sequence[Batch], losses: Mapping[str, float], norm: float) -> str:
     terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
     return (
         f"iteration {iteration}: a loss or the gradient is not finite: {terms}; gradient norm {norm:g}; image ids "
@@ -163,8 +183,8 @@ def _what_is_not_finite(iteration: int, batches: Sequence[Batch], losses: Mappin
 
 
 @contextmanager
-def _memory_explained(batches: Sequence[Batch], iteration: int) -> Iterator[None]:
-    """Turn "out of memory" into a message that says what did not fit, and what to change."""
+def _explaining_out_of_memory(batches: Sequence[Batch], iteration: int) -> Iterator[None]:
+    """Convert out-of-memory errors to a MemoryError with the batch size and the settings that reduce memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -175,7 +195,7 @@ def _memory_explained(batches: Sequence[Batch], iteration: int) -> Iterator[None
         objects = max(int(batch.targets.valid.sum(dim=1).max()) for batch in batches)
         raise MemoryError(
             f"iteration {iteration}: out of memory with {len(largest.images)} images of {height} x {width} px at a "
-            f"time and up to {objects} objects in an image (image ids {_image_ids(batches)}). What helps: a larger "
-            "training.grad_accum_steps (fewer images at a time, with the same result), training.precision: bf16, "
-            "model.backbone.checkpoint_activations: true, a smaller data.train_transforms.short_side"
+            f"time and up to {objects} objects in an image (image ids {_image_ids(batches)}). To reduce memory, use a "
+            "larger training.grad_accum_steps (fewer images at a time, same result), training.precision: bf16, "
+            "model.backbone.checkpoint_activations: true, or a smaller data.train_transforms.short_side"
         ) from error

@@ -1,4 +1,4 @@
-"""An ablation as its runs leave it, made without training: results are the ground truth, moved by some pixels."""
+"""Run directories of an ablation, written without training: detections are the ground truth, moved by some pixels."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ variants:
 
 SHIFTS = {"pool": 3, "align": 1, "same": 3, "coarse": 6}  # pixels
 MEMORY = {"pool": 300, "align": 200, "same": 100, "coarse": 400}  # MiB
-SAME_EXCEPT = 4  # image that `same` gets better, and another that it gets worse
+SAME_EXCEPT = 4  # `same` is better than `pool` on this image, and worse on the next
 
 
 @pytest.fixture(scope="session")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Four variants, three seeds; the last seed of `align` is not finished, and one of `coarse` has not begun."""
+    """Four variants, three seeds; the last seed of `align` is not finished, and one of `coarse` has not started."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "experiment.yaml").write_text(EXPERIMENT)
     (folder / "ablation.yaml").write_text(ABLATION)
@@ -55,7 +55,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def write_run(run: Run, truth: dict[str, Any], *, iterations: int) -> None:
-    """Leave what the report reads of a training that ended after so many iterations."""
+    """Write the files that the report reads, for a training that stopped after `iterations`."""
     run.directory.evaluation.mkdir(parents=True)
     run.directory.environment.write_text("command: train\nseed: 0\ndevice: old\n\ncommand: x\nseed: 0\ndevice: toy\n")
     write_results(run.directory.evaluation / "results.json", moved_truth(run, truth))
@@ -72,7 +72,7 @@ def write_run(run: Run, truth: dict[str, Any], *, iterations: int) -> None:
 
 
 def moved_truth(run: Run, truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects, each moved to the right; seeds differ by scores and by one object that they do not find."""
+    """Return the objects moved to the right as detections; seeds differ in the scores and in one missing object."""
     rng = np.random.default_rng(run.seed)
     results = []
     for number, entry in enumerate(truth["annotations"]):

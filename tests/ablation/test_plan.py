@@ -1,4 +1,4 @@
-"""What an ablation's YAML means, and what is refused."""
+"""Reading the YAML file of an ablation, and the errors in it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_every_variant_has_a_run_for_every_seed(tmp_path: Path) -> None:
 
 
 def test_a_variant_may_name_another_experiment(tmp_path: Path) -> None:
-    other = EXPERIMENT.replace("batch_size_per_image: 8", "batch_size_per_image: 16")
-    (tmp_path / "other.yaml").write_text(other)
+    other_experiment = EXPERIMENT.replace("batch_size_per_image: 8", "batch_size_per_image: 16")
+    (tmp_path / "other.yaml").write_text(other_experiment)
     ablation = ABLATION.replace("pool: {set: [", "pool: {experiment: other.yaml, set: [")
     pool, align = load_plan(write(tmp_path, ablation), tmp_path / "out").runs[:2]
     assert (pool.config.model.rpn.batch_size_per_image, align.config.model.rpn.batch_size_per_image) == (16, 8)
@@ -64,7 +64,7 @@ def test_ablations_with_a_run_in_common_share_it(tmp_path: Path) -> None:
     assert shared == {run.directory.root for run in first.runs_of("pool")}
 
 
-def test_overrides_reach_every_variant_and_lose_against_its_own(tmp_path: Path) -> None:
+def test_overrides_apply_to_every_variant_below_its_own(tmp_path: Path) -> None:
     overrides = ["model.rpn.batch_size_per_image=32", "model.roi={kind: roi_align, sampling_ratio: 7}"]
     plan = load_plan(write(tmp_path), tmp_path / "out", overrides)
     assert {run.config.model.rpn.batch_size_per_image for run in plan.runs} == {32}
@@ -82,8 +82,8 @@ def test_an_ablation_may_build_upon_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("baseline: pool", "baseline: poll", "baseline 'poll' is none of the variants pool, align"),
-        ("seeds: [3, 5]", "seeds: [3, 3]", "each seed may stand only once"),
+        ("baseline: pool", "baseline: poll", "baseline 'poll' is not one of the variants pool, align"),
+        ("seeds: [3, 5]", "seeds: [3, 3]", r"seeds must be unique, got \[3, 3\]"),
         ("sampling_ratio=1", "sampling_rati=1", r"variants.align: .*\n.*sampling_rati"),
         ("model.roi.sampling_ratio=1", "'model.roi={kind: roi_pool}'", "variants.align is the same experiment as var"),
         ("experiment: experiment.yaml", "experiment: missing.yaml", "missing.yaml: cannot read the file"),
@@ -92,7 +92,7 @@ def test_an_ablation_may_build_upon_another(tmp_path: Path) -> None:
         ("sampling_ratio=1", "sampling_ratio=1, data.validation.seed=2", "align has another data.validation than"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_errors_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in ABLATION
     with pytest.raises(InputError, match=message):
         load_plan(write(tmp_path, ABLATION.replace(old, new)), tmp_path / "out")

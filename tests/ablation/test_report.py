@@ -26,7 +26,7 @@ VOID = {"meta", "img", "path", "circle", "rect"}
 
 
 class Page(HTMLParser):
-    """Reads a page, and checks that every element is closed."""
+    """Parses a page and checks that every element is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def results(ablation: Plan) -> AblationResults:
 @pytest.fixture(scope="module")
 def out(ablation: Plan, results: AblationResults) -> Path:
     write_report(ablation, results)
-    write_report(ablation, results)  # again: it replaces the first
+    write_report(ablation, results)  # the second call replaces the first report
     return ablation.out
 
 
@@ -74,9 +74,9 @@ def page(out: Path) -> Page:
 
 def test_the_page_loads_nothing(out: Path, page: Page) -> None:
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r'"data:[^"]*"', "", (out / "report.html").read_text()))
-    loading = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
-    assert loading
-    assert all(value and value.startswith("data:image/jpeg;base64,") for value in loading)
+    sources = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert sources
+    assert all(value and value.startswith("data:image/jpeg;base64,") for value in sources)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     assert (out / "report.html").stat().st_size < 3e6
 
@@ -92,8 +92,8 @@ def test_the_page_names_every_variant_and_escapes_the_title(page: Page, results:
 def test_the_best_is_bold_and_the_baseline_is_marked(page: Page, out: Path) -> None:
     source = (out / "report.html").read_text(encoding="utf-8")
     rows = re.findall(r"<tr(.*?)</tr>", source)
-    figures = [row for row in rows if " ± " in row]
-    assert [("baseline" in row, "<b>" in row) for row in figures[:4]] == [
+    metric_rows = [row for row in rows if " ± " in row]
+    assert [("baseline" in row, "<b>" in row) for row in metric_rows[:4]] == [
         (True, False), (False, True), (False, False), (False, False)
     ]  # fmt: skip
 
@@ -102,22 +102,22 @@ def test_the_charts_show_every_variant(page: Page) -> None:
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes]
     assert labels == ["differences to pool", "training loss", "mask AP75, percent"]
     strokes = [attributes.get("stroke") for tag, attributes in page.tags if attributes.get("class") == "line"]
-    assert all(strokes.count(colour) == 3 for colour in COLOURS[:4])  # a key and two curves
+    assert all(strokes.count(colour) == 3 for colour in COLOURS[:4])  # one in the legend, two curves
     intervals = [attributes for _, attributes in page.tags if attributes.get("class") == "interval"]
-    assert len(intervals) == 3 * 6  # variants, figures
-    numbers = [float(number) for one in intervals for number in re.findall(r"[\d.]+", str(one["d"]))]
+    assert len(intervals) == 3 * 6  # variants, metrics
+    numbers = [float(number) for path in intervals for number in re.findall(r"[\d.]+", str(path["d"]))]
     assert min(numbers) >= 0
     assert max(numbers) < WIDTH
 
 
 def test_pictures_show_the_images_that_differ_most(results: AblationResults) -> None:
-    found = {gallery.variant: gallery for gallery in galleries(results)}
-    assert found.keys() == {"align", "same", "coarse"}
-    assert not found["align"].losses
-    assert len(found["align"].gains) == len(found["coarse"].losses) == 4
-    assert [strip.caption.split(":")[0] for strip in found["same"].gains] == ["image 4"]
-    assert [strip.caption.split(":")[0] for strip in found["same"].losses] == ["image 5"]
-    gains = [float(strip.caption.split("+")[1].split()[0]) for strip in found["align"].gains]
+    by_variant = {gallery.variant: gallery for gallery in galleries(results)}
+    assert by_variant.keys() == {"align", "same", "coarse"}
+    assert not by_variant["align"].losses
+    assert len(by_variant["align"].gains) == len(by_variant["coarse"].losses) == 4
+    assert [strip.caption.split(":")[0] for strip in by_variant["same"].gains] == ["image 4"]
+    assert [strip.caption.split(":")[0] for strip in by_variant["same"].losses] == ["image 5"]
+    gains = [float(strip.caption.split("+")[1].split()[0]) for strip in by_variant["align"].gains]
     assert gains == sorted(gains, reverse=True)
 
 
@@ -126,8 +126,8 @@ def test_a_strip_has_the_truth_and_every_variant(results: AblationResults) -> No
     assert strip.titles == ("ground truth", "pool, seed 0", "align, seed 0", "same, seed 0", "coarse, seed 0")
     images = [read_picture(uri) for uri in strip.pictures]
     assert {image.shape for image in images} == {(320, 320, 3)}
-    apart = [np.abs(images[0].astype(int) - image).mean() for image in images[1:]]
-    assert apart[1] < apart[0] < apart[3]  # align moves the objects by 1 pixel, pool by 3, coarse by 7
+    distances = [np.abs(images[0].astype(int) - image).mean() for image in images[1:]]
+    assert distances[1] < distances[0] < distances[3]  # align moves the objects by 1 pixel, pool by 3, coarse by 7
 
 
 def test_the_number_of_pictures_is_bounded(results: AblationResults, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_large_images_are_made_smaller_before_drawing(results: AblationResults) 
     assert drawn.shape == (240, 320, 3)
     assert drawn[75, 175].any()
     assert not drawn[75, 145].any()
-    assert not drawn[:, 250:].any()  # where box and caption would be without their share of the reduction
+    assert not drawn[:, 250:].any()  # where box and caption would be if they were not resized
 
 
 def read_picture(uri: str) -> np.ndarray:
@@ -158,19 +158,21 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_a_ninth_variant_is_dashed(results: AblationResults) -> None:
-    many = replace(results, variants=tuple(replace(results.variants[0], name=str(place)) for place in range(9)))
+    many = replace(results, variants=tuple(replace(results.variants[0], name=str(index)) for index in range(9)))
     assert variant_style(many, "0") == 'stroke="#0072b2" stroke-dasharray="none"'
     assert variant_style(many, "8") == 'stroke="#0072b2" stroke-dasharray="6 3"'
 
 
 def test_a_report_without_comparisons_is_written(ablation: Plan, tmp_path: Path) -> None:
-    alone = replace(ablation, out=tmp_path, runs=tuple(run for run in ablation.runs if run.variant == "align"))
-    write_report(alone, analyse(alone))
+    without_baseline = replace(
+        ablation, out=tmp_path, runs=tuple(run for run in ablation.runs if run.variant == "align")
+    )
+    write_report(without_baseline, analyse(without_baseline))
     text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts)
     assert "align" in text
     assert "Differences" not in text
     assert "minus those" not in text
-    assert "Mask figures" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Mask metrics" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 # report.md.
@@ -184,18 +186,18 @@ def test_the_markdown_has_sentences_and_tables(out: Path, results: AblationResul
     assert "coarse is compared with pool over the seeds that both have finished: 0, 2." in text
     tables = dict(re.findall(r"## (.*)\n\n((?:\|.*\n)+)", text))
     assert list(tables) == [
-        "Mask figures", "Box figures", "Mask figures minus those of pool", "Box figures minus those of pool",
-        "mask AP75 minus that of pool, seed by seed", "Beside the paper", "Cost",
+        "Mask metrics", "Box metrics", "Mask metrics minus those of pool", "Box metrics minus those of pool",
+        "mask AP75 minus that of pool, seed by seed", "Comparison with the paper", "Cost",
     ]  # fmt: skip
     for table in tables.values():
         assert len({line.count("|") for line in table.splitlines()}) == 1
-    mean, deviation = (100 * part["mask/AP"] for part in (results.variants[1].mean, results.variants[1].std))
-    assert f"| align | 2 | **{mean:.1f} ± {deviation:.1f}** |" in tables["Mask figures"]
+    mean, deviation = (100 * metrics["mask/AP"] for metrics in (results.variants[1].mean, results.variants[1].std))
+    assert f"| align | 2 | **{mean:.1f} ± {deviation:.1f}** |" in tables["Mask metrics"]
     assert "| pool (baseline) | 35 | 140 | 302 |" in tables["Cost"]
 
 
 def test_the_paper_stands_beside(results: AblationResults) -> None:
-    table = next(table for table in report_tables(results) if table.title == "Beside the paper")
+    table = next(table for table in report_tables(results) if table.title == "Comparison with the paper")
     change = 100 * results.variants[1].differences["mask/AP75"].interval.value
     row = next(row for row in table.rows if [cell.text for cell in row.cells[:2]] == ["align", "mask AP75"])
     assert [cell.text for cell in row.cells[3:]] == ["32.1", f"{change:+.1f}", "+10.5"]

@@ -29,16 +29,16 @@ def results(ablation: Plan) -> AblationResults:
 
 
 def variant(results: AblationResults, name: str) -> VariantResult:
-    return next(found for found in results.variants if found.name == name)
+    return next(variant for variant in results.variants if variant.name == name)
 
 
-# Figures.
+# Metrics.
 
 
 def test_figures_are_those_of_an_evaluation(ablation: Plan, results: AblationResults) -> None:
     truth = ablation.runs[0].config.data.build_validation().ground_truth()
-    for found in results.variants:
-        for result in found.runs:
+    for variant_result in results.variants:
+        for result in variant_result.runs:
             expected = evaluate(truth, read_results(results_file(result.run))).summary()
             assert len(result.figures) == 12
             for name, value in result.figures.items():
@@ -46,25 +46,25 @@ def test_figures_are_those_of_an_evaluation(ablation: Plan, results: AblationRes
 
 
 def test_mean_and_deviation_are_over_the_finished_seeds(results: AblationResults) -> None:
-    found = variant(results, "align")
-    assert [result.run.seed for result in found.runs] == [0, 1]
-    values = [result.figures["mask/AP"] for result in found.runs]
+    align = variant(results, "align")
+    assert [result.run.seed for result in align.runs] == [0, 1]
+    values = [result.figures["mask/AP"] for result in align.runs]
     assert values[0] != values[1]
-    assert found.mean["mask/AP"] == pytest.approx(statistics.fmean(values))
-    assert found.std["mask/AP"] == pytest.approx(statistics.stdev(values))
-    assert math.isnan(found.mean["mask/APl"])  # no object of 96 x 96 pixels in scenes of 64 x 64
+    assert align.mean["mask/AP"] == pytest.approx(statistics.fmean(values))
+    assert align.std["mask/AP"] == pytest.approx(statistics.stdev(values))
+    assert math.isnan(align.mean["mask/APl"])  # no object of 96 x 96 pixels in scenes of 64 x 64
 
 
 def test_unfinished_runs_are_named_and_left_out(results: AblationResults) -> None:
     assert set(results.unfinished) == {"align/seed_2", "coarse/seed_1"}
-    assert [len(found.runs) for found in results.variants] == [3, 2, 3, 2]
+    assert [len(of_variant.runs) for of_variant in results.variants] == [3, 2, 3, 2]
 
 
 def test_a_baseline_that_is_not_finished_leaves_figures_alone(ablation: Plan) -> None:
-    found = analyse(replace(ablation, runs=tuple(run for run in ablation.runs if run.variant != "pool")))
-    assert [one.name for one in found.variants] == ["align", "same", "coarse"]
-    assert not found.compared
-    assert not found.sentences
+    results = analyse(replace(ablation, runs=tuple(run for run in ablation.runs if run.variant != "pool")))
+    assert [of_variant.name for of_variant in results.variants] == ["align", "same", "coarse"]
+    assert not results.compared
+    assert not results.sentences
 
 
 def test_nothing_finished_is_an_error(ablation: Plan) -> None:
@@ -76,14 +76,14 @@ def test_nothing_finished_is_an_error(ablation: Plan) -> None:
 def test_runs_measured_on_different_annotations_are_not_compared(
     ablation: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matches that were stored before the annotation file changed."""
-    read = measurement.load_matches
+    """The matches of one run were stored before the annotation file changed."""
+    original = measurement.load_matches
 
     def stale(run: Run, part: str, truth: dict[str, Any]) -> Matches:
-        found = read(run, part, truth)
-        fewer = ("object_images", "object_categories", "object_areas")
-        changes = {name: getattr(found, name)[:-1] for name in fewer if run == ablation.runs[1]}
-        return replace(found, **changes)
+        matches = original(run, part, truth)
+        object_arrays = ("object_images", "object_categories", "object_areas")
+        changes = {name: getattr(matches, name)[:-1] for name in object_arrays if run == ablation.runs[1]}
+        return replace(matches, **changes)
 
     monkeypatch.setattr(measurement, "load_matches", stale)
     with pytest.raises(InputError, match="measured on different objects"):
@@ -94,11 +94,11 @@ def test_runs_measured_on_different_annotations_are_not_compared(
 
 
 def test_cost_is_read_from_the_records(results: AblationResults) -> None:
-    found = variant(results, "align")
-    assert found.runs[0].cost.training == 35.0  # the median of 20, 30, 40, 50
-    assert found.runs[0].cost.inference == 140.0  # of the last evaluation
-    assert found.runs[0].cost.memory == 200 * 2**20
-    assert found.cost.memory == 201 * 2**20  # the largest of the seeds
+    align = variant(results, "align")
+    assert align.runs[0].cost.training == 35.0  # the median of 20, 30, 40, 50
+    assert align.runs[0].cost.inference == 140.0  # the last evaluation
+    assert align.runs[0].cost.memory == 200 * 2**20
+    assert align.cost.memory == 201 * 2**20  # the maximum over the seeds
 
 
 def test_records_without_cost_give_nan(ablation: Plan) -> None:
@@ -109,10 +109,10 @@ def test_records_without_cost_give_nan(ablation: Plan) -> None:
 
 
 def test_curves_are_read_from_the_records(results: AblationResults) -> None:
-    found = variant(results, "pool").runs[1]
-    assert found.loss.iterations == (10, 20, 30, 40)
-    assert found.loss.values == pytest.approx((0.21, 0.11, 2 / 30 + 0.01, 0.06))
-    assert found.metric == Curve((20, 40), (pytest.approx(0.21), pytest.approx(0.41)))
+    run = variant(results, "pool").runs[1]
+    assert run.loss.iterations == (10, 20, 30, 40)
+    assert run.loss.values == pytest.approx((0.21, 0.11, 2 / 30 + 0.01, 0.06))
+    assert run.metric == Curve((20, 40), (pytest.approx(0.21), pytest.approx(0.41)))
 
 
 def test_a_curve_leaves_out_what_is_not_a_number() -> None:
@@ -141,9 +141,9 @@ def test_matches_are_made_once_and_anew_for_new_results(
     truth = run.config.data.build_validation().ground_truth()
     expected = load_matches(run, "mask", truth).figures()
     results, stored = results_file(run), run.directory.evaluation / "matches_mask.npz"
-    made = stored.stat().st_mtime_ns
+    modified = stored.stat().st_mtime_ns
     assert load_matches(run, "mask", truth).figures() == pytest.approx(expected, nan_ok=True)
-    assert stored.stat().st_mtime_ns == made
+    assert stored.stat().st_mtime_ns == modified
     stored.write_bytes(b"of older results")
     os.utime(stored, ns=(0, results.stat().st_mtime_ns - 1))
     assert load_matches(run, "mask", truth).figures() == pytest.approx(expected, nan_ok=True)
@@ -153,9 +153,9 @@ def test_matches_are_made_once_and_anew_for_new_results(
 
 
 def test_a_difference_is_the_mean_over_common_seeds(results: AblationResults) -> None:
-    base, found = variant(results, "pool"), variant(results, "align")
-    difference = found.differences["mask/AP"]
-    expected = {seed: found.runs[seed].figures["mask/AP"] - base.runs[seed].figures["mask/AP"] for seed in (0, 1)}
+    pool, align = variant(results, "pool"), variant(results, "align")
+    difference = align.differences["mask/AP"]
+    expected = {seed: align.runs[seed].figures["mask/AP"] - pool.runs[seed].figures["mask/AP"] for seed in (0, 1)}
     assert difference.by_seed == pytest.approx(expected)
     assert difference.interval.value == pytest.approx(statistics.fmean(expected.values()))
     assert difference.interval.low < difference.interval.value < difference.interval.high
@@ -163,19 +163,19 @@ def test_a_difference_is_the_mean_over_common_seeds(results: AblationResults) ->
 
 
 def test_the_interval_comes_from_paired_resamples(results: AblationResults) -> None:
-    """Where the same images are hard for both sides, the interval is narrower than one from separate resamples."""
-    base, found = variant(results, "pool"), variant(results, "same")
-    resampled = [[run.resampled["mask/AP"] for run in side.runs] for side in (found, base)]
+    """If the same images are hard for both variants, the interval is narrower than one from unpaired resamples."""
+    pool, same = variant(results, "pool"), variant(results, "same")
+    resampled = [[run.resampled["mask/AP"] for run in of_variant.runs] for of_variant in (same, pool)]
     paired = np.subtract(*resampled).mean(axis=0)
     low, high = np.quantile(paired, [0.025, 0.975])
-    interval = found.differences["mask/AP"].interval
+    interval = same.differences["mask/AP"].interval
     assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
-    separate = np.subtract(resampled[0], np.roll(resampled[1], 1, axis=1)).mean(axis=0)
-    assert interval.high - interval.low < 0.7 * np.ptp(np.quantile(separate, [0.025, 0.975]))
+    unpaired = np.subtract(resampled[0], np.roll(resampled[1], 1, axis=1)).mean(axis=0)
+    assert interval.high - interval.low < 0.7 * np.ptp(np.quantile(unpaired, [0.025, 0.975]))
 
 
 def test_each_variant_gets_its_verdict(results: AblationResults) -> None:
-    verdicts = {found.name: found.differences["mask/AP75"].interval.verdict for found in results.compared}
+    verdicts = {compared.name: compared.differences["mask/AP75"].interval.verdict for compared in results.compared}
     assert verdicts == {"align": "better", "same": "not told apart", "coarse": "worse"}
     better, same, worse = results.sentences
     interval = variant(results, "align").differences["mask/AP75"].interval

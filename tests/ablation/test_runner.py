@@ -1,4 +1,4 @@
-"""Real trainings of a few steps, each in a process of its own."""
+"""Trainings of a few steps, each in its own process."""
 
 from __future__ import annotations
 
@@ -73,18 +73,17 @@ def test_what_is_missing_is_trained_and_what_is_done_is_left_alone(tmp_path: Pat
     train_missing(plan, jobs=2)
     assert all(map(is_finished, plan.runs))
     for run in plan.runs:
-        folder = run.directory.root
-        assert (folder / "evaluation" / "results.json").exists()
+        assert (run.directory.evaluation / "results.json").exists()
         assert "threads: 1" in run.directory.environment.read_text() or (os.cpu_count() or 1) > 3
-    written = [run.directory.last.stat().st_mtime_ns for run in plan.runs]
+    modified = [run.directory.last.stat().st_mtime_ns for run in plan.runs]
     train_missing(plan)
-    assert [run.directory.last.stat().st_mtime_ns for run in plan.runs] == written
+    assert [run.directory.last.stat().st_mtime_ns for run in plan.runs] == modified
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     broken = plan.runs[0]
-    # A folder where the checkpoint should be: the run starts, and cannot save.
+    # A folder in place of the checkpoint file: the run starts, but cannot save.
     (broken.directory.checkpoints / "last.pt").mkdir(parents=True)
     with pytest.raises(RunsFailed, match=r"pool/seed_3 failed with status [12] \(.*console.txt\):\n"):
         train_missing(plan, jobs=2)
@@ -109,35 +108,35 @@ def test_the_tool_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert end.value.code == 0
     assert all(map(is_finished, plan.runs))
     assert {path.name for path in plan.out.iterdir()} == {"report.md", "report.html", "results.json", "tensorboard"}
-    numbers = json.loads((plan.out / "results.json").read_text())
+    report = json.loads((plan.out / "results.json").read_text())
     for name in ("pool", "align"):
         (run,) = plan.runs_of(name)
-        measured = json.loads((run.directory.evaluation / "metrics.json").read_text())
-        assert numbers["variants"][name]["mean"]["mask/AP"] == measured["mask/AP"]
-        assert numbers["variants"][name]["cost"]["memory"] > 2**20
+        metrics = json.loads((run.directory.evaluation / "metrics.json").read_text())
+        assert report["variants"][name]["mean"]["mask/AP"] == metrics["mask/AP"]
+        assert report["variants"][name]["cost"]["memory"] > 2**20
     assert "mask AP" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path: Path, end: signal.Signals) -> None:
-    """Also where it was killed: its workers notice, save and stop."""
+    """The workers of a killed ablation notice its end, save and stop."""
     plan = plan_of(tmp_path, steps=200)
     command = [sys.executable, "tools/ablate.py", str(tmp_path / "ablation.yaml"), "--out", str(plan.out), "--jobs=2"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     wait_for_steps(plan, 3)
     process.send_signal(end)
-    _, told = process.communicate()
+    _, stderr = process.communicate()
     if end is signal.SIGINT:
         assert process.returncode == 130
-        assert "every run is saved; the same command goes on" in told
+        assert "every run is saved; repeat the command to continue" in stderr
     for run in plan.runs:
         for _ in range(100):
             if run.directory.last.exists():
                 break
             time.sleep(0.1)
         assert 3 <= load_checkpoint(run.directory.last).iteration < 200
-    time.sleep(1)  # for a killed one's workers to leave
+    time.sleep(1)  # until the workers of a killed ablation have exited
     train_missing(plan, jobs=2)
     assert all(map(is_finished, plan.runs))
     undisturbed = load_plan(tmp_path / "ablation.yaml", tmp_path / "undisturbed" / "out")
@@ -149,8 +148,8 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path: Path, end: s
 
 def test_every_variant_is_checked_before_the_first_step(tmp_path: Path) -> None:
     plan_of(tmp_path)
-    wrong = ABLATION.replace('["model.roi={kind: roi_align}"]', "[model.backbone.weights=missing.pth]")
-    (tmp_path / "ablation.yaml").write_text(wrong)
+    invalid = ABLATION.replace('["model.roi={kind: roi_align}"]', "[model.backbone.weights=missing.pth]")
+    (tmp_path / "ablation.yaml").write_text(invalid)
     plan = load_plan(tmp_path / "ablation.yaml", tmp_path / "out")
     with pytest.raises(InputError, match=r"variant align: .*missing\.pth"):
         check_runs(plan)

@@ -17,21 +17,22 @@ from maskrcnn.data.coco import CocoConfig, CocoDataset
 from maskrcnn.errors import InputError
 from maskrcnn.structures import MaskCrop
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools, under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools under numpy 2
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [4.0, 5.0, 8.0, 5.0, 8.0, 9.0, 4.0, 9.0]
 
 
-def annotation(key: int, **changes: Any) -> dict[str, Any]:
-    entry = {"id": key, "image_id": 1, "category_id": 1, "bbox": [4, 5, 4, 4], "segmentation": [SQUARE]}
+def annotation(annotation_id: int, **changes: Any) -> dict[str, Any]:
+    entry = {"id": annotation_id, "image_id": 1, "category_id": 1, "bbox": [4, 5, 4, 4], "segmentation": [SQUARE]}
     return {**entry, **changes}
 
 
 def coco(annotations: list[dict[str, Any]], images: int = 1) -> dict[str, Any]:
     return {
         "images": [
-            {"id": key, "file_name": f"{key}.png", "height": HEIGHT, "width": WIDTH} for key in range(1, images + 1)
+            {"id": image_id, "file_name": f"{image_id}.png", "height": HEIGHT, "width": WIDTH}
+            for image_id in range(1, images + 1)
         ],
         "annotations": annotations,
         "categories": [{"id": 1, "name": "leaf"}],
@@ -69,7 +70,7 @@ def paste(crop: MaskCrop, height: int, width: int) -> np.ndarray:
     return full
 
 
-# What is read.
+# Valid files.
 
 
 def test_one_square(open_dataset: Open) -> None:
@@ -85,20 +86,20 @@ def test_one_square(open_dataset: Open) -> None:
 
 @pytest.mark.parametrize("ids", [(0, 1, 2), (1, 2, 3), (7, 90, 1000), (9, 2, 5)], ids=str)
 def test_category_ids_may_be_any(open_dataset: Open, ids: tuple[int, int, int]) -> None:
-    data = coco([annotation(key, category_id=key) for key in ids])
-    data["categories"] = [{"id": key, "name": f"class {key}"} for key in ids]
+    data = coco([annotation(category_id, category_id=category_id) for category_id in ids])
+    data["categories"] = [{"id": category_id, "name": f"class {category_id}"} for category_id in ids]
     dataset = open_dataset(data)
     assert dataset.classes.category_ids == tuple(sorted(ids))
-    for label, key in zip(dataset[0].labels.tolist(), ids, strict=True):
-        assert dataset.classes.category_ids[label - 1] == key
-        assert dataset.classes.names[label - 1] == f"class {key}"
+    for label, category_id in zip(dataset[0].labels.tolist(), ids, strict=True):
+        assert dataset.classes.category_ids[label - 1] == category_id
+        assert dataset.classes.names[label - 1] == f"class {category_id}"
 
 
 def test_all_kinds_of_masks_in_one_file(open_dataset: Open) -> None:
-    drawn = np.zeros((HEIGHT, WIDTH), np.uint8)
-    drawn[3:9, 10:12] = drawn[15:, 29:] = 1
-    packed = cocoapi.encode(np.asfortranarray(drawn))
-    flat = drawn.T.reshape(-1)
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[3:9, 10:12] = expected[15:, 29:] = 1
+    compressed = cocoapi.encode(np.asfortranarray(expected))
+    flat = expected.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat, prepend=0))
     counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
     second = [20, 1, 28, 1, 24, 8]
@@ -106,23 +107,23 @@ def test_all_kinds_of_masks_in_one_file(open_dataset: Open) -> None:
         [SQUARE],
         [SQUARE, second],
         {"size": [HEIGHT, WIDTH], "counts": counts},
-        {"size": [HEIGHT, WIDTH], "counts": packed["counts"].decode()},
+        {"size": [HEIGHT, WIDTH], "counts": compressed["counts"].decode()},
     ]
-    data = coco([annotation(key, segmentation=mask) for key, mask in enumerate(segmentations)])
+    data = coco([annotation(i, segmentation=mask) for i, mask in enumerate(segmentations)])
     masks = [paste(mask, HEIGHT, WIDTH) for mask in open_dataset(data)[0].masks]
     assert masks[0].sum() == 16
     assert masks[1].sum() > 16
-    assert np.array_equal(masks[2], drawn)
-    assert np.array_equal(masks[3], drawn)
+    assert np.array_equal(masks[2], expected)
+    assert np.array_equal(masks[3], expected)
 
 
 def test_crowds_are_dropped_or_kept_as_regions_to_ignore(open_dataset: Open) -> None:
     crowd = annotation(2, iscrowd=1, segmentation={"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]})
     data = coco([annotation(1), crowd])
     assert open_dataset(data)[0].labels.tolist() == [1]
-    kept = open_dataset(data, crowd="ignore")[0]
-    assert kept.labels.tolist() == [1, -1]
-    assert [mask.pixels.size for mask in kept.masks] == [16, 0]
+    example = open_dataset(data, crowd="ignore")[0]
+    assert example.labels.tolist() == [1, -1]
+    assert [mask.pixels.size for mask in example.masks] == [16, 0]
 
 
 @pytest.mark.parametrize("crowd", ["drop", "ignore"])
@@ -183,14 +184,14 @@ def test_ground_truth_is_the_file_less_the_images_not_in_use(open_dataset: Open)
     assert truth["annotations"] == [{**data["annotations"][0], "iscrowd": 0, "area": 16.0}]
 
 
-# What is refused.
+# Invalid files.
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "odd count"),
-        ({"segmentation": {"size": [5, 5], "counts": [25]}}, r"is for \[5, 5\], its image is \[20, 30\]"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "odd number of coordinates"),
+        ({"segmentation": {"size": [5, 5], "counts": [25]}}, r"has size \[5, 5\], but its image has size \[20, 30\]"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "12"}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "o"}}, "cut off"),
@@ -213,7 +214,7 @@ def test_an_annotation_without_a_mask_is_refused(open_dataset: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "left"),
+    ("changes", "num_objects"),
     [
         ({"bbox": [4, 5, 0, 4]}, 1),
         ({"bbox": [4, 5, 4, -4]}, 1),
@@ -223,17 +224,17 @@ def test_an_annotation_without_a_mask_is_refused(open_dataset: Open) -> None:
         ({"segmentation": [[1, 2, 3, 4]]}, 1),
         ({"segmentation": [SQUARE, [1, 2, 3, 4]]}, 2),
     ],
-    ids=["no width", "negative", "outside", "no width in float32", "no polygon", "two points", "one part of two"],
+    ids=["no width", "negative", "outside", "no width in float32", "no polygon", "two points", "one polygon of two"],
 )
 def test_degenerate_objects_are_refused_or_dropped_with_a_warning(
-    open_dataset: Open, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], left: int
+    open_dataset: Open, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], num_objects: int
 ) -> None:
     data = coco([annotation(1), annotation(66, **changes)])
     with pytest.raises(InputError, match=r"annotation 66 \(image 1\)[\s\S]*`degenerate: drop`"):
         open_dataset(data)
     with caplog.at_level(logging.WARNING):
         dataset = open_dataset(data, degenerate="drop")
-    assert len(dataset[0].labels) == len(dataset[0].masks) == left
+    assert len(dataset[0].labels) == len(dataset[0].masks) == num_objects
     assert "annotation 66" in caplog.text
 
 
@@ -241,7 +242,7 @@ def test_degenerate_objects_are_refused_or_dropped_with_a_warning(
 def test_file_names_must_stay_in_the_folder(open_dataset: Open, name: str) -> None:
     data = coco([])
     data["images"][0]["file_name"] = name
-    with pytest.raises(InputError, match=r"image 1: its file_name .* leads out"):
+    with pytest.raises(InputError, match=r"image 1: its file_name .* points outside"):
         open_dataset(data)
 
 
@@ -270,7 +271,7 @@ def test_an_image_of_another_size_is_refused_when_it_is_read(open_dataset: Open,
         dataset[0]
 
 
-# Real COCO.
+# The COCO subset.
 
 
 @pytest.mark.parametrize(("split", "images", "objects"), [("train2017", 343, 2974), ("val2017", 206, 1786)])
@@ -280,19 +281,19 @@ def test_the_real_subset(shared_data: Path, split: str, images: int, objects: in
     assert len(dataset) == images
     assert len(dataset.classes) == 80
     reference = COCO(file)
-    found = 0
+    num_objects = 0
     for i in range(len(dataset)):
         example = dataset[i]
         assert tuple(example.pixels.shape[1:]) == tuple(dataset.image_sizes()[i])
         entries = reference.imgToAnns[example.image_id]
         for entry, mask, label in zip(entries, example.masks, example.labels.tolist(), strict=True):
-            found += 1
+            num_objects += 1
             assert (label == -1) == bool(entry["iscrowd"])
-            if label > 0 and i % 3 == 0:  # pycocotools' full-size masks take long
+            if label > 0 and i % 3 == 0:  # full-size masks of pycocotools are slow
                 assert dataset.classes.category_ids[label - 1] == entry["category_id"]
                 expected = reference.annToMask(entry)
                 assert np.array_equal(paste(mask, *expected.shape), expected)
-    assert found == objects
+    assert num_objects == objects
 
 
 def test_ground_truth_of_the_real_subset_is_the_file_itself(shared_data: Path) -> None:

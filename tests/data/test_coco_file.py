@@ -10,14 +10,14 @@ import pytest
 from maskrcnn.data.coco_file import complete_for_evaluation, read_coco_json
 from maskrcnn.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools, under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools under numpy 2
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [4.0, 5.0, 8.0, 5.0, 8.0, 9.0, 4.0, 9.0]
 
 
-def annotation(key: int, **changes: Any) -> dict[str, Any]:
-    entry = {"id": key, "image_id": 1, "category_id": 1, "bbox": [4, 5, 4, 4], "segmentation": [SQUARE]}
+def annotation(annotation_id: int, **changes: Any) -> dict[str, Any]:
+    entry = {"id": annotation_id, "image_id": 1, "category_id": 1, "bbox": [4, 5, 4, 4], "segmentation": [SQUARE]}
     return {**entry, **changes}
 
 
@@ -76,9 +76,9 @@ def test_what_is_not_coco_is_refused(write: Write, data: Any, message: str) -> N
 
 
 def test_all_problems_are_counted_and_ten_are_shown(write: Write) -> None:
-    with pytest.raises(InputError) as caught:
-        read_coco_json(write(coco([annotation(key, image_id=-1) for key in range(25)])))
-    lines = str(caught.value).splitlines()
+    with pytest.raises(InputError) as error:
+        read_coco_json(write(coco([annotation(i, image_id=-1) for i in range(25)])))
+    lines = str(error.value).splitlines()
     assert lines[0].endswith("objects.json: 25 problems:")
     assert len(lines) == 12
     assert lines[-1] == "  and 15 more"

@@ -30,7 +30,7 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # the viewer must rotate the image by 90 degrees clockwise
     Image.fromarray(RAMP).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png")[0].numpy(), np.rot90(RAMP, -1))
 

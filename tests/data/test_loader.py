@@ -17,10 +17,10 @@ TRANSFORM = TransformsConfig(short_side=(24, 40), long_side=60, flip=0.5).build(
 UNCHANGED = TransformsConfig(short_side=(32,), long_side=64, flip=0.0).build()
 
 
-def example(key: int, height: int, width: int, objects: int) -> Example:
+def example(image_id: int, height: int, width: int, objects: int) -> Example:
     return Example(
-        image_id=key,
-        pixels=torch.full((3, height, width), key, dtype=torch.uint8),
+        image_id=image_id,
+        pixels=torch.full((3, height, width), image_id, dtype=torch.uint8),
         boxes=torch.tensor([[0.0, 0.0, 2.0, 3.0]] * objects).reshape(-1, 4),
         labels=torch.ones(objects, dtype=torch.int64),
         masks=(MaskCrop(0, 0, np.ones((3, 2), np.uint8)),) * objects,
@@ -28,25 +28,25 @@ def example(key: int, height: int, width: int, objects: int) -> Example:
 
 
 class BrokenError(Exception):
-    """Says that two things are needed to build it, as some exceptions do."""
+    """An exception with two constructor arguments, which a DataLoader cannot rebuild from a message."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(one, two)
 
 
 class Small:
-    """Images of value id = 10 + index; every third is portrait; image `i` has `i % 3` objects."""
+    """Images with id and pixel value 10 + index; every third is portrait; image `i` has `i % 3` objects."""
 
     classes = ClassTable(("thing",), (1,))
 
-    def __init__(self, length: int, wrong: int | None = None) -> None:
-        self.length, self.wrong = length, wrong
+    def __init__(self, length: int, broken: int | None = None) -> None:
+        self.length, self.broken = length, broken
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Example:
-        if index == self.wrong:
+        if index == self.broken:
             try:
                 raise BrokenError("a", "b")
             except BrokenError as error:
@@ -82,7 +82,7 @@ def assert_same(one: Batch, other: Batch) -> None:
     assert torch.equal(one.targets.masks.sums, other.targets.masks.sums)
 
 
-# The order.
+# The batch sampler.
 
 
 def test_an_epoch_shows_each_image_once() -> None:
@@ -95,16 +95,16 @@ def test_the_remainder_of_an_epoch_changes() -> None:
     batches = draws(10, 3 * 50, batch_size=3, seed=0)
     epochs = [images(batches[i : i + 3]) for i in range(0, 150, 3)]
     left_out = [set(range(10)) - set(epoch) for epoch in epochs]
-    assert all(len(rest) == 1 for rest in left_out)
+    assert all(len(skipped) == 1 for skipped in left_out)
     assert set.union(*left_out) == set(range(10))
 
 
 def test_a_batch_holds_one_orientation_except_for_what_is_left() -> None:
-    batches = draws(28, 7, batch_size=4, seed=3)  # 10 portrait, 18 landscape: 2 + 4 pure batches, 2 + 2 left
+    batches = draws(28, 7, batch_size=4, seed=3)  # 10 portrait, 18 landscape: 2 + 4 full batches, 2 + 2 images remain
     kinds = [{draw.image % 3 == 0 for draw in batch} for batch in batches]
     assert kinds.count({True}) == 2
     assert kinds.count({False}) == 4
-    assert kinds != [*[{False}] * 4, *[{True}] * 2, {False, True}]  # the kinds are shuffled
+    assert kinds != [*[{False}] * 4, *[{True}] * 2, {False, True}]  # the batches are shuffled
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -130,8 +130,8 @@ def test_an_images_seed_depends_on_the_epoch_and_not_on_the_batch() -> None:
 
 def test_processes_share_a_batch_equally() -> None:
     whole = draws(20, 8, batch_size=4, seed=0)
-    pieces = [draws(20, 8, batch_size=4, seed=0, rank=rank, world=2) for rank in range(2)]
-    assert [a + b for a, b in zip(*pieces, strict=True)] == whole
+    shares = [draws(20, 8, batch_size=4, seed=0, rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole
     with pytest.raises(InputError, match="4 images cannot be shared equally by 3"):
         draws(20, 1, batch_size=4, seed=0, world=3)
 
@@ -139,14 +139,14 @@ def test_processes_share_a_batch_equally() -> None:
 def test_a_dataset_smaller_than_the_batch_is_repeated() -> None:
     counts = np.zeros(3, int)
     for batch in draws(3, 200, batch_size=4, seed=0):
-        seen = np.bincount(images([batch]), minlength=3)
-        assert sorted(seen) in ([0, 2, 2], [1, 1, 2])
+        batch_counts = np.bincount(images([batch]), minlength=3)
+        assert sorted(batch_counts) in ([0, 2, 2], [1, 1, 2])
         assert len({draw.seed for draw in batch}) == 4
-        counts += seen
+        counts += batch_counts
     assert counts.min() > 0.8 * counts.max()
 
 
-# The batch.
+# The collate function.
 
 
 def test_collate_by_hand() -> None:
@@ -185,20 +185,20 @@ def test_original_sizes_survive_resizing() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers: int) -> None:
     options: dict[str, Any] = {"batch_size": 3, "seed": 0, "size_divisor": 8}
-    alone = list(islice(training_loader(Small(10), TRANSFORM, workers=0, **options), 7))
-    helped = training_loader(Small(10), TRANSFORM, workers=workers, start=2, **options)
-    for (one,), (other,) in zip(alone[2:], islice(helped, 5), strict=True):
+    without_workers = list(islice(training_loader(Small(10), TRANSFORM, workers=0, **options), 7))
+    with_workers = training_loader(Small(10), TRANSFORM, workers=workers, start=2, **options)
+    for (one,), (other,) in zip(without_workers[2:], islice(with_workers, 5), strict=True):
         assert_same(one, other)
 
 
-def test_the_parts_of_a_batch_are_the_batch() -> None:
+def test_micro_batches_make_up_the_batch() -> None:
     options: dict[str, Any] = {"batch_size": 6, "seed": 0, "size_divisor": 8, "workers": 0}
-    wholes = training_loader(Small(10), TRANSFORM, **options)
-    halves = training_loader(Small(10), TRANSFORM, grad_accum_steps=2, start=1, **options)
-    (whole,), parts = list(islice(wholes, 2))[1], next(iter(halves))
-    assert [len(part.images) for part in parts] == [3, 3]
-    assert sum((part.image_ids for part in parts), ()) == whole.image_ids
-    assert torch.equal(torch.cat([part.images.seeds for part in parts]), whole.images.seeds)
+    full_loader = training_loader(Small(10), TRANSFORM, **options)
+    accumulating_loader = training_loader(Small(10), TRANSFORM, grad_accum_steps=2, start=1, **options)
+    (full_batch,), micro_batches = list(islice(full_loader, 2))[1], next(iter(accumulating_loader))
+    assert [len(batch.images) for batch in micro_batches] == [3, 3]
+    assert sum((batch.image_ids for batch in micro_batches), ()) == full_batch.image_ids
+    assert torch.equal(torch.cat([batch.images.seeds for batch in micro_batches]), full_batch.images.seeds)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
@@ -222,11 +222,11 @@ def test_evaluation_shows_every_image_once_and_again(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_wrong_with_an_image_reaches_the_user_in_the_datasets_words(workers: int) -> None:
-    loader = evaluation_loader(Small(4, wrong=2), UNCHANGED, batch_size=2, workers=workers, size_divisor=8)
-    with pytest.raises(InputError) as caught:
+def test_the_input_error_of_a_dataset_is_raised_unchanged(workers: int) -> None:
+    loader = evaluation_loader(Small(4, broken=2), UNCHANGED, batch_size=2, workers=workers, size_divisor=8)
+    with pytest.raises(InputError) as error:
         list(loader)
-    assert str(caught.value) == "pictures/7.jpg: is broken"
+    assert str(error.value) == "pictures/7.jpg: is broken"
 
 
 def test_a_low_limit_on_open_files_is_raised() -> None:

@@ -7,7 +7,7 @@ from pycocotools import mask as cocoapi
 from maskrcnn.data.rle import counts_from_string, crop_from_counts, crop_from_polygons
 from maskrcnn.structures import MaskCrop
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools, under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools under numpy 2
 
 
 def paste(crop: MaskCrop, height: int, width: int) -> np.ndarray:
@@ -18,7 +18,7 @@ def paste(crop: MaskCrop, height: int, width: int) -> np.ndarray:
 
 
 def test_run_lengths_by_hand() -> None:
-    # 3 rows, 4 columns; column by column: 000 011 011 000, so four zeros, two ones, one zero, two ones, three zeros.
+    # 3 rows, 4 columns, in column-major order: 000 011 011 000.
     crop = crop_from_counts(np.array([4, 2, 1, 2, 3]), height=3)
     assert (crop.x, crop.y) == (1, 1)
     assert crop.pixels.tolist() == [[1, 1], [1, 1]]
@@ -27,7 +27,7 @@ def test_run_lengths_by_hand() -> None:
 @pytest.mark.parametrize(
     ("counts", "box"),
     [([12], None), ([0, 12], (0, 0, 4, 3)), ([0, 0, 12], None), ([11, 1], (3, 2, 1, 1)), ([2, 2, 8], (0, 0, 2, 3))],
-    ids=["nothing", "everything", "a run of no length", "last pixel", "across a column's end"],
+    ids=["empty", "full", "zero-length run", "last pixel", "run over two columns"],
 )
 def test_edges_of_the_image(counts: list[int], box: tuple[int, int, int, int] | None) -> None:
     crop = crop_from_counts(np.array(counts), height=3)
@@ -57,14 +57,14 @@ def test_a_string_that_is_cut_off_is_refused(code: bytes) -> None:
 def test_polygons_equal_pycocotools_wherever_they_lie(offset: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
-        # Tenths, because pycocotools works in fifths: half of such points lie on the edge of its rounding.
-        parts = [
+        # Coordinates in tenths, because pycocotools rounds to fifths: half of the points are rounding ties.
+        polygons = [
             (rng.integers(0, 600, (int(rng.integers(3, 9)), 2)) / 10 + offset).reshape(-1)
             for _ in range(int(rng.integers(1, 4)))
         ]
-        codes = cocoapi.frPyObjects([part.tolist() for part in parts], 480, 640)
+        codes = cocoapi.frPyObjects([polygon.tolist() for polygon in polygons], 480, 640)
         expected = cocoapi.decode(cocoapi.merge(codes))
-        assert np.array_equal(paste(crop_from_polygons(parts, 480, 640), 480, 640), expected)
+        assert np.array_equal(paste(crop_from_polygons(polygons, 480, 640), 480, 640), expected)
 
 
 def test_a_polygon_below_the_size_of_a_pixel_has_no_mask() -> None:

@@ -21,7 +21,7 @@ def scenes(**options: object) -> ShapesDataset:
 
 
 def full_masks(example: Example) -> np.ndarray:
-    """(G, H, W) bool."""
+    """Return the full-size masks, (G, H, W) bool."""
     planes = np.zeros((len(example.masks), *example.pixels.shape[1:]), dtype=bool)
     for plane, mask in zip(planes, example.masks, strict=True):
         height, width = mask.pixels.shape
@@ -55,7 +55,7 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert not torch.equal(dataset[0].pixels, scenes(seed=1)[0].pixels)
 
 
-def test_an_example_keeps_the_contract():
+def test_an_example_has_the_documented_types_and_shapes():
     dataset = scenes(height=96, width=160)
     example = dataset[4]
     assert example.image_id == dataset.image_id(4) == 5
@@ -124,7 +124,7 @@ def test_depths_by_hand():
     assert depth_at("triangle", 0, 0) == pytest.approx(20 / math.sqrt(5))
     assert depth_at("cross", 15, 0) > 4
     assert depth_at("cross", 15, 15) < -5
-    assert depth_at("star", -19, 0) < -5  # between two of its points
+    assert depth_at("star", -19, 0) < -5  # between two points of the star
     assert depth_at("star", -20 * math.cos(math.pi / 5), 20 * math.sin(math.pi / 5)) == pytest.approx(0, abs=1e-9)
     assert depth_at("crescent", -15, 0) > 3
     assert depth_at("crescent", 10, 0) < -5
@@ -144,11 +144,11 @@ def test_a_turned_rectangle_covers_its_area_at_its_place():
     assert len(rows) == pytest.approx(60 * 36, rel=0.01)
     assert (columns + window.columns.start + 0.5).mean() == pytest.approx(60.3, abs=0.1)
     assert (rows + window.rows.start + 0.5).mean() == pytest.approx(50.8, abs=0.1)
-    # The longer axis points to (0.6, 0.8): down to the right.
+    # The longer axis has the direction (0.6, 0.8), down and right.
     assert np.corrcoef(rows, columns)[0, 1] > 0.2
 
 
-def test_edges_are_soft_so_that_pictures_tell_parts_of_pixels():
+def test_edges_are_antialiased():
     canvas = np.zeros((3, 8, 8), dtype=np.float32)
     window = shapes._window(SHAPES["rectangle"], (4.0, 4.0), (1.0, 0.0), (2.25, 2.0), (8, 8))
     white = np.ones_like(window.depth, dtype=np.float32)
@@ -163,10 +163,10 @@ def test_sizes_lie_in_their_range_and_small_ones_are_frequent():
     extents = []
     for index in range(200):
         _, window = dataset._draw_object(dataset._generator(index))
-        extents.append(math.sqrt((window.depth >= 0).sum() * 4 / math.pi))  # of a round disc of the same area
+        extents.append(math.sqrt((window.depth >= 0).sum() * 4 / math.pi))  # diameter of a disc of the same area
     assert 40 < max(extents) <= 0.7 * 128 + 1
     assert 12 > min(extents) >= 0.1 * 128 * math.sqrt(0.5) - 1
-    assert 22 < np.median(extents) < 34  # the longer axis has median sqrt(0.1 * 0.7) * 128 = 34, the shorter less
+    assert 22 < np.median(extents) < 34  # the median of the longer axis is sqrt(0.1 * 0.7) * 128 = 34
 
 
 def test_ground_truth_holds_the_same_masks_as_the_examples():
@@ -216,9 +216,9 @@ def test_directions_and_sizes_are_drawn_evenly():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objects": (3, 2)}, "fewest <= most"),
-        ({"sizes": (0.0, 0.5)}, "0 < smallest"),
-        ({"sizes": (0.2, 1.5)}, "largest <= 1"),
+        ({"objects": (3, 2)}, "0 <= minimum <= maximum"),
+        ({"sizes": (0.0, 0.5)}, "0 < minimum"),
+        ({"sizes": (0.2, 1.5)}, "maximum <= 1"),
         ({"classes": ("disc", "disc")}, "only once"),
         ({"classes": ("hexagon",)}, "'star'"),
     ],

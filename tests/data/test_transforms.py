@@ -18,7 +18,7 @@ from maskrcnn.structures import Example, MaskCrop
 
 
 def example_with(*boxes: tuple[int, int, int, int], height: int = 12, width: int = 17) -> Example:
-    """Return an image of noise with objects that fill their boxes (x1, y1, x2, y2) in part, but touch all sides."""
+    """Return a noise image with random masks that touch all sides of their boxes (x1, y1, x2, y2)."""
     rng = np.random.default_rng(0)
     masks = []
     for x1, y1, x2, y2 in boxes:
@@ -96,16 +96,16 @@ def test_the_size_by_hand() -> None:
 
 
 def test_floor_and_no_antialias_is_what_torchvision_does() -> None:
-    theirs = GeneralizedRCNNTransform(60, 100, [0.0] * 3, [1.0] * 3)
-    ours = Resize((60,), 100, rounding="floor", antialias=False)
+    reference = GeneralizedRCNNTransform(60, 100, [0.0] * 3, [1.0] * 3)
+    transform = Resize((60,), 100, rounding="floor", antialias=False)
     rng = np.random.default_rng(0)
     for height, width in rng.integers(20, 200, (40, 2)).tolist():
         example = example_with((1, 2, 9, 8), height=height, width=width)
-        image, targets = theirs.resize(example.pixels.float(), {"boxes": example.boxes})
-        resized = ours(example, rng)
+        image, targets = reference.resize(example.pixels.float(), {"boxes": example.boxes})
+        resized = transform(example, rng)
         assert resized.pixels.shape == image.shape
         torch.testing.assert_close(resized.boxes, targets["boxes"])
-        assert (resized.pixels - image).abs().max() < 1.01  # uint8 rounds
+        assert (resized.pixels - image).abs().max() < 1.01  # uint8 rounding
 
 
 def test_images_without_objects_pass() -> None:
@@ -134,7 +134,7 @@ def test_the_generator_alone_decides() -> None:
     assert_same(one, other)
 
 
-@pytest.mark.parametrize("wrong", [{"short_side": ()}, {"short_side": (0,)}, {"flip": 1.5}, {"rounding": "up"}])
-def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        TransformsConfig(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize("settings", [{"short_side": ()}, {"short_side": (0,)}, {"flip": 1.5}, {"rounding": "up"}])
+def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        TransformsConfig(**settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Known figures, the two backends against each other, and input that is empty, unusual or wrong."""
+"""Known metrics, agreement of the two backends, and empty, unusual and invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskrcnn.evaluation.results import read_results
 
 BACKENDS = ["faster", "pycocotools"]
 
-# The figures that the fixture's README gives: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100
+# The metrics from the README of the fixture: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100
 SEGM = [0.319545, 0.562288, 0.298927, 0.387374, 0.310183, 0.326934, 0.268230, 0.415449, 0.416839]
 BBOX = [0.504581, 0.696973, 0.572982, 0.585626, 0.519400, 0.501398, 0.386813, 0.593680, 0.595353]
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -65,22 +65,22 @@ def truth(annotations: list[dict[str, Any]], images: int = 1) -> dict[str, Any]:
 
 
 def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Five images with objects of two classes and of all sizes, crowds among them, and jittered results."""
-    generator = np.random.default_rng(seed)
+    """Return five images with objects of two classes and all sizes, including crowds, and jittered results."""
+    rng = np.random.default_rng(seed)
     annotations, results = [], []
     for number in range(40):
-        x, y = (int(v) for v in generator.integers(0, 60, 2))
-        box = (x, y, *(int(v) for v in generator.integers(2, 120, 2).clip(max=(127 - x, 127 - y))))
-        keys = {"image_id": int(generator.integers(1, 6)), "category_id": int(generator.choice([1, 7]))}
-        crowd = int(generator.random() < 0.15)
+        x, y = (int(v) for v in rng.integers(0, 60, 2))
+        box = (x, y, *(int(v) for v in rng.integers(2, 120, 2).clip(max=(127 - x, 127 - y))))
+        keys = {"image_id": int(rng.integers(1, 6)), "category_id": int(rng.choice([1, 7]))}
+        crowd = int(rng.random() < 0.15)
         annotations.append(annotation(number + 1, box, iscrowd=crowd, **keys))
         for _ in range(3):
-            shifted = (np.array(box) + generator.integers(-4, 5, 4)).clip(min=(0, 0, 1, 1))
-            results.append(result(tuple(shifted.tolist()), round(float(generator.random()), 2), **keys))
+            shifted = (np.array(box) + rng.integers(-4, 5, 4)).clip(min=(0, 0, 1, 1))
+            results.append(result(tuple(shifted.tolist()), round(float(rng.random()), 2), **keys))
     return truth(annotations, images=6), results
 
 
-# --- Known figures -------------------------------------------------------------------------------------------------
+# --- Known metrics -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +121,7 @@ def test_both_backends_agree(seed: int) -> None:
 
 
 def test_ap_by_hand() -> None:
-    # One of two objects is found, so recall ends at 0.5: 51 of the 101 recall levels have precision 1.
+    # One of two objects is detected, so the maximum recall is 0.5: 51 of the 101 recall levels have precision 1.
     ground_truth = truth([annotation(1, (10, 10, 40, 40)), annotation(2, (70, 70, 40, 40))])
     evaluation = evaluate(ground_truth, [result((10, 10, 40, 40))])
     assert evaluation.mask is not None
@@ -136,7 +136,7 @@ def test_ap_by_hand() -> None:
 
 
 def test_a_shifted_mask_passes_the_lower_thresholds() -> None:
-    # IoU of the shifted mask is 32 / 48: it passes 0.50, 0.55, 0.60 and 0.65, so AP is 4 / 10.
+    # The IoU of the shifted mask is 32 / 48. It reaches the thresholds 0.50, 0.55, 0.60 and 0.65, so AP is 4 / 10.
     ground_truth = truth([annotation(1, (10, 10, 40, 40))])
     evaluation = evaluate(ground_truth, [result((18, 10, 40, 40))])
     assert evaluation.summary()["mask/AP"] == pytest.approx(0.4)
@@ -144,15 +144,15 @@ def test_a_shifted_mask_passes_the_lower_thresholds() -> None:
     assert evaluation.summary()["mask/AP75"] == pytest.approx(0)
 
 
-def test_a_detection_in_a_crowd_is_neither_right_nor_wrong() -> None:
+def test_a_detection_in_a_crowd_is_ignored() -> None:
     crowd = annotation(2, (60, 60, 60, 60), iscrowd=1)
     ground_truth = truth([annotation(1, (10, 10, 40, 40)), crowd])
-    found = [result((65, 65, 20, 20), 0.95), result((10, 10, 40, 40), 0.5)]
-    assert evaluate(ground_truth, found).summary()["mask/AP"] == pytest.approx(1)
+    detections = [result((65, 65, 20, 20), 0.95), result((10, 10, 40, 40), 0.5)]
+    assert evaluate(ground_truth, detections).summary()["mask/AP"] == pytest.approx(1)
 
 
 def test_mask_sizes_go_by_the_area_of_the_mask() -> None:
-    # The box has 40 x 40 pixels (medium), the wrong mask in it 8 x 8 (small): it does not count among the medium.
+    # The wrong detection has a box of 40 x 40 pixels (medium) and a mask of 8 x 8 (small): it does not affect mask/APm.
     ground_truth = truth([annotation(1, (10, 10, 40, 40))])
     wrong = result((70, 70, 40, 40), 0.95, segmentation=rectangle(70, 70, 8, 8))
     figures = evaluate(ground_truth, [wrong, result((10, 10, 40, 40), 0.5)]).summary()
@@ -162,12 +162,12 @@ def test_mask_sizes_go_by_the_area_of_the_mask() -> None:
 
 def test_limits_on_detections() -> None:
     ground_truth = truth([annotation(1, (10, 10, 40, 40)), annotation(2, (70, 70, 40, 40))])
-    found = [result((10, 10, 40, 40), 0.9), result((70, 70, 40, 40), 0.8)]
-    evaluation = evaluate(ground_truth, found, max_detections=(1, 300))
+    detections = [result((10, 10, 40, 40), 0.9), result((70, 70, 40, 40), 0.8)]
+    evaluation = evaluate(ground_truth, detections, max_detections=(1, 300))
     assert evaluation.mask is not None
     assert evaluation.mask.ar == {1: 0.5, 300: 1.0}
     assert evaluation.mask.ap == pytest.approx(1)
-    first = evaluate(ground_truth, found, max_detections=(1,)).summary()
+    first = evaluate(ground_truth, detections, max_detections=(1,)).summary()
     assert first["mask/AP"] == pytest.approx(51 / 101)
 
 
@@ -193,8 +193,8 @@ def test_no_objects(backend: str, results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_annotation_ids_from_zero_count(backend: str) -> None:
     ground_truth = truth([annotation(0, (10, 10, 40, 40)), annotation(1, (70, 70, 40, 40))])
-    found = [result((10, 10, 40, 40)), result((70, 70, 40, 40))]
-    assert evaluate(ground_truth, found, backend=backend).summary()["mask/AP"] == pytest.approx(1)
+    detections = [result((10, 10, 40, 40)), result((70, 70, 40, 40))]
+    assert evaluate(ground_truth, detections, backend=backend).summary()["mask/AP"] == pytest.approx(1)
 
 
 def test_area_and_iscrowd_may_be_absent() -> None:
@@ -212,8 +212,8 @@ def test_ground_truth_may_mix_kinds_of_masks() -> None:
     annotations = [
         annotation(i + 1, (10, 10, 40, 40), image_id=i + 1, segmentation=mask) for i, mask in enumerate(masks)
     ]
-    found = [result((10, 10, 40, 40), image_id=i + 1) for i in range(4)]
-    assert evaluate(truth(annotations, images=4), found).summary()["mask/AP"] == pytest.approx(1)
+    detections = [result((10, 10, 40, 40), image_id=i + 1) for i in range(4)]
+    assert evaluate(truth(annotations, images=4), detections).summary()["mask/AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("mask", [[], [[1, 2, 3, 4]], None])
@@ -222,42 +222,42 @@ def test_objects_without_a_mask_are_left_out_of_masks(mask: Any, caplog: pytest.
     figures = evaluate(ground_truth, [result((70, 70, 40, 40))]).summary()
     assert figures["mask/AP"] == pytest.approx(1)
     assert figures["box/AP"] == pytest.approx(51 / 101)
-    assert "left out of the mask figures: 5" in caplog.text
+    assert "excluded from mask metrics: 5" in caplog.text
 
 
 def test_masks_of_results_may_be_plain_numbers_without_boxes() -> None:
     plain = {"size": [128, 128], "counts": [0, 128 * 64, 128 * 64]}
-    found = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": plain}
+    detection = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": plain}
     half = np.zeros((128, 128))
     half[:, :64] = 1
     ground_truth = truth([annotation(1, (0, 0, 64, 128), segmentation=rle(half))])
-    figures = evaluate(ground_truth, [found]).summary()
+    figures = evaluate(ground_truth, [detection]).summary()
     assert figures["mask/AP"] == figures["box/AP"] == pytest.approx(1)
 
 
 def test_boxes_alone_are_measured_alone() -> None:
-    found = result((10, 10, 40, 40))
-    del found["segmentation"]
-    evaluation = evaluate(truth([annotation(1, (10, 10, 40, 40))]), [found])
+    detection = result((10, 10, 40, 40))
+    del detection["segmentation"]
+    evaluation = evaluate(truth([annotation(1, (10, 10, 40, 40))]), [detection])
     assert evaluation.mask is None
     assert evaluation.summary()["box/AP"] == pytest.approx(1)
     with pytest.raises(InputError, match="no masks to measure"):
-        evaluate(truth([annotation(1, (10, 10, 40, 40))]), [found], iou_types=("segm",))
+        evaluate(truth([annotation(1, (10, 10, 40, 40))]), [detection], iou_types=("segm",))
     with pytest.raises(InputError, match="1 of 2 results have no 'segmentation'"):
-        evaluate(truth([annotation(1, (10, 10, 40, 40))]), [found, result((10, 10, 40, 40))])
+        evaluate(truth([annotation(1, (10, 10, 40, 40))]), [detection, result((10, 10, 40, 40))])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_of_unknown_categories_do_not_count(backend: str, caplog: pytest.LogCaptureFixture) -> None:
-    found = [result((10, 10, 40, 40)), result((10, 10, 40, 40), 0.95, category_id=99)]
+    detections = [result((10, 10, 40, 40)), result((10, 10, 40, 40), 0.95, category_id=99)]
     ground_truth = truth([annotation(1, (10, 10, 40, 40))])
-    assert evaluate(ground_truth, found, backend=backend).summary()["mask/AP"] == pytest.approx(1)
-    assert "do not count: 99" in caplog.text
+    assert evaluate(ground_truth, detections, backend=backend).summary()["mask/AP"] == pytest.approx(1)
+    assert "are ignored: 99" in caplog.text
 
 
 def test_unknown_images_and_masks_of_another_size_are_refused() -> None:
     ground_truth = truth([annotation(1, (10, 10, 40, 40))])
-    with pytest.raises(InputError, match=r"2 images that the ground truth lacks \(image_id 5, 9\)"):
+    with pytest.raises(InputError, match=r"2 images that are not in the ground truth \(image_id 5, 9\)"):
         evaluate(ground_truth, [result((10, 10, 40, 40), image_id=9), result((10, 10, 40, 40), image_id=5)])
     small = result((10, 10, 4, 4), segmentation=rectangle(10, 10, 4, 4, side=64))
     with pytest.raises(InputError, match=r"size \[64, 64\] for image 1, whose height and width are \[128, 128\]"):
@@ -286,7 +286,7 @@ def test_the_faster_backend_logs_nothing_but_details(caplog: pytest.LogCaptureFi
     assert caplog.text == ""
 
 
-# --- For people ----------------------------------------------------------------------------------------------------
+# --- Text output --------------------------------------------------------------------------------------------------
 
 
 def test_tables() -> None:
@@ -319,9 +319,9 @@ def test_diagnosis() -> None:
     shifted = [result((10, 10, 40, 40), category_id=2)] * 3
     assert diagnose(ground_truth, []) is None
     assert (diagnose(ground_truth, shifted) or "").splitlines() == [
-        "results name 1 images, 1 of the 3 in the ground truth",
+        "the results contain 1 images, 1 of the 3 in the ground truth",
         "category 2 (unknown): 0 objects, 3 results",
         "category 1 (cat): 1 objects, 0 results",
         "category 7 (dog): 1 objects, 0 results",
-        "no category has both objects and results: the category ids of the two do not match",
+        "no category has both objects and results: the category ids do not match",
     ]

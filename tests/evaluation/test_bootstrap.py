@@ -1,4 +1,4 @@
-"""Resampled figures are those of images that are really there several times; intervals by hand; what is paired."""
+"""Resampled metrics against pycocotools on duplicated images, confidence intervals by hand, and paired differences."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ KINDS = ["bbox", "segm"]
 
 
 def matches_by_hand(objects: list[int], detections: list[tuple[int, bool]], images: int = 2) -> Matches:
-    """One category, medium objects in the images `objects`; detections, best first: image, right at every threshold."""
-    bits = np.array([[1023 * right, 0, 1023 * right, 0] for _, right in detections], np.uint16).reshape(-1, 4)
+    """Return matches of one category of medium objects.
+
+    Args:
+        objects: the image index of each object.
+        detections: image index and whether the detection is a true positive at all thresholds, by descending score.
+        images: number of images.
+    """
+    bits = np.array([[1023 * positive, 0, 1023 * positive, 0] for _, positive in detections], np.uint16).reshape(-1, 4)
     ignored = np.array([[0, 1023, 0, 1023] for _ in detections], np.uint16).reshape(-1, 4)
     return Matches(
         image_ids=np.arange(images),
@@ -49,15 +55,15 @@ def test_counts_are_those_of_draws_with_replacement() -> None:
 
 
 def duplicated(case: Any, counts: np.ndarray) -> Any:
-    """The case with each image as often as `counts` says, the copies of an image beside each other."""
+    """Return the case with each image repeated `counts` times, and the copies of an image next to each other."""
     image_ids = sorted(image["id"] for image in case.ground_truth["images"])
-    copies = {key: [key * 100 + n for n in range(count)] for key, count in zip(image_ids, counts, strict=True)}
+    copy_ids = {i: [i * 100 + n for n in range(count)] for i, count in zip(image_ids, counts, strict=True)}
 
-    def copied(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**row, "image_id": key} for row in rows for key in copies[row["image_id"]]]
+    def copied(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**entry, "image_id": copy_id} for entry in entries for copy_id in copy_ids[entry["image_id"]]]
 
-    annotations = [{**row, "id": number} for number, row in enumerate(copied(case.ground_truth["annotations"]), 1)]
-    images = [{**image, "id": key} for image in case.ground_truth["images"] for key in copies[image["id"]]]
+    annotations = [{**entry, "id": number} for number, entry in enumerate(copied(case.ground_truth["annotations"]), 1)]
+    images = [{**image, "id": copy_id} for image in case.ground_truth["images"] for copy_id in copy_ids[image["id"]]]
     truth = {**case.ground_truth, "images": images, "annotations": annotations}
     return type(case)(truth, copied(case.results))
 
@@ -70,55 +76,55 @@ def test_resampled_figures_are_pycocotools_on_duplicated_images(
     case = random_case(seed, ties_within_images=False)
     counts = draw_counts(12, 5, seed)
     counts[0] = 1
-    counts[1, :9] = 0  # few images: some categories and sizes are gone
-    found = resampled_figures(match_results(case.ground_truth, case.results, kind), counts)
-    assert list(found) == list(FIGURES)
+    counts[1, :9] = 0  # few images: some categories and sizes have no objects
+    figures = resampled_figures(match_results(case.ground_truth, case.results, kind), counts)
+    assert list(figures) == list(FIGURES)
     for n, row in enumerate(counts):
         expected = pycocotools_figures(*duplicated(case, row), kind)
-        assert {name: values[n] for name, values in found.items()} == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        assert {name: values[n] for name, values in figures.items()} == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_each_image_once_they_are_the_figures(random_case: Callable[..., Any], kind: str) -> None:
     case = random_case(3, images=40, ties_within_images=True)
     matches = match_results(case.ground_truth, case.results, kind)
-    found = resampled_figures(matches, np.ones((2, 40), np.int32))
+    figures = resampled_figures(matches, np.ones((2, 40), np.int32))
     for name, value in matches.figures().items():
-        assert found[name].tolist() == pytest.approx([value] * 2, abs=1e-12, nan_ok=True)
+        assert figures[name].tolist() == pytest.approx([value] * 2, abs=1e-12, nan_ok=True)
 
 
-def test_resamples_are_computed_in_parts(random_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_are_computed_in_chunks(random_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(4, ties_within_images=True)
     matches = match_results(case.ground_truth, case.results, "bbox")
     counts = draw_counts(12, 7, 0)
-    whole = resampled_figures(matches, counts)
+    one_chunk = resampled_figures(matches, counts)
     monkeypatch.setattr(bootstrap, "COLUMNS", 3)
-    parts = resampled_figures(matches, counts, ["AP75", "APm"])
-    assert list(parts) == ["AP75", "APm"]
-    for name, values in parts.items():
-        np.testing.assert_array_equal(values, whole[name])
+    chunked = resampled_figures(matches, counts, ["AP75", "APm"])
+    assert list(chunked) == ["AP75", "APm"]
+    for name, values in chunked.items():
+        np.testing.assert_array_equal(values, one_chunk[name])
 
 
 def test_resampled_figures_by_hand() -> None:
-    # The object of image 0 is found; image 1 has a wrong detection with a higher score, and its object is missed.
+    # The object of image 0 is detected. Image 1 has a false positive with a higher score, and its object is missed.
     matches = matches_by_hand([0, 1], [(1, False), (0, True)])
     counts = np.array([[2, 0], [0, 2], [1, 1], [2, 1]])
-    found = resampled_figures(matches, counts)
-    # The object makes half of all, found as second: 0.5 at 51 levels. Of three, two are found, with one wrong before:
-    # precision 2 / 3, reached at the second copy, at the 67 levels up to recall 2 / 3.
-    assert found["AP"].tolist() == pytest.approx([1, 0, 51 / 101 / 2, 67 / 101 * 2 / 3])
-    assert found["APm"].tolist() == pytest.approx(found["AP50"].tolist())
-    assert np.isnan(found["APs"]).all()
+    figures = resampled_figures(matches, counts)
+    # Resample 2 has one true positive after one false positive, of two objects: precision 1 / 2 at 51 recall levels.
+    # Resample 3 has two after one, of three objects: precision 2 / 3 at the 67 recall levels up to 2 / 3.
+    assert figures["AP"].tolist() == pytest.approx([1, 0, 51 / 101 / 2, 67 / 101 * 2 / 3])
+    assert figures["APm"].tolist() == pytest.approx(figures["AP50"].tolist())
+    assert np.isnan(figures["APs"]).all()
 
 
-def test_nothing_found_and_nothing_to_find() -> None:
+def test_no_results_and_no_objects() -> None:
     counts = np.array([[1, 1], [0, 2]])
     no_results = resampled_figures(matches_by_hand([0], []), counts)
     np.testing.assert_array_equal(no_results["AP"], [0, math.nan])
     no_objects = resampled_figures(matches_by_hand([], [(0, False)]), counts)
     assert np.isnan(no_objects["AP"]).all()
-    nothing = match_results({"images": [], "annotations": [], "categories": []}, [], "bbox")
-    assert np.isnan(resampled_figures(nothing, draw_counts(0, 3, 0))["AP"]).tolist() == [True] * 3
+    no_images = match_results({"images": [], "annotations": [], "categories": []}, [], "bbox")
+    assert np.isnan(resampled_figures(no_images, draw_counts(0, 3, 0))["AP"]).tolist() == [True] * 3
 
 
 # ---- Intervals
@@ -161,20 +167,20 @@ def test_a_difference_by_hand() -> None:
     baseline = matches_by_hand([0, 1], [(0, True)])
     variant = matches_by_hand([0, 1], [(0, True), (1, True)])
     counts = np.array([[2, 0], [0, 2], [1, 1]])
-    # Both find the object of image 0, the variant alone that of image 1: 0, 1 and 50 of 101 levels.
+    # Both detect the object of image 0, only the variant that of image 1. AP differs by 0, 1 and 50 / 101.
     interval = paired_differences([variant], [baseline], counts, confidence=1.0)["AP"]
     assert (interval.value, interval.low, interval.high) == pytest.approx((50 / 101, 0, 1))
     halved = paired_differences([variant, baseline], [baseline], counts, confidence=1.0)["AP"]
     assert (halved.value, halved.low, halved.high) == pytest.approx((25 / 101, 0, 0.5))
 
 
-def test_pairing_tells_apart_what_the_spread_of_each_side_would_hide() -> None:
-    # Half of the images are hopeless for both sides. The variant finds a tenth more, in the other half.
+def test_paired_intervals_are_narrower_than_the_spread_of_each_side() -> None:
+    # Both detect the objects of all even images. The variant detects those of 20 odd images, the baseline of one.
     images = 200
     objects = list(range(images))
     baseline = matches_by_hand(objects, [(i, i % 10 != 1) for i in range(0, images, 2)] + [(1, True)], images)
-    hits = [(i, True) for i in range(0, images, 2)]
-    variant = matches_by_hand(objects, [*hits, *((i, True) for i in range(1, 40, 2))], images)
+    even_hits = [(i, True) for i in range(0, images, 2)]
+    variant = matches_by_hand(objects, [*even_hits, *((i, True) for i in range(1, 40, 2))], images)
     counts = draw_counts(images, 300, 0)
     gain = paired_differences([variant], [baseline], counts, figures=["AP"])["AP"]
     assert gain.verdict == "better"
@@ -185,7 +191,7 @@ def test_pairing_tells_apart_what_the_spread_of_each_side_would_hide() -> None:
     assert gain.high - gain.low < 2 * 1.96 * spread
 
 
-def test_only_equals_are_compared(random_case: Callable[..., Any]) -> None:
+def test_matches_of_different_ground_truth_are_refused(random_case: Callable[..., Any]) -> None:
     case, other = (random_case(seed, ties_within_images=True) for seed in (0, 1))
     truth = case.ground_truth
     fewer_images = {**truth, "images": truth["images"][1:]}

@@ -1,4 +1,4 @@
-"""Matches give pycocotools' figures to the last bit; by hand, on random and on empty input; and come back from disk."""
+"""Matches against pycocotools and by hand, on random, empty and invalid input; saving and loading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def result(shape: dict[str, Any], score: float = 0.9, **keys: Any) -> dict[str, 
 
 
 def same(one: dict[str, float], other: dict[str, float]) -> bool:
-    """Equal to the last bit, with nan equal to nan."""
+    """Return True if all values are bit-identical; nan equals nan."""
     assert list(one) == list(other)
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one.values(), other.values(), strict=True))
 
@@ -65,13 +65,15 @@ def test_random_cases(
 
 
 def test_the_bits_of_a_shifted_mask(shape_of: Callable[..., dict[str, Any]]) -> None:
-    # IoU is 32 / 48: it passes 0.50, 0.55, 0.60 and 0.65. The object is medium, the second detection small and wrong.
-    found = [result(shape_of((18, 10, 40, 40))), result(shape_of((100, 100, 10, 10)), 0.5)]
-    matches = match_results(truth(shape_of((10, 10, 40, 40))), found, "segm")
-    every = 0b1111111111
+    # The IoU of the first detection is 32 / 48, which reaches 0.50, 0.55, 0.60 and 0.65. The object is medium. The
+    # second detection is small and wrong.
+    detections = [result(shape_of((18, 10, 40, 40))), result(shape_of((100, 100, 10, 10)), 0.5)]
+    matches = match_results(truth(shape_of((10, 10, 40, 40))), detections, "segm")
+    all_bits = 0b1111111111
     assert matches.true_positives.tolist() == [[0b1111, 0, 0b1111, 0], [0, 0, 0, 0]]
-    # For the small, what finds the medium object is ignored, and so is what finds nothing and is medium itself.
-    assert matches.ignored.tolist() == [[0, every, 0, every], [0, 0, every, every]]
+    # In the small range, the first detection is ignored: up to 0.65 because it matches a medium object, and above 0.65
+    # because it is medium itself.
+    assert matches.ignored.tolist() == [[0, all_bits, 0, all_bits], [0, 0, all_bits, all_bits]]
     assert matches.object_areas.tolist() == [[True, False, True, False]]
     expected = {"AP": 0.4, "AP50": 1, "AP75": 0, "APs": math.nan, "APm": 0.4, "APl": math.nan}
     assert matches.figures() == pytest.approx(expected, nan_ok=True)
@@ -79,16 +81,20 @@ def test_the_bits_of_a_shifted_mask(shape_of: Callable[..., dict[str, Any]]) -> 
 
 def test_an_object_is_found_once_and_a_crowd_often(shape_of: Callable[..., dict[str, Any]]) -> None:
     one, crowd = shape_of((10, 10, 40, 40)), shape_of((60, 60, 60, 60))
-    found = [result(one, 0.9), result(one, 0.8), *(result(shape_of((65, 65, 20, 20)), score) for score in (0.7, 0.6))]
-    matches = match_results(truth(one, {**crowd, "iscrowd": 1}), found, "segm")
+    detections = [
+        result(one, 0.9),
+        result(one, 0.8),
+        *(result(shape_of((65, 65, 20, 20)), score) for score in (0.7, 0.6)),
+    ]
+    matches = match_results(truth(one, {**crowd, "iscrowd": 1}), detections, "segm")
     assert (matches.true_positives[:, 0] > 0).tolist() == [True, False, False, False]
     assert (matches.ignored[:, 0] > 0).tolist() == [False, False, True, True]
     assert len(matches.object_images) == 1
 
 
 def test_of_equal_overlaps_the_last_object_is_taken(shape_of: Callable[..., dict[str, Any]]) -> None:
-    # As in pycocotools. The first detection lies between two objects, with an IoU of 32 / 48 with both; it takes the
-    # second one at 0.50 to 0.65, and leaves it at higher thresholds to the detection that fits.
+    # As in pycocotools. The first detection has an IoU of 32 / 48 with both objects. It is matched to the second object
+    # at 0.50 to 0.65; at higher thresholds the second detection is matched to it.
     left, between, right = (shape_of((x, 10, 40, 40)) for x in (10, 18, 26))
     matches = match_results(truth(left, right), [result(between, 0.9), result(right, 0.8)], "bbox")
     assert matches.true_positives[:, 0].tolist() == [0b0000001111, 0b1111110000]
@@ -96,17 +102,17 @@ def test_of_equal_overlaps_the_last_object_is_taken(shape_of: Callable[..., dict
 
 def test_detections_above_the_limit_do_not_count(shape_of: Callable[..., dict[str, Any]]) -> None:
     boxes = [shape_of((10, 10, 40, 40)), shape_of((70, 70, 40, 40))]
-    found = [result(boxes[0], 0.8), result(boxes[1], 0.9), result(boxes[0], 0.1, category_id=7)]
-    matches = match_results(truth(*boxes), found, "bbox", max_detections=1)
+    detections = [result(boxes[0], 0.8), result(boxes[1], 0.9), result(boxes[0], 0.1, category_id=7)]
+    matches = match_results(truth(*boxes), detections, "bbox", max_detections=1)
     assert matches.scores.tolist() == [0.9, 0.1]
     assert matches.figures()["AP"] == pytest.approx(51 / 101)
 
 
 def test_detections_are_in_cocos_order(shape_of: Callable[..., dict[str, Any]]) -> None:
     shape = shape_of((10, 10, 40, 40))
-    places = [(3, 1, 0.5), (1, 7, 0.9), (2, 1, 0.5), (1, 1, 0.5), (2, 1, 0.6)]
-    found = [result(shape, score, image_id=image, category_id=category) for image, category, score in places]
-    matches = match_results(truth(shape, images=3), found, "bbox")
+    rows = [(3, 1, 0.5), (1, 7, 0.9), (2, 1, 0.5), (1, 1, 0.5), (2, 1, 0.6)]
+    detections = [result(shape, score, image_id=image, category_id=category) for image, category, score in rows]
+    matches = match_results(truth(shape, images=3), detections, "bbox")
     columns = (matches.images, matches.categories, matches.scores)
     assert list(zip(*(c.tolist() for c in columns), strict=True)) == [
         (1, 0, 0.6),
@@ -120,14 +126,14 @@ def test_detections_are_in_cocos_order(shape_of: Callable[..., dict[str, Any]]) 
 def test_image_scores(shape_of: Callable[..., dict[str, Any]]) -> None:
     box = shape_of((10, 10, 40, 40))
     ground_truth = truth(box, {**box, "image_id": 2}, {**box, "image_id": 2, "category_id": 7}, images=5)
-    found = [
-        result(shape_of((18, 10, 40, 40))),  # at 4 of the 10 thresholds
+    detections = [
+        result(shape_of((18, 10, 40, 40))),  # a true positive at 4 of the 10 thresholds
         result(box, 0.9, image_id=2),
-        result(box, 0.5, image_id=2),  # of the same object, so it is wrong
+        result(box, 0.5, image_id=2),  # a duplicate, so a false positive
         result(box, 0.4, image_id=3),
         result(box, 0.9, image_id=4),
     ]
-    matches = match_results(ground_truth, found, "segm")
+    matches = match_results(ground_truth, detections, "segm")
     assert matches.image_scores(0.5).tolist() == pytest.approx([0.4, 2 / 4, 1, 0, 1])
     assert matches.image_scores(0.0).tolist() == pytest.approx([0.4, 2 / 4, 0, 0, 1])
     assert matches.image_scores(0.6).tolist() == pytest.approx([0.4, 2 / 3, 1, 0, 1])
@@ -164,13 +170,13 @@ def test_what_does_not_fit_is_refused(shape_of: Callable[..., dict[str, Any]]) -
     box = shape_of((10, 10, 40, 40))
     with pytest.raises(InputError, match="image_id 9"):
         match_results(truth(box), [result(box, image_id=9)], "bbox")
-    found = result(box)
-    del found["segmentation"]
+    detection = result(box)
+    del detection["segmentation"]
     with pytest.raises(InputError, match="no masks to measure"):
-        match_results(truth(box), [found], "segm")
+        match_results(truth(box), [detection], "segm")
 
 
-# ---- On disk
+# ---- Files
 
 
 def test_matches_come_back_from_disk(random_case: Callable[..., Any], tmp_path: Path) -> None:
@@ -178,9 +184,9 @@ def test_matches_come_back_from_disk(random_case: Callable[..., Any], tmp_path: 
     matches = match_results(case.ground_truth, case.results, "segm")
     matches.save(tmp_path / "matches.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["matches.npz"]
-    again = Matches.load(tmp_path / "matches.npz")
+    loaded = Matches.load(tmp_path / "matches.npz")
     for field in dataclasses.fields(Matches):
-        one, other = getattr(matches, field.name), getattr(again, field.name)
+        one, other = getattr(matches, field.name), getattr(loaded, field.name)
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
 
@@ -197,7 +203,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
         Matches.load(path)
     with path.open("wb") as file:
         np.savez(file, scores=np.zeros(3))
-    with pytest.raises(InputError, match="delete it"):
+    with pytest.raises(InputError, match="delete the file"):
         Matches.load(path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))

@@ -1,4 +1,4 @@
-"""Detections back in the original image, and results files written, read and refused.
+"""Conversion of detections to COCO results; writing, reading and validation of results files.
 
 Shapes: B images, D detections, M mask side.
 """
@@ -24,7 +24,7 @@ CLASSES = ClassTable(names=("cat", "dog"), category_ids=(5, 90))
 
 
 def make_batch() -> Batch:
-    """Two images without objects: one of 40 x 60 doubled, one of 30 x 50 stretched by 2 and 3."""
+    """Return two images without objects: 40 x 60 scaled by 2, and 30 x 50 scaled by 2 in x and 3 in y."""
     images = ImageBatch(
         torch.zeros(2, 3, 96, 128), torch.tensor([[80, 120], [90, 100]]), torch.zeros(2, dtype=torch.int64)
     )
@@ -66,10 +66,10 @@ def test_no_detections() -> None:
     padding = torch.full((2, 3), -1)
     empty = Detections(torch.zeros(2, 3, 4), padding * torch.inf, padding, torch.zeros(2, 3, 28, 28))
     assert coco_results(empty, make_batch(), CLASSES) == []
-    none = Detections(
+    no_detections = Detections(
         torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, 7, 7)
     )
-    assert coco_results(none, make_batch(), CLASSES) == []
+    assert coco_results(no_detections, make_batch(), CLASSES) == []
 
 
 def test_results_are_evaluated_as_they_come() -> None:
@@ -129,7 +129,7 @@ GOOD: dict[str, Any] = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [
     ("content", "message"),
     [
         ("[{", "is not JSON"),
-        ('{"annotations": []}', "is not a COCO results file, which is a list of detections"),
+        ('{"annotations": []}', "is not a COCO results file; expected a list of detections"),
         (json.dumps([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), r"\[1\]\.bbox: list should have at least 4"),
         (json.dumps([{"image_id": 1, "category_id": 1}]), r"\[0\]\.score: field required"),
         (json.dumps([{**GOOD, "image_id": "a.jpg"}]), r"\[0\]\.image_id: input should be a valid integer"),
@@ -153,9 +153,9 @@ GOOD: dict[str, Any] = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [
 def test_wrong_files_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=message) as raised:
+    with pytest.raises(InputError, match=message) as error:
         read_results(path)
-    assert str(path) in str(raised.value)
+    assert str(path) in str(error.value)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

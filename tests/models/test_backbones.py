@@ -1,4 +1,4 @@
-"""What every backbone promises, and that the bodies are torchvision's classifiers without their last layers."""
+"""The interface of backbones, and parity of their bodies with torchvision's classifiers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pixels(batch: int = 1) -> Tensor:
 
 
 def randomize_norms(module: nn.Module) -> None:
-    """Statistics and scales as if trained, below 1, so that nothing explodes."""
+    """Set statistics and scales like those of a trained model, with scales below 1 to keep activations finite."""
     with torch.no_grad():
         for norm in module.modules():
             if isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
@@ -47,11 +47,11 @@ def randomize_norms(module: nn.Module) -> None:
                 norm.bias.normal_(0, 0.1)
 
 
-# The contract.
+# The interface.
 
 
 @pytest.mark.parametrize(
-    ("parts", "channels", "strides"),
+    ("build", "channels", "strides"),
     [
         pytest.param(lambda: resnet(18, "c4"), (256,), (16,), id="resnet18-c4"),
         pytest.param(lambda: resnet(18, "c5", norm="gn"), (512,), (32,), id="resnet18-c5-gn"),
@@ -75,8 +75,8 @@ def randomize_norms(module: nn.Module) -> None:
         pytest.param(lambda: vgg(16, "fpn"), (256,) * 5, PYRAMID, id="vgg16-fpn"),
     ],
 )
-def test_features_are_what_the_backbone_says(parts: Any, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    backbone = parts().backbone.eval()
+def test_features_match_channels_and_strides(build: Any, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    backbone = build().backbone.eval()
     assert backbone.channels == channels
     assert backbone.strides == strides
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_stage_5_halves_a_region(depth: int) -> None:
 
 
 def test_coarser_levels_reach_the_finer_ones() -> None:
-    """Top-down, every level sees what C5 sees; the other way round, P5 does not see C2."""
-    pyramid = FPN(Taps(), channels=8)
+    """The top-down path connects C5 to P2. There is no bottom-up path from C2 to P5."""
+    pyramid = FPN(IdentityBody(), channels=8)
     maps = [torch.randn(1, 4, 64 // stride, 64 // stride, requires_grad=True) for stride in (4, 8, 16, 32)]
     levels = pyramid(maps)
     assert torch.autograd.grad(levels[0].sum(), maps[3], retain_graph=True)[0].abs().sum() > 0
@@ -104,8 +104,8 @@ def test_coarser_levels_reach_the_finer_ones() -> None:
     assert torch.equal(levels[4], levels[3][:, :, ::2, ::2])
 
 
-class Taps(nn.Module):
-    """A body that hands on the maps that it is given."""
+class IdentityBody(nn.Module):
+    """A body that returns its input maps."""
 
     channels, strides = (4, 4, 4, 4), (4, 8, 16, 32)
 
@@ -117,11 +117,11 @@ class Taps(nn.Module):
 
 
 def load_into(body: nn.Module, classifier: nn.Module, *, without: str) -> None:
-    """Copy the weights by name; whatever is left over belongs to the layers that `without` names."""
-    left = body.load_state_dict(classifier.state_dict(), strict=False)
-    assert not left.missing_keys
-    rest = [name for name in left.unexpected_keys if not name.endswith("num_batches_tracked")]
-    assert {name.split(".")[0] for name in rest} == {without}
+    """Copy the weights by name; assert that only the layers in `without` are not copied."""
+    keys = body.load_state_dict(classifier.state_dict(), strict=False)
+    assert not keys.missing_keys
+    unexpected = [name for name in keys.unexpected_keys if not name.endswith("num_batches_tracked")]
+    assert {name.split(".")[0] for name in unexpected} == {without}
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
@@ -145,22 +145,22 @@ def test_resnets_are_torchvisions(name: str, settings: dict[str, Any], norm: str
         expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
         for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
             expected = layer(expected)
-        (found,) = ours(image)
+        (features,) = ours(image)
     assert expected.abs().max() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_stage_5_apart_is_torchvisions_layer4() -> None:
+def test_separate_stage_5_is_torchvisions_layer4() -> None:
     theirs = torchvision.models.resnet18().eval()
     randomize_norms(theirs)
-    parts = resnet(18, "c4")
-    assert parts.res5 is not None
-    names = {*parts.body.state_dict(), *parts.res5.state_dict()}
+    modules = resnet(18, "c4")
+    assert modules.res5 is not None
+    names = {*modules.body.state_dict(), *modules.res5.state_dict()}
     assert names == {n for n in theirs.state_dict() if not n.startswith("fc.") and not n.endswith("_tracked")}
-    parts.res5.load_state_dict(theirs.state_dict(), strict=False)
+    modules.res5.load_state_dict(theirs.state_dict(), strict=False)
     regions = torch.randn(2, 256, 14, 14)
     with torch.no_grad():
-        torch.testing.assert_close(parts.res5(regions), theirs.layer4(regions), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(modules.res5(regions), theirs.layer4(regions), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("depth", "norm"), [(11, "none"), (16, "none"), (16, "frozen_bn"), (11, "bn")])
@@ -175,8 +175,8 @@ def test_vggs_are_torchvisions(depth: int, norm: str, output: str) -> None:
     image = pixels()
     with torch.no_grad():
         expected = convolutions[: len(convolutions) - (output == "conv5")](image)
-        (found,) = ours(image)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        (features,) = ours(image)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_all_architectures_exist() -> None:
@@ -202,7 +202,7 @@ def test_basic_blocks_have_no_groups() -> None:
 
 def test_dilation_keeps_the_stride_and_the_parameters() -> None:
     c5, dc5 = resnet(50, "c5").body, resnet(50, "dc5").body
-    dc5.load_state_dict(c5.state_dict())  # the same names and shapes
+    dc5.load_state_dict(c5.state_dict())  # equal names and shapes
     assert dc5.strides == (16,)
     dilated = [
         module for module in dc5.layer4.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
@@ -213,8 +213,8 @@ def test_dilation_keeps_the_stride_and_the_parameters() -> None:
 
 @pytest.mark.parametrize(("in_1x1", "first", "second"), [(False, (1, 1), (2, 2)), (True, (2, 2), (1, 1))])
 def test_the_stride_is_where_the_config_says(in_1x1: bool, first: tuple[int, int], second: tuple[int, int]) -> None:
-    parts = resnet(50, "c4", stride_in_1x1=in_1x1)
-    for stage in (parts.body.layer2, parts.body.layer3, parts.res5.layer4):
+    modules = resnet(50, "c4", stride_in_1x1=in_1x1)
+    for stage in (modules.body.layer2, modules.body.layer3, modules.res5.layer4):
         assert stage[0].conv1.stride == first
         assert stage[0].conv2.stride == second
         assert stage[0].downsample[0].stride == (2, 2)
@@ -230,14 +230,14 @@ def test_the_stride_is_where_the_config_says(in_1x1: bool, first: tuple[int, int
 )
 @pytest.mark.parametrize("count", [0, 2, 5])
 def test_frozen_stages_are_constants(kind: Any, count: int, norm: NormKind) -> None:
-    parts = kind(norm=norm, freeze=count)
-    stages = parts.body.stages()
+    modules = kind(norm=norm, freeze=count)
+    stages = modules.body.stages()
     assert len(stages) == 5
-    assert {id(p) for stage in stages for p in stage.parameters()} == {id(p) for p in parts.body.parameters()}
-    before = {name: value.clone() for name, value in parts.body.state_dict().items()}
+    assert {id(p) for stage in stages for p in stage.parameters()} == {id(p) for p in modules.body.parameters()}
+    before = {name: value.clone() for name, value in modules.body.state_dict().items()}
 
-    loss = sum(level.square().mean() for level in parts.backbone.train()(pixels(2)[:, :, :32, :64]))
-    if loss.requires_grad:  # a VGG that is frozen from end to end has nothing to learn
+    loss = sum(level.square().mean() for level in modules.backbone.train()(pixels(2)[:, :, :32, :64]))
+    if loss.requires_grad:  # a completely frozen VGG has no trainable parameters
         loss.backward()
 
     for stage in stages[:count]:
@@ -245,15 +245,15 @@ def test_frozen_stages_are_constants(kind: Any, count: int, norm: NormKind) -> N
     for stage in stages[count:]:
         assert all(parameter.grad is not None for parameter in stage.parameters())
         assert all(parameter.grad.any() for parameter in stage.parameters() if parameter.dim() > 1)
-    moved = {name for name, value in parts.body.state_dict().items() if not torch.equal(value, before[name])}
-    trained = {name for name in moved if name.endswith("running_mean")}
-    norms = [module for module in parts.body.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(trained) == len(norms)
+    changed = {name for name, value in modules.body.state_dict().items() if not torch.equal(value, before[name])}
+    updated_means = {name for name in changed if name.endswith("running_mean")}
+    norms = [module for module in modules.body.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(updated_means) == len(norms)
     assert (len(norms) > 0) == (norm == "bn" and count < 5)
 
 
 def test_a_frozen_stage_keeps_its_statistics() -> None:
-    """A batch norm in a stage that does not learn would go on to follow the data."""
+    """A plain batch norm in a frozen stage would still update its running statistics."""
     for body in (resnet(18, "c5", norm="bn", freeze=1).body, vgg(11, "conv5", norm="bn", freeze=1).body):
         first = next(module for module in body.modules() if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d))
         assert isinstance(first, FrozenBatchNorm2d)
@@ -263,8 +263,8 @@ def test_a_frozen_stage_keeps_its_statistics() -> None:
 
 
 def test_freezing_does_not_change_the_output() -> None:
-    body = resnet(18, "c5", norm="bn", freeze=0).body.eval()
-    image = pixels()
+    body = resnet(18, "c5", norm="bn", freeze=0).body.double().eval()  # folding the norms changes the rounding
+    image = pixels().double()
     expected = body(image)[0]
     freeze_stages(body, body.stages())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
@@ -287,19 +287,19 @@ def test_bodies_are_modules_of_the_backbone() -> None:
     "kind", [lambda **s: resnet(18, "fpn", **s), lambda **s: vgg(11, "pool5", **s)], ids=["resnet", "vgg"]
 )
 def test_checkpointing_saves_memory_and_changes_nothing(kind: Any, norm: NormKind, count: int) -> None:
-    """Neither features, nor gradients, nor the statistics of batch norms, which see each batch twice."""
-    found = []
+    """Equal gradients and equal batch norm statistics, although batch norms run twice per batch."""
+    results = []
     for checkpoint_activations in (False, True):
         torch.manual_seed(1)
-        parts = kind(norm=norm, freeze=count, checkpoint_activations=checkpoint_activations)
-        saved = SavedBytes(parts.backbone)
+        modules = kind(norm=norm, freeze=count, checkpoint_activations=checkpoint_activations)
+        saved = SavedBytes(modules.backbone)
         with saved:
-            features = parts.backbone.train()(pixels(2)[:, :, :, :64])
+            features = modules.backbone.train()(pixels(2)[:, :, :, :64])
         sum(level.square().mean() for level in features).backward()
-        gradients = {name: p.grad for name, p in parts.backbone.named_parameters() if p.requires_grad}
-        found.append((saved.count, {**gradients, **dict(parts.backbone.named_buffers())}))
-    (plain, expected), (less, values) = found
-    assert less < 0.75 * plain
+        gradients = {name: p.grad for name, p in modules.backbone.named_parameters() if p.requires_grad}
+        results.append((saved.count, {**gradients, **dict(modules.backbone.named_buffers())}))
+    (plain_bytes, expected), (checkpointed_bytes, values) = results
+    assert checkpointed_bytes < 0.75 * plain_bytes
     assert values.keys() == expected.keys()
     for name, value in values.items():
         assert torch.equal(value, expected[name]), name
@@ -328,13 +328,13 @@ def test_frozen_stages_are_not_run_twice() -> None:
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what is kept for the backward pass inside a `with` block, without the parameters."""
+    """Counts the bytes saved for the backward pass inside a `with` block, without the parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self._storages = {parameter.untyped_storage().data_ptr(): 0 for parameter in module.parameters()}
-        super().__init__(self._note, lambda tensor: tensor)
+        super().__init__(self._record, lambda tensor: tensor)
 
-    def _note(self, tensor: Tensor) -> Tensor:
+    def _record(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self._storages.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
@@ -357,9 +357,9 @@ def test_folding_a_frozen_norm_changes_nothing(bias: bool) -> None:
     inputs = [image, *conv.parameters()]
     folded, unfolded = conv_norm(conv, norm, image), norm(conv(image))
     torch.testing.assert_close(folded, unfolded)
-    ours, expected = (torch.autograd.grad((out * weight).sum(), inputs) for out in (folded, unfolded))
-    for own, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(own, other)
+    gradients, expected = (torch.autograd.grad((out * weight).sum(), inputs) for out in (folded, unfolded))
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_a_frozen_norm_by_hand() -> None:
@@ -381,4 +381,4 @@ def test_a_frozen_norm_by_hand() -> None:
 def test_a_norm_keeps_the_shape(kind: NormKind) -> None:
     norm = build_norm(kind, 64, eps=1e-3).eval()
     assert norm(torch.randn(2, 64, 5, 7)).shape == (2, 64, 5, 7)
-    assert getattr(norm, "eps", 1e-3) == (1e-5 if kind == "gn" else 1e-3)  # its own is no matter of lineage
+    assert getattr(norm, "eps", 1e-3) == (1e-5 if kind == "gn" else 1e-3)  # GroupNorm ignores `eps`

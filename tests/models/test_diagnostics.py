@@ -1,4 +1,4 @@
-"""What a step says about its proposals and samples, besides its losses."""
+"""Diagnostics of a training step: proposal recall and fraction of positives."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def targets(boxes: Tensor, labels: Tensor) -> Targets:
 
 
 def samples(labels: list[list[int]]) -> RoISamples:
-    values = torch.tensor(labels)
-    return RoISamples(torch.zeros(*values.shape, 4), values, torch.zeros_like(values))
+    tensor = torch.tensor(labels)
+    return RoISamples(torch.zeros(*tensor.shape, 4), tensor, torch.zeros_like(tensor))
 
 
-def figures(found: Diagnostics) -> tuple[float, float]:
-    return found.proposal_recall.item(), found.positive_fraction.item()
+def values(diagnostics: Diagnostics) -> tuple[float, float]:
+    return diagnostics.proposal_recall.item(), diagnostics.positive_fraction.item()
 
 
 SQUARE = [0.0, 0, 10, 10]
@@ -43,8 +43,8 @@ AWAY = [50.0, 50, 60, 60]
 NOTHING = [0.0, 0, 0, 0]
 
 
-def test_figures_by_hand() -> None:
-    """Image one: an object found, one missed, a crowd. Image two: an object found by padding alone, and padding."""
+def test_values_by_hand() -> None:
+    """Image 1: a recalled object, a missed one, a crowd. Image 2: an object overlapped only by padding, and padding."""
     objects = targets(
         torch.tensor([[SQUARE, AWAY, [20.0, 20, 30, 30]], [SQUARE, NOTHING, NOTHING]]),
         torch.tensor([[2, 1, -1], [1, -1, -1]]),
@@ -53,8 +53,8 @@ def test_figures_by_hand() -> None:
         torch.tensor([[LESS, HALF, [20.0, 20, 30, 30]], [LESS, AWAY, SQUARE]]),
         torch.tensor([[3.0, 2, 1], [3, 2, -torch.inf]]),
     )
-    drawn = samples([[2, 0, 0, -1], [1, 2, 0, -1]])
-    assert figures(diagnose(proposals, objects, drawn)) == (pytest.approx(1 / 3), 0.5)
+    roi_samples = samples([[2, 0, 0, -1], [1, 2, 0, -1]])
+    assert values(diagnose(proposals, objects, roi_samples)) == (pytest.approx(1 / 3), 0.5)
 
 
 def test_recall_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_recall_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = torch.cat((corner, corner + size), dim=-1) * 20
     scores = torch.where(torch.rand(2, 40) < 0.7, 0.0, -torch.inf)
     objects = targets(boxes[:, :7] + torch.rand(2, 7, 4) * 3, torch.randint(-1, 3, (2, 7)))
-    hits = [
+    recalled = [
         any(
             pairwise_iou(boxes[image, None, p], objects.boxes[image, None, g]).item() >= 0.5
             for p in range(40)
@@ -72,18 +72,18 @@ def test_recall_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         for g in range(7)
         if objects.labels[image, g] > 0
     ]
-    assert 0 < sum(hits) < len(hits)
-    for pairs in (2**23, 14 * 3, 1):  # all proposals at once, three, one
+    assert 0 < sum(recalled) < len(recalled)
+    for pairs in (2**23, 14 * 3, 1):  # chunks of all proposals, of three, of one
         monkeypatch.setattr(selection, "PAIRS_AT_ONCE", pairs)
-        found = diagnose(Proposals(boxes, scores), objects, samples([[0], [0]]))
-        assert figures(found) == (pytest.approx(sum(hits) / len(hits)), 0.0)
+        diagnostics = diagnose(Proposals(boxes, scores), objects, samples([[0], [0]]))
+        assert values(diagnostics) == (pytest.approx(sum(recalled) / len(recalled)), 0.0)
 
 
-def test_there_is_no_recall_without_objects_and_no_share_without_samples() -> None:
-    none = targets(torch.zeros(1, 1, 4), torch.tensor([[-1]]))
-    found = diagnose(Proposals(torch.tensor([[AWAY]]), torch.zeros(1, 1)), none, samples([[-1, -1]]))
-    assert found.proposal_recall.isnan()
-    assert found.positive_fraction.isnan()
+def test_recall_without_objects_and_fraction_without_samples_are_nan() -> None:
+    no_objects = targets(torch.zeros(1, 1, 4), torch.tensor([[-1]]))
+    diagnostics = diagnose(Proposals(torch.tensor([[AWAY]]), torch.zeros(1, 1)), no_objects, samples([[-1, -1]]))
+    assert diagnostics.proposal_recall.isnan()
+    assert diagnostics.positive_fraction.isnan()
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +115,18 @@ def test_an_observer_changes_nothing(model: MaskRCNN, batch: Batch, monkeypatch:
     seen: list[Diagnostics] = []
     observed = model(batch.images, batch.targets, observe=seen.append)
     assert len(seen) == 1
-    assert all(figure.dim() == 0 and not figure.requires_grad and 0 <= figure <= 1 for figure in seen[0])
-    monkeypatch.setattr(mask_rcnn, "diagnose", None)  # calling it fails: without an observer nothing is computed
+    assert all(value.dim() == 0 and not value.requires_grad and 0 <= value <= 1 for value in seen[0])
+    monkeypatch.setattr(mask_rcnn, "diagnose", None)  # calling it raises: without an observer nothing is computed
     assert torch.equal(torch.stack(model(batch.images, batch.targets)), torch.stack(observed))
 
 
-def test_the_rpn_alone_is_asked(model: MaskRCNN, batch: Batch) -> None:
-    """The objects' own boxes are among the samples, but are no proposals."""
+def test_recall_counts_only_rpn_proposals(model: MaskRCNN, batch: Batch) -> None:
+    """The ground-truth boxes among the samples do not count as proposals."""
     proposals = Proposals(torch.tensor([[AWAY]] * 2), torch.zeros(2, 1))
-    drawn = RegionSampler(batch_size_per_image=8, positive_fraction=0.25, foreground=0.5)(
+    roi_samples = RegionSampler(batch_size_per_image=8, positive_fraction=0.25, foreground=0.5)(
         proposals, batch.targets, batch.images.seeds
     )
-    assert figures(diagnose(proposals, batch.targets, drawn)) == (0.0, 0.5)
+    assert values(diagnose(proposals, batch.targets, roi_samples)) == (0.0, 0.5)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_distributed_data_parallel_hands_the_observer_on(model: MaskRCNN, batch: Batch) -> None:
+def test_distributed_data_parallel_passes_the_observer_to_the_model(model: MaskRCNN, batch: Batch) -> None:
     seen: list[Diagnostics] = []
     DistributedDataParallel(model)(batch.images, batch.targets, observe=seen.append)
     assert len(seen) == 1

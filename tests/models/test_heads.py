@@ -1,4 +1,4 @@
-"""The two heads, their losses, and what is drawn for them and kept of them."""
+"""Box head and mask head, their losses, sampling of RoIs, and selection of detections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_mean_by_hand() -> None:
     counts = torch.tensor([3, 1])
     assert sample_mean(values, images, counts, per="image") == (2 + 10) / 2
     assert sample_mean(values, images, counts, per="batch") == 16 / 4
-    # Counts may be larger than the values that are there: negatives have no box loss, but they count.
+    # Counts may exceed the number of values: negatives have no box loss, but they count as samples.
     counts = torch.tensor([6, 4])
     assert sample_mean(values, images, counts, per="image") == (1 + 2.5) / 2
     assert sample_mean(values, images, counts, per="batch") == pytest.approx(1.6)
@@ -50,18 +50,18 @@ def test_the_mean_of_nothing_is_zero(per: Any) -> None:
     nothing = torch.zeros(0, requires_grad=True)
     mean = sample_mean(nothing, torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0]), per=per)
     assert mean == 0
-    mean.backward()  # still in the graph
+    mean.backward()  # the result is part of the autograd graph
 
 
 def test_an_image_without_samples_counts_in_the_mean_over_images() -> None:
     mean = sample_mean(torch.tensor([4.0]), torch.tensor([1]), torch.tensor([0, 1]), per="image")
-    assert mean == 2.0  # as it would if it had been alone in its batch, with a loss of 0
+    assert mean == 2.0  # the mean with the 0 that it would have in its own batch
 
 
 @pytest.mark.parametrize(("beta", "expected"), [(0.0, 1.0 + 0.25 + 3.0), (1.0, 0.5 + 0.5 * 0.25**2 + 2.5)])
 def test_smooth_l1_by_hand(beta: float, expected: float) -> None:
-    found = box_regression_loss(torch.tensor([[1.0, 0.25, 0, -3]]), torch.zeros(1, 4), beta=beta)
-    assert found.tolist() == [pytest.approx(expected)]
+    loss = box_regression_loss(torch.tensor([[1.0, 0.25, 0, -3]]), torch.zeros(1, 4), beta=beta)
+    assert loss.tolist() == [pytest.approx(expected)]
 
 
 # The box head.
@@ -78,17 +78,17 @@ def test_box_losses_by_hand() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 20]]).expand(4, 4)
     objects = torch.tensor([[1.0, 0, 11, 20], [0, 0, 20, 20], [0, 0, 0, 0], [0, 0, 0, 0]])
     images = torch.tensor([0, 0, 0, 1])
-    found = head.losses(
+    losses = head.losses(
         head(regions), labels=torch.tensor([2, 1, 0, 0]), boxes=boxes, objects=objects, images=images, batch=2
     )
     total = math.e + math.e**2 + 4
-    labels = [math.log(total) - logit for logit in (2.0, 0, 1, 1)]
-    assert found.loss_classifier.item() == pytest.approx((sum(labels[:3]) / 3 + labels[3]) / 2)
-    # Class 2 predicts (4, 5, 6, 7), and should say 10 * (1 / 10, 0); class 1 predicts (0, 1, 2, 3), and should say
-    # 10 * (5 / 10, 0) and 5 * (log 2, 0). Image 0 has three samples, image 1 one, without a box.
+    cross_entropies = [math.log(total) - logit for logit in (2.0, 0, 1, 1)]
+    assert losses.loss_classifier.item() == pytest.approx((sum(cross_entropies[:3]) / 3 + cross_entropies[3]) / 2)
+    # Class 2 predicts (4, 5, 6, 7), its targets are 10 * (1 / 10, 0) and zeros; class 1 predicts (0, 1, 2, 3), its
+    # targets are 10 * (5 / 10, 0) and 5 * (log 2, 0). Image 0 has three samples, image 1 has one, without a box.
     first = 3 + 5 + 6 + 7
     second = 5 + 1 + abs(5 * math.log(2) - 2) + 3
-    assert found.loss_box_reg.item() == pytest.approx((first + second) / 3 / 2)
+    assert losses.loss_box_reg.item() == pytest.approx((first + second) / 3 / 2)
 
 
 def test_the_deltas_of_other_classes_get_no_gradient() -> None:
@@ -109,12 +109,12 @@ def test_the_deltas_of_other_classes_get_no_gradient() -> None:
     assert not gradient.any()
 
 
-def test_each_class_has_its_row_of_four_deltas() -> None:
+def test_each_class_has_four_rows_of_deltas() -> None:
     head = box_head(nn.Flatten(), 2)
     outputs = head(torch.randn(3, 2, 1, 1))
     assert outputs.class_logits.shape == (3, K + 1)
     assert outputs.box_deltas.shape == (3, K, 4)
-    # Rows 4 k to 4 k + 3 of the layer belong to class k + 1: what checkpoints rely on.
+    # Rows 4 k to 4 k + 3 of the layer belong to class k + 1: loading a checkpoint with other classes relies on it.
     (gradient,) = torch.autograd.grad(outputs.box_deltas[:, 2].sum(), head.bbox_pred.bias)
     assert gradient.nonzero()[:, 0].tolist() == [8, 9, 10, 11]
 
@@ -128,13 +128,13 @@ def test_each_class_has_its_row_of_four_deltas() -> None:
         (lambda: VGGFullyConnected(4 * 49, width=32), 32),
     ],
 )
-def test_a_trunk_says_how_many_features_it_gives(trunk: Any, features: int) -> None:
+def test_trunks_return_the_stated_number_of_features(trunk: Any, features: int) -> None:
     head = box_head(trunk(), features)
     assert head.trunk(torch.randn(3, 4, 7, 7)).shape == (3, features)
-    nothing = head(torch.zeros(0, 4, 7, 7))
-    assert nothing.class_logits.shape == (0, K + 1)
+    outputs = head(torch.zeros(0, 4, 7, 7))
+    assert outputs.class_logits.shape == (0, K + 1)
     losses = head.losses(
-        nothing,
+        outputs,
         labels=torch.zeros(0, dtype=torch.int64),
         boxes=torch.zeros(0, 4),
         objects=torch.zeros(0, 4),
@@ -167,7 +167,7 @@ for_each_or_for_all = pytest.mark.parametrize("class_agnostic", [False, True], i
 def mask_head(branch: str = "fcn", *, output: str = "sigmoid", class_agnostic: bool = False) -> MaskHead:
     config = BRANCHES[branch].model_copy(update={"output": output, "class_agnostic": class_agnostic})
     head = config.build(channels=6, side=7, num_classes=K, normalizer="image")
-    nn.init.normal_(head.logits.weight)  # as built, all masks are all but 0
+    nn.init.normal_(head.logits.weight)  # the initial logits are nearly 0
     nn.init.normal_(head.logits.bias)
     return head
 
@@ -176,16 +176,16 @@ def regions_of(labels: Tensor) -> Tensor:
     return torch.randn(len(labels), 6, 7, 7, requires_grad=True)
 
 
-def mask_loss(head: MaskHead, regions: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """The loss of regions of one image."""
-    return head.loss(head(regions, labels), wanted, images=torch.zeros_like(labels), batch=1)
+def mask_loss(head: MaskHead, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of regions that belong to one image."""
+    return head.loss(head(regions, labels), targets, images=torch.zeros_like(labels), batch=1)
 
 
 def slow_mask(logits: list[float], label: int, head: MaskHead) -> tuple[float, float]:
-    """Log probability of a cell of being inside and outside, from the logits of all channels there."""
+    """Return the log probabilities of inside and outside for one cell, from its logits in all channels."""
     if head.output == "sigmoid":
-        own = logits[0 if head.class_agnostic else label - 1]
-        return -math.log1p(math.exp(-own)), -math.log1p(math.exp(own))
+        logit = logits[0 if head.class_agnostic else label - 1]
+        return -math.log1p(math.exp(-logit)), -math.log1p(math.exp(logit))
     total = math.log(sum(math.exp(logit) for logit in logits))
     return logits[1 if head.class_agnostic else label] - total, logits[0] - total
 
@@ -196,11 +196,11 @@ def slow_mask(logits: list[float], label: int, head: MaskHead) -> tuple[float, f
 def test_masks_equal_a_loop_over_cells(branch: str, output: str, class_agnostic: bool) -> None:
     head = mask_head(branch, output=output, class_agnostic=class_agnostic)
     labels = torch.tensor([1, K, 3])
-    regions, wanted = regions_of(labels), torch.rand(3, M, M)
+    regions, mask_targets = regions_of(labels), torch.rand(3, M, M)
     logits = head.all_masks(regions)
-    found = head(regions, labels)
+    outputs = head(regions, labels)
     assert logits.shape == (3, (1 if class_agnostic else K) + (output == "softmax"), M, M)
-    assert found.inside.shape == found.outside.shape == head.probabilities(regions, labels).shape == (3, M, M)
+    assert outputs.inside.shape == outputs.outside.shape == head.probabilities(regions, labels).shape == (3, M, M)
     assert head.mask_size == M
 
     expected = torch.tensor(
@@ -209,15 +209,15 @@ def test_masks_equal_a_loop_over_cells(branch: str, output: str, class_agnostic:
             for mask, label in zip(logits.permute(0, 2, 3, 1).tolist(), labels.tolist(), strict=True)
         ]
     )
-    torch.testing.assert_close(torch.stack(found, dim=-1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(outputs, dim=-1), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.probabilities(regions, labels), expected[..., 0].exp(), rtol=1e-4, atol=1e-5)
-    losses = -(wanted * expected[..., 0] + (1 - wanted) * expected[..., 1])
-    torch.testing.assert_close(mask_loss(head, regions, labels, wanted), losses.mean(), rtol=1e-4, atol=1e-5)
+    losses = -(mask_targets * expected[..., 0] + (1 - mask_targets) * expected[..., 1])
+    torch.testing.assert_close(mask_loss(head, regions, labels, mask_targets), losses.mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_an_mlp_by_hand(depth: int) -> None:
-    """One cell of one channel holds 3; each hidden layer doubles it and also negates it, which its ReLU cuts off."""
+    """One cell of one channel is 3. Each hidden layer outputs 2 x and -2 x, and its ReLU sets the latter to 0."""
     config = MLPMaskHeadConfig(depth=depth, width=2, mask_size=2)
     head = config.build(channels=2, side=2, num_classes=2, normalizer="image")
     regions = torch.zeros(1, 2, 2, 2)
@@ -234,22 +234,24 @@ def test_an_mlp_by_hand(depth: int) -> None:
 
 
 @each_branch
-def test_the_masks_of_own_classes_equal_all_masks_and_a_choice(branch: str) -> None:
+def test_own_masks_equal_the_selected_channels_of_all_masks(branch: str) -> None:
     head, labels = mask_head(branch), torch.tensor([1, K, 3, 3])
     regions = regions_of(labels)
-    own = head.own_masks(regions, labels - 1)
+    own_masks = head.own_masks(regions, labels - 1)
     expected = head.all_masks(regions)[torch.arange(4), labels - 1]
-    torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(own_masks, expected)
 
     weight = torch.randn(4, M, M)
     inputs = [regions, *head.parameters()]
-    ours, theirs = (torch.autograd.grad((masks * weight).sum(), inputs) for masks in (own, expected))
-    for gradient, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, other)
+    gradients, expected_gradients = (
+        torch.autograd.grad((masks * weight).sum(), inputs) for masks in (own_masks, expected)
+    )
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
-def moved_channels(head: MaskHead, labels: Tensor) -> list[int]:
-    """The channels of logits that the loss of regions with these labels moves."""
+def channels_with_gradient(head: MaskHead, labels: Tensor) -> list[int]:
+    """Return the logit channels with a gradient from the loss of regions with these labels."""
     mask_loss(head, regions_of(labels), labels, torch.rand(len(labels), M, M).round()).backward()
     weight, bias = head.logits.weight.grad, head.logits.bias.grad
     assert weight is not None
@@ -261,25 +263,25 @@ def moved_channels(head: MaskHead, labels: Tensor) -> list[int]:
 
 @each_branch
 def test_with_sigmoid_masks_of_different_classes_do_not_compete(branch: str) -> None:
-    """The loss of a region of class 3 moves the rows of class 3 alone."""
-    assert moved_channels(mask_head(branch), torch.tensor([3, 3])) == [2]
+    """The loss of a region of class 3 has a gradient only in the rows of class 3."""
+    assert channels_with_gradient(mask_head(branch), torch.tensor([3, 3])) == [2]
 
 
 @each_branch
 def test_with_softmax_all_classes_compete(branch: str) -> None:
-    assert moved_channels(mask_head(branch, output="softmax"), torch.tensor([3, 3])) == list(range(K + 1))
+    assert channels_with_gradient(mask_head(branch, output="softmax"), torch.tensor([3, 3])) == list(range(K + 1))
 
 
 @each_branch
 @each_output
-def test_the_mask_of_one_class_depends_on_the_others_with_softmax_alone(branch: str, output: str) -> None:
+def test_masks_depend_on_the_logits_of_other_classes_only_with_softmax(branch: str, output: str) -> None:
     head, labels = mask_head(branch, output=output), torch.tensor([1, 4])
     regions = regions_of(labels)
     before = head.probabilities(regions, labels)
-    # What comes before the classes is background.
-    others = [channel + (output == "softmax") for channel in (1, 2, 4)]
+    # With softmax, channel 0 is background.
+    other_channels = [channel + (output == "softmax") for channel in (1, 2, 4)]
     with torch.no_grad():
-        head.logits.bias.view(head.channels, -1)[others] += 5
+        head.logits.bias.view(head.channels, -1)[other_channels] += 5
     after = head.probabilities(regions, labels)
     if output == "sigmoid":
         assert torch.equal(after, before)
@@ -289,7 +291,7 @@ def test_the_mask_of_one_class_depends_on_the_others_with_softmax_alone(branch: 
 
 @each_branch
 @each_output
-def test_one_mask_for_all_classes_does_not_ask_for_the_class(branch: str, output: str) -> None:
+def test_class_agnostic_masks_do_not_depend_on_the_label(branch: str, output: str) -> None:
     head, labels = mask_head(branch, output=output, class_agnostic=True), torch.tensor([1, 4])
     regions = regions_of(labels)
     one, other = head(regions, labels), head(regions, labels.flip(0))
@@ -298,7 +300,7 @@ def test_one_mask_for_all_classes_does_not_ask_for_the_class(branch: str, output
 
 
 @each_branch
-def test_softmax_shares_one_between_the_classes_and_background(branch: str) -> None:
+def test_softmax_probabilities_of_classes_and_background_sum_to_one(branch: str) -> None:
     head = mask_head(branch, output="softmax")
     region = torch.randn(1, 6, 7, 7)
     labels = torch.arange(1, K + 1)
@@ -308,34 +310,34 @@ def test_softmax_shares_one_between_the_classes_and_background(branch: str) -> N
 
 @each_branch
 def test_softmax_between_two_is_a_sigmoid_of_their_difference(branch: str) -> None:
-    """The two formulations are one where there is one class: p = e^a / (e^a + e^b) = sigmoid(a - b)."""
-    coupled = mask_head(branch, output="softmax", class_agnostic=True)
-    binary = mask_head(branch, output="sigmoid", class_agnostic=True)
-    state = coupled.state_dict()
+    """With one class both formulations are equivalent: p = e^a / (e^a + e^b) = sigmoid(a - b)."""
+    softmax = mask_head(branch, output="softmax", class_agnostic=True)
+    sigmoid = mask_head(branch, output="sigmoid", class_agnostic=True)
+    state = softmax.state_dict()
     for name in ("logits.weight", "logits.bias"):
         background, foreground = state[name].unflatten(0, (2, -1))
         state[name] = foreground - background
-    binary.load_state_dict(state)
-    labels, wanted = torch.tensor([2, 5]), torch.rand(2, M, M)
+    sigmoid.load_state_dict(state)
+    labels, mask_targets = torch.tensor([2, 5]), torch.rand(2, M, M)
     regions = regions_of(labels)
-    torch.testing.assert_close(coupled.probabilities(regions, labels), binary.probabilities(regions, labels))
-    ours, theirs = (mask_loss(head, regions, labels, wanted) for head in (coupled, binary))
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, regions)[0] for loss in (ours, theirs)))
+    torch.testing.assert_close(softmax.probabilities(regions, labels), sigmoid.probabilities(regions, labels))
+    losses = [mask_loss(head, regions, labels, mask_targets) for head in (softmax, sigmoid)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, regions)[0] for loss in losses))
 
 
 @each_output
 def test_the_mask_loss_by_hand(output: str) -> None:
-    """A region's logit is 0, 1 or 2 in its own channel and 0 in the others."""
+    """The logit of class 1, 2, 3 is 0, 1, 2; the logits of the other classes and background are 0."""
     head = mask_head(output=output)
     nn.init.zeros_(head.logits.weight)
-    own = torch.tensor([0.0, 1, 2, 0, 0])
+    class_logits = torch.tensor([0.0, 1, 2, 0, 0])
     with torch.no_grad():
-        head.logits.bias.copy_(own if output == "sigmoid" else torch.cat((torch.zeros(1), own)))
-    wanted = torch.ones(3, M, M)
-    wanted[1, : M // 2] = 0
+        head.logits.bias.copy_(class_logits if output == "sigmoid" else torch.cat((torch.zeros(1), class_logits)))
+    mask_targets = torch.ones(3, M, M)
+    mask_targets[1, : M // 2] = 0
     labels = torch.tensor([1, 2, 3])
-    found = head.loss(head(regions_of(labels), labels), wanted, images=torch.tensor([0, 0, 1]), batch=2)
+    loss = head.loss(head(regions_of(labels), labels), mask_targets, images=torch.tensor([0, 0, 1]), batch=2)
     if output == "sigmoid":
         inside = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
         outside = math.log1p(math.e)
@@ -343,14 +345,14 @@ def test_the_mask_loss_by_hand(output: str) -> None:
         total = math.log(4 + math.e + math.e**2)
         inside = [total - logit for logit in (0, 1, 2)]
         outside = total
-    second = (inside[1] + outside) / 2  # half the cells should be background
-    assert found.item() == pytest.approx(((inside[0] + second) / 2 + inside[2]) / 2)
+    second = (inside[1] + outside) / 2  # half the cells are background
+    assert loss.item() == pytest.approx(((inside[0] + second) / 2 + inside[2]) / 2)
 
 
-def test_a_target_between_0_and_1_is_a_share_of_both_losses() -> None:
+def test_a_fractional_target_weights_both_losses() -> None:
     outputs = MaskOutputs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[-3.0, -5.0]]]))
-    found = mask_head().loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1)
-    assert found == (0.25 * 1 + 0.75 * 3 + 2) / 2
+    loss = mask_head().loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1)
+    assert loss == (0.25 * 1 + 0.75 * 3 + 2) / 2
 
 
 @each_output
@@ -368,11 +370,11 @@ def test_a_certain_mask_has_a_finite_loss(output: str) -> None:
 @each_branch
 @each_output
 @for_each_or_for_all
-def test_no_region_gives_no_loss_but_gradients(branch: str, output: str, class_agnostic: bool) -> None:
+def test_without_regions_the_loss_is_zero_and_gradients_exist(branch: str, output: str, class_agnostic: bool) -> None:
     head, labels = mask_head(branch, output=output, class_agnostic=class_agnostic), torch.zeros(0, dtype=torch.int64)
-    regions, wanted = torch.zeros(0, 6, 7, 7), torch.zeros(0, M, M)
+    regions, mask_targets = torch.zeros(0, 6, 7, 7), torch.zeros(0, M, M)
     assert head.probabilities(regions, labels).shape == (0, M, M)
-    loss = head.loss(head(regions, labels), wanted, images=labels, batch=2)
+    loss = head.loss(head(regions, labels), mask_targets, images=labels, batch=2)
     assert loss == 0
     loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
@@ -382,41 +384,42 @@ def test_no_region_gives_no_loss_but_gradients(branch: str, output: str, class_a
 @each_output
 def test_mask_logits_in_bfloat16_have_a_loss_in_float32(branch: str, output: str) -> None:
     head, labels = mask_head(branch, output=output), torch.tensor([1, 2])
-    regions, wanted = regions_of(labels), torch.rand(2, M, M)
+    regions, mask_targets = regions_of(labels), torch.rand(2, M, M)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head.all_masks(regions).dtype == torch.bfloat16
-        loss = mask_loss(head, regions, labels, wanted)
+        loss = mask_loss(head, regions, labels, mask_targets)
         assert loss.dtype == head.probabilities(regions, labels).dtype == torch.float32
-    torch.testing.assert_close(loss, mask_loss(head, regions, labels, wanted), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(loss, mask_loss(head, regions, labels, mask_targets), rtol=0.05, atol=0.0)
 
 
 @each_branch
 @each_output
-def test_masks_follow_the_names_of_their_classes(branch: str, output: str) -> None:
-    ours, theirs = mask_head(branch, output=output), mask_head(branch, output=output)
+def test_loading_weights_matches_mask_channels_by_class_name(branch: str, output: str) -> None:
+    head, source = mask_head(branch, output=output), mask_head(branch, output=output)
     regions = torch.randn(2, 6, 7, 7)
-    ours.load_state_dict({**theirs.state_dict(), "logits.weight": ours.logits.weight, "logits.bias": ours.logits.bias})
-    own, expected = ours.all_masks(regions).unbind(1), theirs.all_masks(regions).unbind(1)
+    # Both heads differ only in their last layer.
+    head.load_state_dict({**source.state_dict(), "logits.weight": head.logits.weight, "logits.bias": head.logits.bias})
+    before, from_source = head.all_masks(regions).unbind(1), source.all_masks(regions).unbind(1)
     old = ClassTable(names=("cat", "dog", "owl", "fox", "hen"), category_ids=(1, 2, 3, 4, 5))
     new = ClassTable(names=("owl", "elk", "dog", "emu", "cat"), category_ids=(1, 2, 3, 4, 5))
-    load_weights(ours, theirs.state_dict(), source="old.pt", source_classes=old, classes=new)
+    load_weights(head, source.state_dict(), source="old.pt", source_classes=old, classes=new)
 
-    found = ours.all_masks(regions).unbind(1)
-    if output == "softmax":  # background comes first, and along
-        assert torch.equal(found[0], expected[0])
-        own, expected, found = own[1:], expected[1:], found[1:]
-    owl, elk, dog, emu, cat = found
-    for mask, wanted in ((owl, expected[2]), (elk, own[1]), (dog, expected[1]), (emu, own[3]), (cat, expected[0])):
-        assert torch.equal(mask, wanted)
+    after = head.all_masks(regions).unbind(1)
+    if output == "softmax":  # the background channel is loaded, too
+        assert torch.equal(after[0], from_source[0])
+        before, from_source, after = before[1:], from_source[1:], after[1:]
+    owl, elk, dog, emu, cat = after
+    assert all(torch.equal(mask, from_source[index]) for mask, index in ((owl, 2), (dog, 1), (cat, 0)))
+    assert all(torch.equal(mask, before[index]) for mask, index in ((elk, 1), (emu, 3)))
 
 
 @each_branch
 @each_output
-def test_masks_for_all_classes_belong_to_none(branch: str, output: str) -> None:
+def test_class_agnostic_heads_have_no_class_rows(branch: str, output: str) -> None:
     assert not mask_head(branch, output=output, class_agnostic=True).class_rows()
 
 
-# What trains the heads.
+# Sampling of RoIs.
 
 
 def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
@@ -429,35 +432,35 @@ def proposals(*images: list[list[float]]) -> Proposals:
     return Proposals(boxes, torch.zeros(boxes.shape[:2]))
 
 
-def sampler(count: int, share: float = 0.5) -> RegionSampler:
-    return RegionSampler(batch_size_per_image=count, positive_fraction=share, foreground=0.5)
+def sampler(count: int, positive_fraction: float = 0.5) -> RegionSampler:
+    return RegionSampler(batch_size_per_image=count, positive_fraction=positive_fraction, foreground=0.5)
 
 
 OBJECTS = targets([[[0.0, 0, 10, 10], [20, 20, 60, 60]]], [[3, 1]])
 
 
-def test_objects_are_their_own_best_proposals() -> None:
+def test_ground_truth_boxes_are_added_to_the_proposals() -> None:
     far = [100.0, 100, 110, 110]
-    samples = sampler(8, share=0.75)(proposals([far, far]), OBJECTS, torch.tensor([0]))
+    samples = sampler(8, positive_fraction=0.75)(proposals([far, far]), OBJECTS, torch.tensor([0]))
     assert samples.labels.tolist()[0][4:] == [-1] * 4  # two positives, two negatives, no more boxes
-    own = {
+    positives = {
         (tuple(box), label, index)
         for box, label, index in zip(
             samples.boxes[0, :2].tolist(), samples.labels[0, :2].tolist(), samples.matched[0, :2].tolist(), strict=True
         )
     }
-    assert own == {((0, 0, 10, 10), 3, 0), ((20, 20, 60, 60), 1, 1)}
+    assert positives == {((0, 0, 10, 10), 3, 0), ((20, 20, 60, 60), 1, 1)}
     assert samples.labels[0, 2:4].tolist() == [0, 0]
     assert samples.boxes[0, 2:4].tolist() == [far, far]
 
 
-def test_positives_come_first_and_are_no_more_than_their_share() -> None:
+def test_positives_come_first_and_are_limited_to_the_positive_fraction() -> None:
     near = [[20.0 + shift, 20, 60 + shift, 60] for shift in range(6)]
     far = [[100.0 + shift, 100, 110 + shift, 110] for shift in range(6)]
-    draw = sampler(8, share=0.25)
-    assert draw.max_positives == 2
+    sample = sampler(8, positive_fraction=0.25)
+    assert sample.max_positives == 2
     for seed in range(5):
-        samples = draw(proposals([*far, *near]), OBJECTS, torch.tensor([seed]))
+        samples = sample(proposals([*far, *near]), OBJECTS, torch.tensor([seed]))
         assert (samples.labels[0, :2] > 0).all()
         assert samples.labels[0, 2:].tolist() == [0] * 6
         assert samples.boxes.shape == (1, 8, 4)
@@ -465,30 +468,30 @@ def test_positives_come_first_and_are_no_more_than_their_share() -> None:
 
 def test_a_proposal_gets_the_class_of_the_object_that_it_overlaps_most() -> None:
     both = targets([[[0.0, 0, 40, 40], [10, 0, 50, 40]]], [[3, 1]])
-    samples = sampler(4, share=1.0)(proposals([[9.0, 0, 49, 40], [2, 0, 42, 40]]), both, torch.tensor([0]))
-    found = {
+    samples = sampler(4, positive_fraction=1.0)(proposals([[9.0, 0, 49, 40], [2, 0, 42, 40]]), both, torch.tensor([0]))
+    matches = {
         tuple(box): (label, index)
         for box, label, index in zip(
             samples.boxes[0].tolist(), samples.labels[0].tolist(), samples.matched[0].tolist(), strict=True
         )
     }
-    assert found[(9, 0, 49, 40)] == (1, 1)
-    assert found[(2, 0, 42, 40)] == (3, 0)
+    assert matches[(9, 0, 49, 40)] == (1, 1)
+    assert matches[(2, 0, 42, 40)] == (3, 0)
 
 
 def test_the_threshold_divides_positives_from_background() -> None:
     one = targets([[[0.0, 0, 10, 10]]], [[2]])
     boxes = [[0.0, 0, 10, 5], [0, 0, 10, 4.9]]  # IoU 0.5 and 0.49
-    samples = sampler(4, share=1.0)(proposals(boxes), one, torch.tensor([0]))
+    samples = sampler(4, positive_fraction=1.0)(proposals(boxes), one, torch.tensor([0]))
     assert samples.labels[0].tolist() == [2, 2, 0, -1]
     assert {box[3] for box in samples.boxes[0, :2].tolist()} == {10, 5}
     assert samples.boxes[0, 2, 3].item() == pytest.approx(4.9)
 
 
-def test_padding_is_never_drawn() -> None:
-    none = targets([[[0.0, 0, 0, 0]]], [[-1]])
-    nothing = Proposals(torch.zeros(1, 3, 4), torch.full((1, 3), -torch.inf))
-    samples = sampler(4)(nothing, none, torch.tensor([0]))
+def test_padding_is_never_sampled() -> None:
+    no_objects = targets([[[0.0, 0, 0, 0]]], [[-1]])
+    padding = Proposals(torch.zeros(1, 3, 4), torch.full((1, 3), -torch.inf))
+    samples = sampler(4)(padding, no_objects, torch.tensor([0]))
     assert samples.labels.tolist() == [[-1] * 4]
     assert not samples.valid.any()
 
@@ -499,7 +502,7 @@ def test_regions_inside_a_crowd_are_not_background() -> None:
     assert samples.boxes[samples.valid].tolist() == [[200, 200, 220, 220]]
 
 
-# What becomes a detection.
+# Selection of detections.
 
 
 def selector(**settings: Any) -> DetectionSelector:
@@ -508,7 +511,7 @@ def selector(**settings: Any) -> DetectionSelector:
 
 
 def logits(*probabilities: list[float]) -> Tensor:
-    """`(1, P, K + 1)` logits of these probabilities of the first classes; the rest is background."""
+    """Return logits `(1, P, K + 1)` for given probabilities of the first classes; the rest is background."""
     table = torch.full((1, len(probabilities), K + 1), 1e-6)
     for row, values in enumerate(probabilities):
         table[0, row, 1 : len(values) + 1] = torch.tensor(values)
@@ -516,88 +519,91 @@ def logits(*probabilities: list[float]) -> Tensor:
     return table.log()
 
 
-def still(number: int) -> Tensor:
+def zero_deltas(number: int) -> Tensor:
     return torch.zeros(1, number, K, 4)
 
 
 SIZE = torch.tensor([[100, 200]])
 
 
-def kept(found: Detections) -> list[tuple[int, float]]:
-    """Label and score of each detection."""
-    valid = found.valid[0]
-    scores = [round(score, 4) for score in found.scores[0][valid].tolist()]
-    return list(zip(found.labels[0][valid].tolist(), scores, strict=True))
+def labels_and_scores(detections: Detections) -> list[tuple[int, float]]:
+    """Return label and score of each detection of the first image."""
+    valid = detections.valid[0]
+    scores = [round(score, 4) for score in detections.scores[0][valid].tolist()]
+    return list(zip(detections.labels[0][valid].tolist(), scores, strict=True))
 
 
 def test_boxes_of_one_class_suppress_each_other_and_no_other_class() -> None:
-    where = proposals([[10.0, 10, 50, 50], [12, 10, 52, 50], [100, 10, 150, 50]])
+    candidates = proposals([[10.0, 10, 50, 50], [12, 10, 52, 50], [100, 10, 150, 50]])
     scores = logits([0.6, 0.3], [0.7, 0.2], [0.1, 0.5])
-    found = selector()(where, scores, still(3), SIZE)
-    # Class 1: the second box beats the first; class 2: the first beats the second.
-    assert kept(found) == [(1, 0.7), (2, 0.5), (2, 0.3), (1, 0.1)]
-    assert found.boxes[0].tolist() == [[12, 10, 52, 50], [100, 10, 150, 50], [10, 10, 50, 50], [100, 10, 150, 50]]
-    assert kept(selector(nms_threshold=1.0, detections_per_image=9)(where, scores, still(3), SIZE)) == [
+    detections = selector()(candidates, scores, zero_deltas(3), SIZE)
+    # Class 1: the second box suppresses the first. Class 2: the first suppresses the second.
+    assert labels_and_scores(detections) == [(1, 0.7), (2, 0.5), (2, 0.3), (1, 0.1)]
+    assert detections.boxes[0].tolist() == [[12, 10, 52, 50], [100, 10, 150, 50], [10, 10, 50, 50], [100, 10, 150, 50]]
+    detections = selector(nms_threshold=1.0, detections_per_image=9)(candidates, scores, zero_deltas(3), SIZE)
+    assert labels_and_scores(detections) == [
         (1, 0.7), (1, 0.6), (2, 0.5), (2, 0.3), (2, 0.2), (1, 0.1)
     ]  # fmt: skip
 
 
 def test_the_best_are_kept_up_to_the_count_and_above_the_threshold() -> None:
-    where = proposals([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    candidates = proposals([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
     scores = logits([0.5], [0.3], [0.049])
-    assert kept(selector()(where, scores, still(3), SIZE)) == [(1, 0.5), (1, 0.3)]
-    assert kept(selector(detections_per_image=1)(where, scores, still(3), SIZE)) == [(1, 0.5)]
-    assert kept(selector(score_threshold=0.4)(where, scores, still(3), SIZE)) == [(1, 0.5)]
+    assert labels_and_scores(selector()(candidates, scores, zero_deltas(3), SIZE)) == [(1, 0.5), (1, 0.3)]
+    assert labels_and_scores(selector(detections_per_image=1)(candidates, scores, zero_deltas(3), SIZE)) == [(1, 0.5)]
+    assert labels_and_scores(selector(score_threshold=0.4)(candidates, scores, zero_deltas(3), SIZE)) == [(1, 0.5)]
 
 
-def test_every_class_moves_the_box_by_its_own_deltas() -> None:
+def test_each_class_uses_its_own_deltas() -> None:
     box = torch.tensor([[10.0, 10, 50, 50]])
-    wanted = torch.tensor([[20.0, 20, 40, 60], [5, 5, 25, 45]])
-    deltas = still(1)
-    deltas[0, 0, :2] = encode_deltas(wanted, box, weights=WEIGHTS)
-    found = selector()(proposals(box.tolist()), logits([0.3, 0.6]), deltas, SIZE)
-    assert kept(found) == [(2, 0.6), (1, 0.3)]
-    torch.testing.assert_close(found.boxes[0, :2], wanted.flip(0))
+    expected = torch.tensor([[20.0, 20, 40, 60], [5, 5, 25, 45]])
+    deltas = zero_deltas(1)
+    deltas[0, 0, :2] = encode_deltas(expected, box, weights=WEIGHTS)
+    detections = selector()(proposals(box.tolist()), logits([0.3, 0.6]), deltas, SIZE)
+    assert labels_and_scores(detections) == [(2, 0.6), (1, 0.3)]
+    torch.testing.assert_close(detections.boxes[0, :2], expected.flip(0))
 
 
 def test_boxes_are_clipped_to_the_image_without_its_padding() -> None:
-    where = Proposals(torch.tensor([[[-20.0, 90, 250, 130]]] * 2), torch.zeros(2, 1))
+    candidates = Proposals(torch.tensor([[[-20.0, 90, 250, 130]]] * 2), torch.zeros(2, 1))
     sizes = torch.tensor([[100, 200], [95, 60]])
-    found = selector()(where, logits([0.9]).expand(2, -1, -1), still(1).expand(2, -1, -1, -1), sizes)
-    assert found.boxes[:, 0].tolist() == [[0, 90, 200, 100], [0, 90, 60, 95]]
+    detections = selector()(candidates, logits([0.9]).expand(2, -1, -1), zero_deltas(1).expand(2, -1, -1, -1), sizes)
+    assert detections.boxes[:, 0].tolist() == [[0, 90, 200, 100], [0, 90, 60, 95]]
 
 
-def test_boxes_that_clipping_leaves_without_area_are_dropped() -> None:
-    where = proposals([[210.0, 10, 250, 30], [10, 10, 30, 14]])
-    assert kept(selector()(where, logits([0.9], [0.8]), still(2), SIZE)) == [(1, 0.8)]
-    assert kept(selector(min_size=4.0)(where, logits([0.9], [0.8]), still(2), SIZE)) == []
+def test_boxes_without_area_after_clipping_are_dropped() -> None:
+    candidates = proposals([[210.0, 10, 250, 30], [10, 10, 30, 14]])
+    assert labels_and_scores(selector()(candidates, logits([0.9], [0.8]), zero_deltas(2), SIZE)) == [(1, 0.8)]
+    assert labels_and_scores(selector(min_size=4.0)(candidates, logits([0.9], [0.8]), zero_deltas(2), SIZE)) == []
 
 
-def test_what_is_missing_is_padding() -> None:
-    where = Proposals(torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]]), torch.tensor([[0.0, -torch.inf]]))
-    found = selector()(where, logits([0.9], [0.9]), still(2), SIZE)
-    assert found.labels.tolist() == [[1, -1, -1, -1]]
-    assert found.scores[0, 1:].tolist() == [-torch.inf] * 3
-    assert not found.boxes[0, 1:].any()
+def test_missing_detections_are_padding() -> None:
+    candidates = Proposals(torch.tensor([[[0.0, 0, 10, 10], [0, 0, 0, 0]]]), torch.tensor([[0.0, -torch.inf]]))
+    detections = selector()(candidates, logits([0.9], [0.9]), zero_deltas(2), SIZE)
+    assert detections.labels.tolist() == [[1, -1, -1, -1]]
+    assert detections.scores[0, 1:].tolist() == [-torch.inf] * 3
+    assert not detections.boxes[0, 1:].any()
 
 
-def test_no_proposal_gives_no_detection() -> None:
-    nothing = Proposals(torch.zeros(2, 3, 4), torch.full((2, 3), -torch.inf))
-    found = selector()(nothing, torch.zeros(2, 3, K + 1), torch.zeros(2, 3, K, 4), SIZE.expand(2, 2))
-    assert found.boxes.shape == (2, 4, 4)
-    assert not found.valid.any()
+def test_without_proposals_there_are_no_detections() -> None:
+    padding = Proposals(torch.zeros(2, 3, 4), torch.full((2, 3), -torch.inf))
+    detections = selector()(padding, torch.zeros(2, 3, K + 1), torch.zeros(2, 3, K, 4), SIZE.expand(2, 2))
+    assert detections.boxes.shape == (2, 4, 4)
+    assert not detections.valid.any()
 
 
 def test_scores_are_a_softmax_over_classes_and_background() -> None:
     scores = torch.randn(1, 1, K + 1)
-    found = selector(score_threshold=0.0, detections_per_image=K)(proposals([[0.0, 0, 10, 10]]), scores, still(1), SIZE)
+    detections = selector(score_threshold=0.0, detections_per_image=K)(
+        proposals([[0.0, 0, 10, 10]]), scores, zero_deltas(1), SIZE
+    )
     expected = F.softmax(scores[0, 0], dim=0)[1:].sort(descending=True)
-    torch.testing.assert_close(found.scores[0], expected.values)
-    assert found.labels[0].tolist() == (expected.indices + 1).tolist()
+    torch.testing.assert_close(detections.scores[0], expected.values)
+    assert detections.labels[0].tolist() == (expected.indices + 1).tolist()
 
 
-def test_a_wild_prediction_stays_finite() -> None:
+def test_huge_deltas_give_finite_boxes() -> None:
     deltas = torch.full((1, 1, K, 4), 1e4)
-    found = selector()(proposals([[10.0, 10, 50, 50]]), logits([0.9]), deltas, SIZE)
-    assert found.boxes.isfinite().all()
+    detections = selector()(proposals([[10.0, 10, 50, 50]]), logits([0.9]), deltas, SIZE)
+    assert detections.boxes.isfinite().all()
     assert decode_deltas(deltas, torch.tensor([10.0, 10, 50, 50]), weights=WEIGHTS).isfinite().all()

@@ -1,4 +1,4 @@
-"""Weights of image classifiers: what is loaded, what is said about the rest, and what is refused."""
+"""Pretrained classifier weights: tensors loaded, messages about the other tensors, errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def full_state(body: nn.Module) -> dict[str, Tensor]:
     return {name: torch.randn_like(value) for name, value in body.state_dict().items()}
 
 
-# What is loaded.
+# Loading.
 
 
 def test_every_tensor_of_the_body_comes_from_the_file(tmp_path: Path) -> None:
@@ -53,13 +53,13 @@ def test_every_tensor_of_the_body_comes_from_the_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in body.state_dict().items())
 
 
-def test_a_stage_apart_and_the_body_share_one_file(tmp_path: Path) -> None:
-    parts = resnet18()
-    assert parts.res5 is not None
-    state = full_state(parts.body) | full_state(parts.res5)
-    load([parts.body, parts.res5, None], saved(tmp_path / "w.pth", state))
-    assert torch.equal(parts.res5.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
-    assert torch.equal(parts.body.conv1.weight, state["conv1.weight"])
+def test_body_and_separate_stage_5_load_from_one_file(tmp_path: Path) -> None:
+    modules = resnet18()
+    assert modules.res5 is not None
+    state = full_state(modules.body) | full_state(modules.res5)
+    load([modules.body, modules.res5, None], saved(tmp_path / "w.pth", state))
+    assert torch.equal(modules.res5.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+    assert torch.equal(modules.body.conv1.weight, state["conv1.weight"])
 
 
 def test_the_real_file_fills_c4(real_file: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,20 +68,20 @@ def test_the_real_file_fills_c4(real_file: Path, caplog: pytest.LogCaptureFixtur
         load([body], real_file)
     state = torch.load(real_file, weights_only=True)
     assert all(torch.equal(value, state[name]) for name, value in body.state_dict().items())
-    assert "lacks" not in caplog.text
+    assert "missing" not in caplog.text
     body.eval()
     with torch.no_grad():
-        response = body(torch.randn(1, 3, 64, 64))[0]
-    assert 0.1 < response.abs().mean() < 10  # trained weights keep the scale of their input
+        features = body(torch.randn(1, 3, 64, 64))[0]
+    assert 0.1 < features.abs().mean() < 10  # trained weights keep the scale of their input
 
 
-def test_what_the_real_file_lacks_is_listed(real_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_missing_in_the_real_file_are_listed(real_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = resnet18("fpn").body
     before = body.layer4[1].conv2.weight.clone()
     with caplog.at_level(logging.INFO):
         load([body], real_file)
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
-    assert "lacks 20 tensors" in warning
+    assert "20 tensors of the model are missing" in warning
     assert "layer4.1.conv2.weight" in warning
     assert torch.equal(body.layer4[1].conv2.weight, before)
 
@@ -109,18 +109,16 @@ def test_the_model_takes_the_weights_that_its_config_names(tmp_path: Path) -> No
     assert not torch.equal(config.build(2, pretrained=False).backbone.body.conv1.weight, state["conv1.weight"])
 
 
-def test_what_has_no_place_is_mentioned_but_for_the_classifier(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unused_tensors_are_logged_except_the_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = resnet18().body
     state = full_state(body) | {"layer4.0.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}
     with caplog.at_level(logging.INFO):
         load([body], saved(tmp_path / "w.pth", state))
-    assert "1 tensors have no place here: layer4.0.conv1.weight" in caplog.text
+    assert "ignored 1 tensors that the model does not have: layer4.0.conv1.weight" in caplog.text
     assert "fc.bias" not in caplog.text
 
 
-# What is refused.
+# Errors.
 
 
 def test_another_shape_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -128,15 +126,15 @@ def test_another_shape_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
     before = body.conv1.weight.clone()
     state = full_state(body) | {"layer1.0.conv1.weight": torch.zeros(128, 64, 3, 3)}
     path = saved(tmp_path / "w.pth", state)
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as error:
         load([body], path)
-    message = str(refusal.value)
+    message = str(error.value)
     assert str(path) in message
-    assert "layer1.0.conv1.weight: (128, 64, 3, 3) in the file, (64, 64, 3, 3) here" in message
+    assert "layer1.0.conv1.weight: (128, 64, 3, 3) in the file, (64, 64, 3, 3) in the model" in message
     assert torch.equal(body.conv1.weight, before)
 
 
-def test_a_long_list_of_misfits_is_cut(tmp_path: Path) -> None:
+def test_a_long_list_of_wrong_shapes_is_truncated(tmp_path: Path) -> None:
     body = resnet18().body
     path = saved(tmp_path / "w.pth", {name: torch.zeros(2, 2) for name in body.state_dict()})
     with pytest.raises(InputError, match=f"and {len(body.state_dict()) - 10} more"):
@@ -149,12 +147,12 @@ def test_the_real_file_does_not_fit_another_depth(real_file: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [{"stem.conv.weight": torch.zeros(2)}, {"model": {}, "iteration": 3}, {}])
-def test_a_foreign_file_is_refused(tmp_path: Path, state: dict[str, object]) -> None:
+def test_a_file_without_known_names_is_refused(tmp_path: Path, state: dict[str, object]) -> None:
     path = saved(tmp_path / "w.pth", state)
-    with pytest.raises(InputError, match="has a name of resnet18") as refusal:
+    with pytest.raises(InputError, match="has a parameter name of resnet18") as error:
         load([resnet18().body], path)
-    assert str(path) in str(refusal.value)
-    assert min(state, default="nothing") in str(refusal.value)
+    assert str(path) in str(error.value)
+    assert min(state, default="nothing") in str(error.value)
 
 
 def test_no_file_and_a_broken_file_are_refused(tmp_path: Path) -> None:
@@ -165,38 +163,38 @@ def test_no_file_and_a_broken_file_are_refused(tmp_path: Path) -> None:
         load([resnet18().body], tmp_path / "broken.pth")
 
 
-# torchvision's files.
+# torchvision's cache and download.
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no internet."""
+    """An empty cache; every download fails."""
 
-    def refuse(url: str, path: str) -> None:
+    def fail(url: str, path: str) -> None:
         raise URLError("no route to host")
 
-    monkeypatch.setattr(pretrained, "download_url_to_file", refuse)
+    monkeypatch.setattr(pretrained, "download_url_to_file", fail)
     monkeypatch.setattr(pretrained, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 
 
 def test_without_internet_the_message_says_which_file_to_put_where(cache: Path) -> None:
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as error:
         imagenet_file("resnet50")
-    message = str(refusal.value)
+    message = str(error.value)
     assert str(cache / "resnet50-0676ba61.pth") in message
     assert "https://download.pytorch.org/models/resnet50-0676ba61.pth" in message
     assert "model.backbone.weights" in message
     assert "no route to host" in message
 
 
-def test_a_cache_that_cannot_be_written_is_no_traceback(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_raises_an_input_error(cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
     with pytest.raises(InputError, match="resnet50-0676ba61"):
         imagenet_file("resnet50")
 
 
-def test_a_file_in_the_cache_is_taken(cache: Path) -> None:
+def test_a_cached_file_is_used(cache: Path) -> None:
     cache.mkdir(parents=True)
     body = resnet18().body
     state = full_state(body)

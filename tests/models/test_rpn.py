@@ -1,3 +1,5 @@
+"""RPN: outputs at sampled anchors, proposals, losses."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,7 +11,7 @@ from maskrcnn.models.rpn import RPN, ProposalCounts, RPNConfig
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import MaskCrop, Targets
 
-SIZES = ((8, 12), (4, 6))  # of the two levels' maps
+SIZES = ((8, 12), (4, 6))  # height and width of the two levels
 STRIDES = (8, 16)
 
 
@@ -30,26 +32,28 @@ def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
     return Targets(torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [(1.0, 1.0)] * len(boxes), len(boxes[0])))
 
 
-def test_scoring_the_drawn_anchors_equals_scoring_all_and_choosing() -> None:
+def test_sampled_outputs_equal_forward_at_the_sampled_anchors() -> None:
     head, dense_maps, sparse_maps = rpn(), features(), features()
-    number = sum(height * width * 6 for height, width in SIZES)
-    indices = torch.randint(0, number, (2, 50))
-    indices[0, :4] = torch.tensor([0, 8 * 12 * 6 - 1, 8 * 12 * 6, number - 1])  # corners of both maps
+    num_anchors = sum(height * width * 6 for height, width in SIZES)
+    indices = torch.randint(0, num_anchors, (2, 50))
+    indices[0, :4] = torch.tensor([0, 8 * 12 * 6 - 1, 8 * 12 * 6, num_anchors - 1])  # corners of both maps
 
-    scored = [head(level) for level in dense_maps]
-    logits = torch.cat([part for part, _ in scored], dim=1).gather(1, indices)
-    deltas = torch.cat([part for _, part in scored], dim=1).gather(1, indices[..., None].expand(-1, -1, 4))
-    drawn_logits, drawn_deltas = head.sampled_outputs(sparse_maps, indices)
-    torch.testing.assert_close(drawn_logits, logits)
-    torch.testing.assert_close(drawn_deltas, deltas)
+    outputs = [head(level) for level in dense_maps]
+    logits = torch.cat([level_logits for level_logits, _ in outputs], dim=1).gather(1, indices)
+    deltas = torch.cat([level_deltas for _, level_deltas in outputs], dim=1).gather(
+        1, indices[..., None].expand(-1, -1, 4)
+    )
+    sampled_logits, sampled_deltas = head.sampled_outputs(sparse_maps, indices)
+    torch.testing.assert_close(sampled_logits, logits)
+    torch.testing.assert_close(sampled_deltas, deltas)
 
     weight = torch.randn(2, 50)
     dense = torch.autograd.grad((logits * weight).sum() + deltas.square().sum(), [*dense_maps, *head.parameters()])
     sparse = torch.autograd.grad(
-        (drawn_logits * weight).sum() + drawn_deltas.square().sum(), [*sparse_maps, *head.parameters()]
+        (sampled_logits * weight).sum() + sampled_deltas.square().sum(), [*sparse_maps, *head.parameters()]
     )
-    for ours, expected in zip(sparse, dense, strict=True):
-        torch.testing.assert_close(ours, expected)
+    for gradient, expected in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_proposals_are_inside_the_image_sorted_and_of_fixed_size() -> None:
@@ -72,8 +76,8 @@ def test_losses_of_two_images_are_the_mean_of_each_alone() -> None:
     together = head.losses(maps, both, torch.tensor([5, 6]))
     alone = []
     for image in range(2):
-        own = Targets(both.boxes[image : image + 1], both.labels[image : image + 1], both.masks)
-        alone.append(head.losses([level[image : image + 1] for level in maps], own, torch.tensor([5 + image])))
+        single = Targets(both.boxes[image : image + 1], both.labels[image : image + 1], both.masks)
+        alone.append(head.losses([level[image : image + 1] for level in maps], single, torch.tensor([5 + image])))
     for term, first, second in zip(together, *alone, strict=True):
         torch.testing.assert_close(term, (first + second) / 2)
 

@@ -1,4 +1,4 @@
-"""The whole model against torchvision's, weights copied over: one algorithm, two programs, the same numbers."""
+"""Numerical parity with torchvision's Mask R-CNN, with copied weights: features, proposals, losses, detections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskrcnn.structures import ImageBatch, MaskCrop, Targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES, HEIGHT, WIDTH = 5, 128, 160
-EVERYTHING = 2**13  # more samples than there are boxes: nothing is drawn by chance
+EVERYTHING = 2**13  # more samples than boxes: sampling is not random
 
 
 def torchvision_model() -> TorchvisionMaskRCNN:
@@ -40,12 +40,14 @@ def torchvision_model() -> TorchvisionMaskRCNN:
     )
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, FrozenBatchNorm2d):  # statistics as if trained, small enough that nothing explodes
+        if isinstance(
+            module, FrozenBatchNorm2d
+        ):  # statistics like those of a trained model, small enough to keep activations finite
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
             module.weight.uniform_(0.3, 0.6, generator=generator)
             module.bias.normal_(0, 0.1, generator=generator)
-    with torch.no_grad():  # scores and boxes that differ from each other, as a trained model's do
+    with torch.no_grad():  # scores and boxes that differ between proposals, as in a trained model
         model.rpn.head.cls_logits.weight.mul_(10)
         model.roi_heads.box_predictor.cls_score.weight.mul_(20)
     return model
@@ -57,8 +59,8 @@ def models(
 ) -> tuple[TorchvisionMaskRCNN, MaskRCNN]:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("parity") / "experiment.yaml"
-    parts = ["model/resnet_fpn", "data/shapes", "conventions/torchvision"]
-    file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{part}.yaml') for part in parts)}]")
+    bases = ["model/resnet_fpn", "data/shapes", "conventions/torchvision"]
+    file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{base}.yaml') for base in bases)}]")
     config = load_config(
         file,
         ExperimentConfig,
@@ -66,7 +68,7 @@ def models(
             f"model.rpn.batch_size_per_image={EVERYTHING}",
             f"model.sampling.batch_size_per_image={EVERYTHING}",
             "model.sampling.positive_fraction=0.5",
-            "model.backbone.norm_eps=1.0e-5",  # FrozenBatchNorm2d's as built; the published files want 0
+            "model.backbone.norm_eps=1.0e-5",  # of FrozenBatchNorm2d; torchvision's published weights need 0
         ],
     )
     theirs, ours = torchvision_model(), config.model.build(CLASSES, pretrained=False)
@@ -76,7 +78,7 @@ def models(
 
 @pytest.fixture(scope="module")
 def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
-    """Two images with three and one objects, in torchvision's form and in ours."""
+    """Two images with three objects and one object, in the formats of torchvision and of this project."""
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (2, 3, HEIGHT, WIDTH), dtype=np.uint8))
     boxes = [
@@ -96,7 +98,7 @@ def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
 
 
 def disc(box: Tensor) -> Tensor:
-    """The ellipse inside a box, as a full-size mask."""
+    """Return the full-size mask of the ellipse inscribed in a box."""
     x1, y1, x2, y2 = box.tolist()
     y, x = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
     inside = ((x - (x1 + x2) / 2) / (x2 - x1) * 2) ** 2 + ((y - (y1 + y2) / 2) / (y2 - y1) * 2) ** 2 <= 1
@@ -107,8 +109,9 @@ def test_features_agree(models, scene) -> None:
     (theirs, ours), (pixels, _, images, _) = models, scene
     batch, _ = theirs.transform(list(pixels / 255))
     torch.testing.assert_close(ours.pixels(images), batch.tensors, atol=1e-5, rtol=1e-5)
-    for own, other in zip(ours.backbone(ours.pixels(images)), theirs.backbone(batch.tensors).values(), strict=True):
-        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+    features = ours.backbone(ours.pixels(images))
+    for level, expected in zip(features, theirs.backbone(batch.tensors).values(), strict=True):
+        torch.testing.assert_close(level, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_proposals_agree(models, scene) -> None:
@@ -116,12 +119,12 @@ def test_proposals_agree(models, scene) -> None:
     batch, _ = theirs.transform(list(pixels / 255))
     with torch.no_grad():
         expected, _ = theirs.eval().rpn(batch, theirs.backbone(batch.tensors))
-        found = ours.rpn.propose(ours.backbone(ours.pixels(images)), images.sizes, ours.rpn.inference_counts)
+        proposals = ours.rpn.propose(ours.backbone(ours.pixels(images)), images.sizes, ours.rpn.inference_counts)
     for index in range(2):
-        own = found.boxes[index][found.valid[index]]
-        assert len(own) == len(expected[index]) > 100
-        # Scores may tie to the last bit of a float, so the order is left open: each box has its twin.
-        distance = torch.cdist(own, expected[index], p=torch.inf)
+        boxes = proposals.boxes[index][proposals.valid[index]]
+        assert len(boxes) == len(expected[index]) > 100
+        # Scores may be tied, so the order is not compared: each box has a counterpart.
+        distance = torch.cdist(boxes, expected[index], p=torch.inf)
         assert distance.amin(dim=0).max() < 1e-3
         assert distance.amin(dim=1).max() < 1e-3
 
@@ -130,11 +133,11 @@ def test_all_five_losses_agree(models, scene) -> None:
     (theirs, ours), (pixels, targets, images, dense) = models, scene
     theirs.train()
     expected = theirs(list(pixels / 255), [dict(target) for target in targets])
-    found = ours(images, dense)
-    order = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-    for own, name in zip(found, order, strict=True):
+    losses = ours(images, dense)
+    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+    for loss, name in zip(losses, names, strict=True):
         torch.testing.assert_close(
-            own, expected[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            loss, expected[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -145,28 +148,29 @@ def test_gradients_agree(models, scene) -> None:
     ours.zero_grad()
     sum(theirs(list(pixels / 255), [dict(target) for target in targets]).values()).backward()
     ours(images, dense).total.backward()
-    for other, own in [
-        (theirs.rpn.head.conv[0][0], ours.rpn.conv),  # through the sampled anchors alone, here
+    for their_layer, our_layer in [
+        (theirs.rpn.head.conv[0][0], ours.rpn.conv),  # evaluated only at the sampled anchors in our model
         (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0].conv),
         (theirs.backbone.body.layer2[0].conv1, ours.backbone.body.layer2[0].conv1),
         (theirs.roi_heads.mask_predictor.conv5_mask, ours.mask_head.upsample),
     ]:
-        scale = other.weight.grad.abs().max()
-        torch.testing.assert_close(own.weight.grad / scale, other.weight.grad / scale, atol=1e-3, rtol=0)
+        expected = their_layer.weight.grad
+        scale = expected.abs().max()
+        torch.testing.assert_close(our_layer.weight.grad / scale, expected / scale, atol=1e-3, rtol=0)
 
 
 def test_detections_agree(models, scene) -> None:
     (theirs, ours), (pixels, _, images, _) = models, scene
     with torch.no_grad():
         expected = theirs.eval()(list(pixels / 255))
-    found = ours.detect(images)
+    detections = ours.detect(images)
     for index in range(2):
         count = len(expected[index]["boxes"])
-        assert int(found.valid[index].sum()) == count > 10
-        torch.testing.assert_close(found.scores[index, :count], expected[index]["scores"], atol=1e-4, rtol=1e-4)
-        assert torch.equal(found.labels[index, :count], expected[index]["labels"])
-        torch.testing.assert_close(found.boxes[index, :count], expected[index]["boxes"], atol=1e-3, rtol=1e-4)
+        assert int(detections.valid[index].sum()) == count > 10
+        torch.testing.assert_close(detections.scores[index, :count], expected[index]["scores"], atol=1e-4, rtol=1e-4)
+        assert torch.equal(detections.labels[index, :count], expected[index]["labels"])
+        torch.testing.assert_close(detections.boxes[index, :count], expected[index]["boxes"], atol=1e-3, rtol=1e-4)
         pasted = paste_probabilities(
-            found.masks[index, :count], found.boxes[index, :count], HEIGHT, WIDTH, convention="torchvision"
+            detections.masks[index, :count], detections.boxes[index, :count], HEIGHT, WIDTH, convention="torchvision"
         )
         torch.testing.assert_close(pasted, expected[index]["masks"][:, 0], atol=1e-4, rtol=1e-4)

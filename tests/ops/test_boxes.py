@@ -1,3 +1,5 @@
+"""Box conversions, IoU, clipping, box deltas, anchors."""
+
 from __future__ import annotations
 
 import math
@@ -41,22 +43,22 @@ def test_overlap_by_hand() -> None:
 
 def test_iou_against_a_loop() -> None:
     first, second = random_boxes(2, 5), random_boxes(2, 3)
-    found = pairwise_iou(first, second)
+    iou = pairwise_iou(first, second)
     for b in range(2):
         for i, (x1, y1, x2, y2) in enumerate(first[b].tolist()):
             for j, (u1, v1, u2, v2) in enumerate(second[b].tolist()):
-                shared = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
-                union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
-                assert found[b, i, j].item() == pytest.approx(shared / union, abs=1e-5)
+                intersection = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
+                union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - intersection
+                assert iou[b, i, j].item() == pytest.approx(intersection / union, abs=1e-5)
 
 
 def test_empty_boxes_overlap_nothing() -> None:
-    nothing = torch.zeros(2, 4)
-    assert pairwise_iou(nothing, nothing).tolist() == [[0, 0], [0, 0]]
-    assert pairwise_iou(torch.zeros(0, 4), nothing).shape == (0, 2)
+    empty = torch.zeros(2, 4)
+    assert pairwise_iou(empty, empty).tolist() == [[0, 0], [0, 0]]
+    assert pairwise_iou(torch.zeros(0, 4), empty).shape == (0, 2)
 
 
-def test_clipping_takes_each_image_by_its_own_size() -> None:
+def test_boxes_are_clipped_to_the_size_of_their_image() -> None:
     boxes = torch.tensor([[[-5.0, -5, 200, 200]], [[-5, 3, 200, 200]]])
     clipped = clip_boxes(boxes, torch.tensor([[50, 80], [20, 30]]))
     assert clipped.tolist() == [[[0, 0, 80, 50]], [[0, 3, 30, 20]]]
@@ -84,7 +86,8 @@ def test_growth_is_limited_and_degenerate_pairs_are_zero() -> None:
 
 
 def test_anchors_by_hand() -> None:
-    # Prior art: a 32 px anchor of ratio 0.5 (height / width) has half sides 22.627 and 11.314; rounded, 23 and 11.
+    # As in Detectron2 and torchvision, a 32 px anchor of ratio 0.5 (height / width) has half sides 22.627 and 11.314;
+    # torchvision rounds them to 23 and 11.
     exact = base_anchors([32], [0.5, 1.0, 2.0])
     assert exact[0].tolist() == pytest.approx([-22.627, -11.314, 22.627, 11.314], abs=1e-3)
     assert exact[2].tolist() == pytest.approx([-11.314, -22.627, 11.314, 22.627], abs=1e-3)
@@ -92,7 +95,7 @@ def test_anchors_by_hand() -> None:
     torch.testing.assert_close(box_area(base_anchors([32, 64], [0.5, 2.0])), torch.tensor([1024.0, 1024, 4096, 4096]))
 
 
-def test_the_grid_goes_row_by_row_with_the_anchors_of_a_cell_together() -> None:
+def test_grid_anchors_are_ordered_by_row_column_and_anchor() -> None:
     base = torch.tensor([[-1.0, -1, 1, 1], [-2, -2, 2, 2]])
     grid = grid_anchors(base, height=2, width=3, stride=4)
     assert grid.shape == (12, 4)

@@ -1,4 +1,4 @@
-"""Coverage against slow loops, full masks against their crops, torchvision's targets against torchvision.
+"""Mask coverage compared with slow loops, full masks with their crops, torchvision's targets with torchvision.
 
 Shapes: B images, R regions, G objects, H x W image, M mask side.
 """
@@ -18,7 +18,7 @@ from maskrcnn.structures import MaskCrop, MaskTables
 
 
 def random_boxes(count: int, height: int, width: int) -> Tensor:
-    """(count, 4) boxes inside an image, of any size from a fraction of a pixel on."""
+    """Return (count, 4) boxes inside an image, from less than one pixel to the whole image in size."""
     ends = torch.rand(count, 2, 2).sort(dim=1).values * torch.tensor([width, height])
     return ends.reshape(count, 4)
 
@@ -34,7 +34,7 @@ def random_crop(generator: np.random.Generator, height: int, width: int) -> Mask
 
 
 def random_batch() -> tuple[MaskTables, list[list[MaskCrop]], Tensor, Tensor]:
-    """Two images with four places for objects, the second image with one object alone, and 12 boxes each."""
+    """Return tables of two images with four objects and one object, their crops, 12 boxes per image, and matches."""
     generator = np.random.default_rng(0)
     crops = [[random_crop(generator, 30, 40) for _ in range(4)], [random_crop(generator, 30, 40)]]
     tables = tabulate(crops, [(1.6, 1.5), (0.75, 0.8)], objects_per_image=4)
@@ -44,7 +44,7 @@ def random_batch() -> tuple[MaskTables, list[list[MaskCrop]], Tensor, Tensor]:
 
 
 def overlap(low: float, high: float, cells: int, first: int, length: int) -> np.ndarray:
-    """(cells, length): the length of each pixel `first...first + length` inside each cell of `low..high`."""
+    """Return the overlap, (cells, length), of the cells of `low..high` with the pixels `first..first + length`."""
     ends = np.linspace(low, high, cells + 1)
     pixels = np.arange(first, first + length)
     return np.minimum(ends[1:, None], pixels + 1).clip(pixels) - np.maximum(ends[:-1, None], pixels).clip(
@@ -92,12 +92,12 @@ def test_coverage_is_the_area_of_overlap() -> None:
 def test_coverage_is_the_mean_of_a_finely_sampled_mask() -> None:
     tables, _, boxes, matched = random_batch()
     coverage = mask_coverage(tables, boxes, matched, 4)
-    fine = tabulate_finely(tables, boxes, matched, 4, samples=25)
+    fine = sampled_coverage(tables, boxes, matched, 4, samples=25)
     torch.testing.assert_close(coverage, fine, atol=0.05, rtol=0)
 
 
-def tabulate_finely(tables: MaskTables, boxes: Tensor, matched: Tensor, size: int, samples: int) -> Tensor:
-    """Read the mask at samples x samples points of each cell, one point after another."""
+def sampled_coverage(tables: MaskTables, boxes: Tensor, matched: Tensor, size: int, samples: int) -> Tensor:
+    """Return the mean of the mask at samples x samples points of each cell."""
     full = full_masks(MaskTables(tables.sums, tables.starts, tables.sizes, tables.origins, torch.ones(2, 2)), 30, 40)
     result = torch.zeros(*matched.shape, size, size)
     for b, r in np.ndindex(*matched.shape):
@@ -105,13 +105,13 @@ def tabulate_finely(tables: MaskTables, boxes: Tensor, matched: Tensor, size: in
         points = low + (high - low) * ((torch.arange(size * samples) + 0.5) / (size * samples))[:, None]
         x, y = points.floor().long().unbind(1)
         inside = ((y >= 0) & (y < 30))[:, None] & ((x >= 0) & (x < 40))
-        read = full[b, matched[b, r]][y.clamp(0, 29)[:, None], x.clamp(0, 39)] * inside
-        result[b, r] = read.float().reshape(size, samples, size, samples).mean(dim=(1, 3))
+        values = full[b, matched[b, r]][y.clamp(0, 29)[:, None], x.clamp(0, 39)] * inside
+        result[b, r] = values.float().reshape(size, samples, size, samples).mean(dim=(1, 3))
     return result
 
 
 def test_coverage_of_a_large_mask_keeps_its_precision() -> None:
-    # Two million pixels: sums of this size have no fractions in float32.
+    # Two million pixels: float32 sums of this size have a spacing of 0.125.
     tables = tabulate([[MaskCrop(3, 2, np.ones((1500, 1400), dtype=np.uint8))]], [(1.0, 1.0)], 1)
     boxes = torch.tensor([[[1200.3, 1400.7, 1215.1, 1420.2], [3.0, 2.0, 1403.0, 1502.0]]])
     coverage = mask_coverage(tables, boxes, torch.zeros(1, 2, dtype=torch.int64), 28)
@@ -144,7 +144,7 @@ def test_targets_are_one_from_half_coverage_on() -> None:
     assert targets.tolist() == [[[1.0, 1.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]
 
 
-def test_targets_read_back_what_was_pasted() -> None:
+def test_pasting_inverts_mask_targets() -> None:
     generator = np.random.default_rng(1)
     crop = MaskCrop(5, 4, generator.integers(0, 2, (28, 28), dtype=np.uint8))
     box = torch.tensor([[[5.0, 4.0, 33.0, 32.0]]])
@@ -182,7 +182,7 @@ def test_full_masks_of_a_shrunken_image_are_read_at_pixel_centres() -> None:
 
 @pytest.mark.parametrize("masks_at_once", [100, 2])
 def test_torchvisions_targets(monkeypatch: pytest.MonkeyPatch, masks_at_once: int) -> None:
-    """Full masks are made a few at a time: all of 2,000 objects would take 80 GB."""
+    """Full masks are created in chunks: those of 2,000 objects would need 80 GB."""
     monkeypatch.setattr(mask_tables, "PIXELS_AT_ONCE", masks_at_once * 50 * 66)
     tables, _, boxes, matched = random_batch()
     targets = mask_targets_torchvision(tables, boxes, matched, 14, 50, 66)

@@ -1,4 +1,4 @@
-"""Pasting against `grid_sample` and torchvision, run lengths against pycocotools.
+"""Pasting compared with `grid_sample` and torchvision, RLE compared with pycocotools.
 
 Shapes: D detections, H x W image, M mask side.
 """
@@ -19,12 +19,12 @@ HEIGHT, WIDTH = 37, 53
 
 
 def random_boxes(count: int, height: int, width: int) -> Tensor:
-    """(count, 4) boxes inside an image, of any size from a fraction of a pixel on."""
+    """Return (count, 4) boxes inside an image, from less than one pixel to the whole image in size."""
     ends = torch.rand(count, 2, 2).sort(dim=1).values * torch.tensor([width, height])
     return ends.reshape(count, 4)
 
 
-# --- Pasting -------------------------------------------------------------------------------------------------------
+# --- Pasting ---------------------------------------------------------------------------------------------------------
 
 
 def test_ones_fill_exactly_their_box() -> None:
@@ -39,11 +39,11 @@ def test_ones_fill_the_pixels_whose_centres_are_inside() -> None:
     assert pasted[10:21, 10:21].all()
 
 
-def test_two_cells_are_read_between_their_centres() -> None:
-    # Four pixels over two cells: the centres read cell coordinates -0.25, 0.25, 0.75, 1.25.
+def test_values_are_interpolated_between_cell_centres() -> None:
+    # Four pixels over two cells: the pixel centres have the cell coordinates -0.25, 0.25, 0.75, 1.25.
     mask = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
-    soft = paste_probabilities(mask, torch.tensor([[1.0, 0.0, 5.0, 2.0]]), 2, 6)
-    torch.testing.assert_close(soft[0, 0], torch.tensor([0.0, 0.0, 0.25, 0.75, 0.75, 0.0]))
+    probabilities = paste_probabilities(mask, torch.tensor([[1.0, 0.0, 5.0, 2.0]]), 2, 6)
+    torch.testing.assert_close(probabilities[0, 0], torch.tensor([0.0, 0.0, 0.25, 0.75, 0.75, 0.0]))
 
 
 def test_pasting_is_grid_sample_at_pixel_centres() -> None:
@@ -54,8 +54,8 @@ def test_pasting_is_grid_sample_at_pixel_centres() -> None:
     grid = (centres - low) / (high - low) * 2 - 1
     expected = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
     inside = ((centres > low) & (centres < high)).all(dim=-1)
-    soft = paste_probabilities(masks, boxes, HEIGHT, WIDTH)
-    torch.testing.assert_close(soft, expected * inside, atol=1e-4, rtol=0)
+    probabilities = paste_probabilities(masks, boxes, HEIGHT, WIDTH)
+    torch.testing.assert_close(probabilities, expected * inside, atol=1e-4, rtol=0)
     assert inside.any()
 
 
@@ -63,8 +63,8 @@ def test_pasting_is_grid_sample_at_pixel_centres() -> None:
 def test_torchvision_convention_is_torchvisions(size: int) -> None:
     masks, boxes = torch.rand(40, size, size), random_boxes(40, HEIGHT, WIDTH)
     expected = paste_masks_in_image(masks[:, None], boxes, (HEIGHT, WIDTH))[:, 0]
-    soft = paste_probabilities(masks, boxes, HEIGHT, WIDTH, "torchvision")
-    torch.testing.assert_close(soft, expected, atol=1e-5, rtol=0)
+    probabilities = paste_probabilities(masks, boxes, HEIGHT, WIDTH, "torchvision")
+    torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
     pasted = paste_masks(masks, boxes, HEIGHT, WIDTH, convention="torchvision")
     assert torch.equal(pasted, expected >= 0.5)
 
@@ -74,7 +74,7 @@ def test_torchvision_convention_adds_a_border() -> None:
     assert paste_masks(torch.ones(1, 28, 28), box, 30, 40, convention="torchvision").sum() == 144
 
 
-# --- Run lengths ---------------------------------------------------------------------------------------------------
+# --- RLE -------------------------------------------------------------------------------------------------------------
 
 
 def reference_encoding(masks: Tensor, boxes: Tensor, height: int, width: int, **options) -> list[dict]:
@@ -126,7 +126,7 @@ def test_encoding_at_other_thresholds(threshold: float) -> None:
 
 
 def test_encoding_by_hand() -> None:
-    # 3 x 4 image, columns 1 and 2 covered: 3 zeros, 6 ones, 3 zeros, each one character from "0" on.
+    # 3 x 4 image, columns 1 and 2 covered: 3 zeros, 6 ones, 3 zeros. Each length is one digit.
     encoded = encode_masks(torch.ones(1, 4, 4), torch.tensor([[1.0, 0.0, 3.0, 3.0]]), 3, 4)
     assert encoded == [{"size": [3, 4], "counts": "363"}]
 

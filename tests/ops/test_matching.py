@@ -1,3 +1,5 @@
+"""Matching of boxes to objects, balanced sampling, random keys."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -29,9 +31,9 @@ def test_by_hand() -> None:
     boxes = torch.tensor(
         [[0.0, 0, 10, 10], [0, 0, 10, 20], [0, 0, 10, 50], [52, 50, 62, 60], [80, 80, 90, 90]]
     )  # IoU 1, 0.5, 0.2 with the first object; 0.67 with the second; 0 with both
-    with_ties = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
-    assert with_ties.labels.tolist() == [[7, -1, 0, 3, 0]]
-    assert with_ties.matched[0, :4].tolist() == [0, 0, 0, 1]
+    with_low_quality = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
+    assert with_low_quality.labels.tolist() == [[7, -1, 0, 3, 0]]
+    assert with_low_quality.matched[0, :4].tolist() == [0, 0, 0, 1]
     without = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=False)
     assert without.labels.tolist() == [[7, -1, 0, -1, 0]]
 
@@ -50,30 +52,30 @@ def test_boxes_in_an_ignored_region_are_not_background() -> None:
 
 def test_images_without_objects_are_background_throughout() -> None:
     objects = targets(torch.zeros(1, 2, 4), torch.full((1, 2), -1))
-    found = match_boxes(random_boxes(9), objects, **RULE, allow_low_quality_matches=True)
-    assert (found.labels == 0).all()
+    matches = match_boxes(random_boxes(9), objects, **RULE, allow_low_quality_matches=True)
+    assert (matches.labels == 0).all()
 
 
 def test_against_a_loop_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, objects = random_boxes(2, 40), targets(random_boxes(2, 5), torch.randint(1, 9, (2, 5)))
-    found = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
+    matches = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
     for b in range(2):
         iou = pairwise_iou(boxes[b], objects.boxes[b])
         for i in range(40):
             best = int(iou[i].argmax())
             positive = iou[i, best] >= 0.7 or any(iou[i, g] == iou[:, g].max() > 0 for g in range(5))
             expected = objects.labels[b, best] if positive else (0 if iou[i, best] < 0.3 else -1)
-            assert found.labels[b, i] == expected
-            assert found.matched[b, i] == best
-    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 70)  # seven boxes at a time
+            assert matches.labels[b, i] == expected
+            assert matches.matched[b, i] == best
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 70)  # seven boxes per chunk
     in_chunks = match_boxes(boxes, objects, **RULE, allow_low_quality_matches=True)
-    assert torch.equal(in_chunks.labels, found.labels)
-    assert torch.equal(in_chunks.matched, found.matched)
+    assert torch.equal(in_chunks.labels, matches.labels)
+    assert torch.equal(in_chunks.matched, matches.matched)
 
 
 @pytest.mark.parametrize("allow_low_quality_matches", [False, True])
 def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, allow_low_quality_matches: bool) -> None:
-    """Chunks that leave out the objects beyond them find what all pairs at once do; ignored regions and padding too."""
+    """Chunks that skip objects outside their strip give the same matches, also with ignored regions and padding."""
     corners = torch.cartesian_prod(torch.arange(0.0, 100, 5), torch.arange(0.0, 100, 5)).flip(1)  # row by row
     anchors = torch.cat((corners, corners + 9), dim=1)  # (400, 4)
     labels = torch.randint(1, 9, (2, 60))
@@ -81,46 +83,46 @@ def test_a_crowded_image_in_strips(monkeypatch: pytest.MonkeyPatch, allow_low_qu
     boxes = random_boxes(2, 60)
     boxes[1, 40:] = 0
     objects = targets(boxes, labels)
-    anchors[7] = torch.nan  # a proposal of a model that diverged
-    compared = []
+    anchors[7] = torch.nan  # a proposal of a diverged model
+    compared_counts = []
     overlaps = matching._overlaps
 
-    def watched(chunk: torch.Tensor, rivals: matching._Rivals) -> tuple[torch.Tensor, torch.Tensor]:
-        compared.append(len(rivals.columns))
-        return overlaps(chunk, rivals)
+    def counting_overlaps(chunk: torch.Tensor, objects: matching._Candidates) -> tuple[torch.Tensor, torch.Tensor]:
+        compared_counts.append(len(objects.columns))
+        return overlaps(chunk, objects)
 
-    found = match_boxes(anchors, objects, **RULE, allow_low_quality_matches=allow_low_quality_matches)
-    monkeypatch.setattr(matching, "_overlaps", watched)
-    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 20 * 120)  # a row at a time
+    matches = match_boxes(anchors, objects, **RULE, allow_low_quality_matches=allow_low_quality_matches)
+    monkeypatch.setattr(matching, "_overlaps", counting_overlaps)
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 20 * 120)  # one row of anchors per chunk
     in_strips = match_boxes(anchors, objects, **RULE, allow_low_quality_matches=allow_low_quality_matches)
-    assert torch.equal(in_strips.labels, found.labels)
-    assert torch.equal(in_strips.matched, found.matched)
-    assert min(compared) == 1  # random_boxes() has none below 61
-    assert sorted(compared)[len(compared) // 2] < 50
+    assert torch.equal(in_strips.labels, matches.labels)
+    assert torch.equal(in_strips.matched, matches.matched)
+    assert min(compared_counts) == 1  # no random box lies below y = 61
+    assert sorted(compared_counts)[len(compared_counts) // 2] < 50
 
 
 def test_sampling_takes_positives_first_and_fills_with_background() -> None:
     labels = torch.tensor([[1, 0, 2, 0, 0, -1, 3, 0], [0, 0, 0, 0, 0, 0, 0, 5], [-1, -1, 4, -1, 0, -1, -1, -1]])
-    indices, drawn = sample_balanced(labels, count=4, positive_fraction=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)
-    chosen = labels.gather(1, indices)
-    assert (chosen[0] > 0).tolist() == [True, True, False, False]
-    assert chosen[1].tolist() == [5, 0, 0, 0]
-    assert drawn.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
-    assert (chosen[drawn] >= 0).all()
+    indices, sampled = sample_balanced(labels, count=4, positive_fraction=0.5, seeds=torch.tensor([1, 2, 3]), stream=0)
+    sampled_labels = labels.gather(1, indices)
+    assert (sampled_labels[0] > 0).tolist() == [True, True, False, False]
+    assert sampled_labels[1].tolist() == [5, 0, 0, 0]
+    assert sampled.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert (sampled_labels[sampled] >= 0).all()
     for image in range(3):
-        own = indices[image][drawn[image]].tolist()
-        assert len(set(own)) == len(own)
+        image_indices = indices[image][sampled[image]].tolist()
+        assert len(set(image_indices)) == len(image_indices)
 
 
-def test_sampling_more_than_there_is_pads() -> None:
-    indices, drawn = sample_balanced(
+def test_sampling_more_boxes_than_there_are_pads() -> None:
+    indices, sampled = sample_balanced(
         torch.tensor([[0, 1]]), count=5, positive_fraction=0.5, seeds=torch.tensor([0]), stream=0
     )
     assert indices.shape == (1, 5)
-    assert drawn.tolist() == [[True, True, False, False, False]]
+    assert sampled.tolist() == [[True, True, False, False, False]]
 
 
-def test_an_images_draw_depends_on_its_seed_alone() -> None:
+def test_the_sample_of_an_image_depends_only_on_its_seed() -> None:
     labels = torch.randint(0, 2, (3, 200))
     together, _ = sample_balanced(labels, count=20, positive_fraction=0.5, seeds=torch.tensor([5, 6, 7]), stream=1)
     alone, _ = sample_balanced(labels[1:2], count=20, positive_fraction=0.5, seeds=torch.tensor([6]), stream=1)
@@ -133,7 +135,7 @@ def test_random_keys_are_uniform_and_independent() -> None:
     keys = random_keys(torch.tensor([0, 1, 2**40]), 20000, stream=0).double() / 2**32
     assert keys.min() >= 0
     assert keys.max() < 1
-    # Of 20,000 uniform numbers the mean has a deviation of 0.002, and a correlation one of 0.007.
+    # For 20,000 uniform numbers, the standard deviation of the mean is 0.002 and that of a correlation 0.007.
     assert (keys.mean(dim=1) - 0.5).abs().max() < 0.01
     correlations = torch.corrcoef(torch.cat((keys, keys[:1].roll(1, dims=1))))
     assert (correlations - torch.eye(4, dtype=torch.double)).abs().max() < 0.03

@@ -1,6 +1,7 @@
-"""RoI layers against numbers worked by hand and torchvision's kernels; `test_roi_contract.py` has the slow loops.
+"""RoI layers compared with values computed by hand and torchvision's kernels; `test_roi_contract.py` has slow loops.
 
-Shapes: B images, C channels, H and W of a feature map, R regions, S size of the grid, N sample points a bin and axis.
+Shapes: B images, C channels, H and W of a feature map, R boxes, S size of the output grid, N sample points per
+bin and axis.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CHOICES = [
     RoIAlignConfig(),
     RoIAlignConfig(aggregate="maximum"),
 ]
-Case = tuple[Tensor, Tensor, Tensor]  # a map, boxes, and the image of each
+Case = tuple[Tensor, Tensor, Tensor]  # feature map, boxes, image index of each box
 FIRST = torch.zeros(1, dtype=torch.int64)
 MEMORY = [torch.contiguous_format, torch.channels_last]
 
@@ -44,13 +45,13 @@ def every_choice() -> pytest.MarkDecorator:
 
 
 def ramp(height: int, width: int, of: str = "column") -> Tensor:
-    """A (1, 1, H, W) map whose cells hold their own column, or row, number."""
+    """Return a (1, 1, H, W) map in which the value of a cell is its column, or row, index."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (columns if of == "column" else rows).float()[None, None]
 
 
 def with_gradient(layer, features: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """Return what the layer gives for a map and, for one fixed random weighting of it, the map's gradient."""
+    """Return the output of the layer and the gradient of the map for a fixed random weighting of the output."""
     features = features.clone().requires_grad_()
     pooled = layer(features, *args, **kwargs)
     weighting = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1))
@@ -60,9 +61,9 @@ def with_gradient(layer, features: Tensor, *args, **kwargs) -> tuple[Tensor, Ten
 
 
 def assert_equal_with_gradient(
-    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-5
+    results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-5
 ) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
 
@@ -74,9 +75,9 @@ REGION = torch.tensor([[0.0, 3.0, 7.0, 8.0]])
 def test_8x8_roi_align_reads_the_centres_of_the_quarters_of_bins_of_2_5_by_3_5():
     rows, columns = (
         roi_align(ramp(8, 8, of), REGION, FIRST, stride=1, size=4, sampling_ratio=1)[0, 0] for of in ("row", "column")
-    )  # a grid of 4 x 4 with one point a bin: the 16 points of 2 x 2 bins
-    # Quarters of 1.25 x 1.75, centres at y = 3.625, 4.875, 6.125, 7.375 and x = 0.875, 2.625, 4.375, 6.125; the
-    # value of a cell stands at its centre, so the ramp reads half a cell less.
+    )  # a 4 x 4 grid with one point per bin has the 16 points of 2 x 2 bins
+    # Quarters of 1.25 x 1.75, centres at y = 3.625, 4.875, 6.125, 7.375 and x = 0.875, 2.625, 4.375, 6.125. The
+    # value of a cell is located at its centre, so the ramp has 0.5 less there.
     assert rows[:, 0].tolist() == [3.125, 4.375, 5.625, 6.875]
     assert columns[0].tolist() == [0.375, 2.125, 3.875, 5.625]
 
@@ -94,7 +95,7 @@ def test_8x8_roi_align_of_a_single_bright_cell():
     features = torch.zeros(1, 1, 8, 8)
     features[0, 0, 4, 2] = 1.0
     points = roi_align(features, REGION, FIRST, stride=1, size=4, sampling_ratio=1)
-    # The points (3.125, 2.125) and (4.375, 2.125) are next to it: 0.125 * 0.875 and 0.625 * 0.875 of it.
+    # Its neighbours are the points (3.125, 2.125) and (4.375, 2.125), with weights 0.125 * 0.875 and 0.625 * 0.875.
     assert points[0, 0, :2, :2].tolist() == [[0.0, 0.109375], [0.0, 0.546875]]
     maximum = roi_align(features, REGION, FIRST, stride=1, size=2, aggregate="maximum")
     average = roi_align(features, REGION, FIRST, stride=1, size=2)
@@ -119,7 +120,7 @@ def test_8x8_roi_pool_of_exactly_5_by_7_cells_shares_the_middle_row_and_column()
 
 def test_8x8_roi_pool_floor_has_exactly_5_by_7_cells_in_disjoint_bins():
     features = 10 * ramp(8, 8, "row") + ramp(8, 8)
-    # 7 columns: 7 / 2 = 3.5 is cut to 3; 5 rows: 5 / 2 = 2.5 is cut to 2. Columns 0..2 and 3..6, rows 3..4 and 5..7.
+    # Half of 7 columns, 3.5, becomes 3; half of 5 rows, 2.5, becomes 2. Columns 0..2 and 3..6, rows 3..4 and 5..7.
     pooled = roi_pool(features, REGION, FIRST, stride=1, size=2, rounding="floor")
     assert pooled[0, 0].tolist() == [[42.0, 46.0], [72.0, 76.0]]
     assert cells_read(features, REGION, size=2, rounding="floor") == [[0, 1, 2], [3, 4, 5, 6]]
@@ -130,7 +131,7 @@ def test_8x8_roi_warp_reads_the_box_of_roi_pool_at_points():
         roi_warp(ramp(8, 8, of), REGION, FIRST, stride=1, size=4, sampling_ratio=1)[0, 0] for of in ("row", "column")
     )
     # Columns 0..8 and rows 3..9, bins of 4 x 3, quarters of 2 x 1.5 with centres at x = 1, 3, 5, 7 and y = 3.75, 5.25,
-    # 6.75, 8.25, less 0.5. The last of them, row index 7.75, lies outside the map and reads its border, row 7.
+    # 6.75, 8.25, less 0.5. The last one, row index 7.75, lies outside the map and reads the border, row 7.
     assert columns[0].tolist() == [0.5, 2.5, 4.5, 6.5]
     assert rows[:, 0].tolist() == [3.25, 4.75, 6.25, 7.0]
     features = 10 * ramp(8, 8, "row") + ramp(8, 8)
@@ -155,20 +156,22 @@ def test_8x8_the_box_of_one_region_of_the_command_line():
 def cells_read(
     features: Tensor, box: Tensor, size: int, stride: float = 1, rounding: Rounding = "round"
 ) -> list[list[int]]:
-    """Return the columns that each column of RoIPool's bins reads: those where a bright cell shows in it."""
-    found: list[list[int]] = [[] for _ in range(size)]
+    """Return the map columns that each column of RoIPool's bins reads, found by setting one cell at a time to 1."""
+    columns_of_bin: list[list[int]] = [[] for _ in range(size)]
     row = int(box[0, 1] / stride)
     for column in range(features.shape[3]):
         single = torch.zeros_like(features)
         single[0, 0, row, column] = 1.0
         pooled = roi_pool(single, box, FIRST, stride=stride, size=size, rounding=rounding)[0, 0, 0]
         for index in pooled.nonzero().flatten().tolist():
-            found[index].append(column)
-    return found
+            columns_of_bin[index].append(column)
+    return columns_of_bin
 
 
-def test_the_kernel_gives_a_cell_more_to_bins_whose_border_is_no_binary_fraction():
-    box = torch.tensor([[0.0, 0.0, 56.0, 0.0]])  # 57 cells in 7 bins: the last border is 57, in float32 a little more
+def test_the_kernel_adds_a_cell_to_bins_because_of_float32_rounding():
+    box = torch.tensor(
+        [[0.0, 0.0, 56.0, 0.0]]
+    )  # 57 cells in 7 bins: in float32 the last border is slightly more than 57
     assert cells_read(torch.zeros(1, 1, 1, 64), box, size=7)[-1] == list(range(48, 58))
 
 
@@ -177,13 +180,13 @@ def test_the_kernel_gives_a_cell_more_to_bins_whose_border_is_no_binary_fraction
 OBJECT = torch.tensor([[0.0, 0.0, 665.0, 665.0]])
 
 
-def test_665_px_in_the_popular_account_reads_14_of_20_78_cells():
+def test_665_px_with_quantised_box_and_bins_reads_14_of_20_78_cells():
     assert 800 / 32 == 25
     assert 665 / 32 == 20.78125
-    kept = int(665 / 32)
-    assert kept == 20
-    assert kept / 7 == pytest.approx(2.857, abs=1e-3)
-    assert int(kept / 7) * 7 == 14
+    cells = int(665 / 32)
+    assert cells == 20
+    assert cells / 7 == pytest.approx(2.857, abs=1e-3)
+    assert int(cells / 7) * 7 == 14
 
 
 def test_665_px_roi_pool_rounds_to_cell_21_and_shares_cells_between_bins():
@@ -223,19 +226,19 @@ def test_665_px_roi_warp_stretches_22_cells_over_the_grid():
     points = roi_warp(features, OBJECT, FIRST, stride=32, size=14, sampling_ratio=1)[0, 0, 0]
     assert points[:2].tolist() == pytest.approx([0.2857, 1.8571], abs=1e-4)  # 11 / 14 and 33 / 14, less 0.5
     exact = roi_align(features, OBJECT, FIRST, stride=32, size=7)[0, 0, 0]
-    # Further from the box's place in each bin: 3 px of the image in the first, 36 px in the last.
+    # The offset from the exact position grows from 3 image pixels in the first bin to 36 in the last.
     assert (32 * (pooled - exact)).tolist() == pytest.approx([2.79, 8.36, 13.93, 19.5, 25.07, 30.64, 36.21], abs=5e-3)
 
 
-def test_665_px_what_rounds_cannot_tell_boxes_that_round_alike_and_roi_align_can():
+def test_665_px_only_roi_align_distinguishes_boxes_with_equal_quantisation():
     features = ramp(25, 25)
     moved = OBJECT + torch.tensor([[10.0, 0.0, 10.0, 0.0]])  # 0.3125 cells to the right
     for layer in (roi_pool, roi_warp):
         assert torch.equal(*(layer(features, box, FIRST, stride=32, size=7) for box in (OBJECT, moved)))
-    cut = functools.partial(roi_pool, rounding="floor")  # 675 px would be in cell 21; 671 px are in cell 20
-    assert torch.equal(*(cut(features, box, FIRST, stride=32, size=7) for box in (OBJECT, OBJECT + 6)))
+    floor = functools.partial(roi_pool, rounding="floor")  # 675 px would be in cell 21; 671 px are in cell 20
+    assert torch.equal(*(floor(features, box, FIRST, stride=32, size=7) for box in (OBJECT, OBJECT + 6)))
     aligns = [roi_align(features, box, FIRST, stride=32, size=7) for box in (OBJECT, moved)]
-    # Away from the map's border, where the first sample point is clamped, everything moves along.
+    # Without the first column, whose first sample point is clamped at the border.
     torch.testing.assert_close((aligns[1] - aligns[0])[..., 1:], torch.full((1, 1, 7, 6), 0.3125))
 
 
@@ -265,7 +268,7 @@ def test_aligned_moves_by_half_a_cell_and_legacy_widens_small_boxes():
 # torchvision's kernels
 
 
-def numbered(boxes: Tensor, images: Tensor) -> Tensor:
+def with_image_index(boxes: Tensor, images: Tensor) -> Tensor:
     return torch.cat((images[:, None].to(boxes.dtype), boxes), dim=1)
 
 
@@ -273,9 +276,9 @@ def numbered(boxes: Tensor, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1, 7])
 def test_roi_pool_equals_torchvision(random_case: Case, size: int, memory: torch.memory_format):
     features, boxes, images = random_case
-    found = with_gradient(roi_pool, features.contiguous(memory_format=memory), boxes, images, stride=4, size=size)
-    expected = with_gradient(torchvision.ops.roi_pool, features, numbered(boxes, images), size, 0.25)
-    assert_equal_with_gradient(found, expected)
+    result = with_gradient(roi_pool, features.contiguous(memory_format=memory), boxes, images, stride=4, size=size)
+    expected = with_gradient(torchvision.ops.roi_pool, features, with_image_index(boxes, images), size, 0.25)
+    assert_equal_with_gradient(result, expected)
 
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
@@ -286,7 +289,7 @@ def test_roi_align_average_equals_torchvision(
     random_case: Case, size: int, sampling_ratio: int, aligned: bool, memory: torch.memory_format
 ):
     features, boxes, images = random_case
-    found = with_gradient(
+    result = with_gradient(
         roi_align,
         features.contiguous(memory_format=memory),
         boxes,
@@ -297,8 +300,8 @@ def test_roi_align_average_equals_torchvision(
         aligned=aligned,
     )
     kernel = torchvision.ops.roi_align
-    rois = numbered(boxes, images)
-    assert_equal_with_gradient(found, with_gradient(kernel, features, rois, size, 0.25, sampling_ratio, aligned))
+    rois = with_image_index(boxes, images)
+    assert_equal_with_gradient(result, with_gradient(kernel, features, rois, size, 0.25, sampling_ratio, aligned))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -307,23 +310,23 @@ def test_roi_align_maximum_equals_max_pooling_of_torchvision_at_a_finer_grid(
     random_case: Case, samples: int, aligned: bool
 ):
     features, boxes, images = random_case
-    features = features.relu()  # ties at 0, as after a ReLU: their gradient must fall on the same cell
+    features = features.relu()  # ties at 0, as after a ReLU: the gradient must go to the same cell
 
     def expected(features: Tensor) -> Tensor:
-        rois = numbered(boxes, images)
+        rois = with_image_index(boxes, images)
         return F.max_pool2d(torchvision.ops.roi_align(features, rois, 7 * samples, 0.25, 1, aligned), samples)
 
-    how = {"aggregate": "maximum", "sampling_ratio": samples, "aligned": aligned}
-    found = with_gradient(roi_align, features, boxes, images, stride=4, size=7, **how)
-    assert_equal_with_gradient(found, with_gradient(expected, features))
+    options = {"aggregate": "maximum", "sampling_ratio": samples, "aligned": aligned}
+    result = with_gradient(roi_align, features, boxes, images, stride=4, size=7, **options)
+    assert_equal_with_gradient(result, with_gradient(expected, features))
 
 
 @pytest.mark.parametrize("stride", [1, 8, 3.7])
 def test_roi_align_equals_torchvision_at_any_stride(random_case: Case, stride: float):
     features, boxes, images = random_case
-    found = roi_align(features, boxes, images, stride=stride, size=5)
-    expected = torchvision.ops.roi_align(features, numbered(boxes, images), 5, 1 / stride, 2, True)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    result = roi_align(features, boxes, images, stride=stride, size=5)
+    expected = torchvision.ops.roi_align(features, with_image_index(boxes, images), 5, 1 / stride, 2, True)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 # Config
@@ -350,9 +353,9 @@ def test_config_chooses_by_kind():
 )
 def test_config_passes_its_values_to_the_layer(random_case: Case, config, layer, values):
     features, boxes, images = random_case
-    found = config(**values).build()(features, boxes, images, stride=4, size=2)
-    assert torch.equal(found, layer(features, boxes, images, stride=4, size=2, **values))
-    assert not torch.equal(found, layer(features, boxes, images, stride=4, size=2))
+    result = config(**values).build()(features, boxes, images, stride=4, size=2)
+    assert torch.equal(result, layer(features, boxes, images, stride=4, size=2, **values))
+    assert not torch.equal(result, layer(features, boxes, images, stride=4, size=2))
 
 
 @pytest.mark.parametrize("config", [RoIAlignConfig, RoIWarpConfig])
@@ -384,10 +387,10 @@ def test_pooler_of_one_level_is_the_layer(random_case: Case):
 
 def test_pooler_levels_by_hand():
     pooler = RoIPooler(roi_align, strides=STRIDES, size=7)
-    #                0, 1, 112 and 224 open a level, 448 the last; beyond both ends the end serves
+    # Levels begin at 112, 224 and 448; boxes outside this range are clamped to the first or the last level.
     boxes = squares(0.0, 1.0, 111.0, 112.0, 223.0, 224.0, 447.0, 448.0, 5000.0)
     assert pooler.assign_levels(boxes).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    oblong = torch.tensor([[0.0, 0.0, 448.0, 112.0]])  # the area counts: 448 * 112 = 224 * 224
+    oblong = torch.tensor([[0.0, 0.0, 448.0, 112.0]])  # the area determines the level: 448 * 112 = 224 * 224
     assert pooler.assign_levels(oblong).tolist() == [2]
 
 
@@ -402,13 +405,13 @@ def test_pooler_levels_follow_strides_and_canonical_box():
 def test_pooler_levels_equal_torchvisions_next_to_the_boundaries_too(random_boxes: Callable[..., Tensor]):
     from torchvision.ops.poolers import LevelMapper
 
-    near = [
+    near_boundaries = [
         power * (1 + sign * distance)
         for power in (112, 224, 448)
         for sign in (-1, 1)
         for distance in (0, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5)
     ]
-    boxes = torch.cat((random_boxes(2000, height=512.0, width=640.0)[:2000], squares(*near)))
+    boxes = torch.cat((random_boxes(2000, height=512.0, width=640.0)[:2000], squares(*near_boundaries)))
     expected = LevelMapper(2, 5)([boxes])
     assert torch.equal(RoIPooler(roi_align, STRIDES, 7).assign_levels(boxes), expected)
     assert expected.unique().tolist() == [0, 1, 2, 3]
@@ -435,14 +438,14 @@ def test_pooler_equals_torchvisions_forward_and_backward(random_boxes: Callable[
     boxes[:, 1::2].clamp_(max=512.0)
     halves = [boxes[:25], boxes[25:]]
     images = torch.tensor([0] * 25 + [1] * (len(boxes) - 25))
-    peer = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    their_pooler = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
 
     def ours(*maps: Tensor) -> Tensor:
         layer = RoIAlignConfig(aligned=False).build()
         return RoIPooler(layer, STRIDES, size=7)(maps, boxes, images)
 
     def theirs(*maps: Tensor) -> Tensor:
-        return peer({str(index): level for index, level in enumerate(maps)}, halves, [(512, 640)] * 2)
+        return their_pooler({str(index): level for index, level in enumerate(maps)}, halves, [(512, 640)] * 2)
 
     results = []
     for pooler in (ours, theirs):
@@ -450,8 +453,8 @@ def test_pooler_equals_torchvisions_forward_and_backward(random_boxes: Callable[
         pooled = pooler(*maps)
         weighting = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1))
         results.append([pooled.detach(), *torch.autograd.grad((pooled * weighting).sum(), maps)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @every_choice()

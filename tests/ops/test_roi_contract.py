@@ -1,8 +1,9 @@
-"""One contract for every RoI layer, over every output of a backbone, device and precision.
+"""Tests for all RoI layers, with all backbone outputs, devices and precisions.
 
-Slow loops in float64, one cell or one point at a time, say what each layer should return, and its gradient.
+The expected outputs and gradients come from slow loops in float64 over single cells or sample points.
 
-Shapes: B images, C channels, H and W of a feature map, R regions, S size of the grid, N sample points a bin and axis.
+Shapes: B images, C channels, H and W of a feature map, R boxes, S size of the output grid, N sample points per
+bin and axis.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ CHOICES: list[RoIConfig] = [
     RoIAlignConfig(aligned=False),
     RoIAlignConfig(aggregate="maximum", aligned=False, sampling_ratio=1),
 ]
-OUTPUTS = [(4,), (8,), (16,), (32,), (64,), (4, 8, 16, 32, 64)]  # strides: single maps, and a pyramid
+OUTPUTS = [(4,), (8,), (16,), (32,), (64,), (4, 8, 16, 32, 64)]  # strides of single maps and of a pyramid
 PRECISIONS = ["float64", "float32", "bfloat16", "float16", "autocast"]
 SIZE = 2
 HEIGHT, WIDTH = 48, 80  # of the image
 
-# Boxes of every level of the pyramid below, and then: the whole image, one pixel, no area, no width, over the corner,
-# to the right of the image, above and left of it, and huge.
+# Boxes for each level of the pyramid, then special cases: the whole image, one pixel, no area, no width, partly
+# outside at the corner, right of the image, above and left of it, and huge.
 BOXES = [
     [13.3, 9.1, 22.9, 15.7],
     [30.2, 21.4, 51.8, 42.6],
@@ -69,7 +70,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 
 def loop(config: RoIConfig) -> RoILayer:
-    """The layer, one cell or point at a time, differentiable in the map."""
+    """Return the reference implementation of a layer, differentiable with respect to the map."""
     if isinstance(config, RoIPoolConfig):
         return functools.partial(loop_over_cells, rounding=config.rounding)
     return functools.partial(loop_over_points, config=config)
@@ -78,9 +79,9 @@ def loop(config: RoIConfig) -> RoILayer:
 def loop_over_cells(
     features: Tensor, boxes: Tensor, images: Tensor, *, stride: float, size: int, rounding: str
 ) -> Tensor:
-    out = in_graph(features, len(boxes), size)
+    out = zeros_in_graph(features, len(boxes), size)
     for r, box in enumerate(boxes.tolist()):
-        left, top, right, bottom = rounded(box, stride) if rounding == "round" else cut(box, stride)
+        left, top, right, bottom = rounded(box, stride) if rounding == "round" else rounded_down(box, stride)
         ranges = overlapping_bins if rounding == "round" else disjoint_bins
         for (i, rows), (j, columns) in itertools.product(
             enumerate(ranges(top, bottom, size)), enumerate(ranges(left, right, size))
@@ -95,26 +96,26 @@ def loop_over_cells(
     return out
 
 
-def in_graph(features: Tensor, count: int, size: int) -> Tensor:
-    """Zeros to write the result to, (R, C, S, S), in the map's graph even if nothing of it is read."""
+def zeros_in_graph(features: Tensor, count: int, size: int) -> Tensor:
+    """Return zeros (R, C, S, S) for the result that are part of the autograd graph of the map."""
     return features.new_zeros(count, features.shape[1], size, size) + features.sum() * 0
 
 
 def rounded(box: list[float], stride: float) -> list[int]:
-    """First cells, and the cells behind the last, of x and y."""
-    # Halves are rounded away from zero, as C does; Python rounds them to even.
+    """Return first cells and exclusive ends: left, top, right, bottom."""
+    # Halves are rounded away from zero, as in C; Python rounds them to even.
     left, top, right, bottom = (int(math.copysign(math.floor(abs(side / stride) + 0.5), side)) for side in box)
     return [left, top, max(right, left) + 1, max(bottom, top) + 1]
 
 
-def cut(box: list[float], stride: float) -> list[int]:
+def rounded_down(box: list[float], stride: float) -> list[int]:
     left, top, right, bottom = (math.floor(side / stride) for side in box)
     return [left, top, max(right, left + 1), max(bottom, top + 1)]
 
 
 def overlapping_bins(start: int, end: int, size: int) -> list[range]:
     side = (end - start) / size
-    # Rounding at 1e-9 keeps 3 * (7 / 3) at 7.
+    # Rounding to 9 digits makes 3 * (7 / 3) equal to 7.
     borders = [round(index * side, 9) for index in range(size + 1)]
     return [range(start + math.floor(first), start + math.ceil(last)) for first, last in itertools.pairwise(borders)]
 
@@ -133,7 +134,7 @@ def loop_over_points(
     size: int,
     config: RoIWarpConfig | RoIAlignConfig,
 ) -> Tensor:
-    out = in_graph(features, len(boxes), size)
+    out = zeros_in_graph(features, len(boxes), size)
     for r, box in enumerate(boxes.tolist()):
         left, top, right, bottom = region(config, box, stride)
         bin_width, bin_height = (right - left) / size, (bottom - top) / size
@@ -150,13 +151,13 @@ def loop_over_points(
             ]
             if points:
                 stacked = torch.stack(points)
-                # Of equal points the first: RoIWarp's lie at simple fractions, where whole values often tie.
+                # `max`, unlike `amax`, sends the gradient of tied points to the first; points of RoIWarp often tie.
                 out[r, :, i, j] = stacked.mean(dim=0) if config.aggregate == "average" else stacked.max(dim=0).values
     return out
 
 
 def region(config: RoIWarpConfig | RoIAlignConfig, box: list[float], stride: float) -> list[float]:
-    """The box in cells, with values at whole numbers."""
+    """Return the region in cells, in coordinates with cell values at whole numbers."""
     if isinstance(config, RoIWarpConfig):
         return [side - 0.5 for side in rounded(box, stride)]
     left, top, right, bottom = (side / stride - (0.5 if config.aligned else 0.0) for side in box)
@@ -165,7 +166,7 @@ def region(config: RoIWarpConfig | RoIAlignConfig, box: list[float], stride: flo
 
 
 def read_point(feature: Tensor, y: float, x: float) -> Tensor:
-    """Read a (C, H, W) map at row y and column x, values at whole numbers."""
+    """Interpolate a (C, H, W) map at row y and column x; cell values are at whole numbers."""
     height, width = feature.shape[1:]
     if not (-1 <= y <= height and -1 <= x <= width):
         return feature.new_zeros(feature.shape[0])
@@ -178,7 +179,7 @@ def read_point(feature: Tensor, y: float, x: float) -> Tensor:
     return upper * (1 - down) + lower * down
 
 
-# The product: layer x output x precision x device
+# All combinations of layer, output, precision and device
 
 
 def pooler(layer: RoILayer, strides: tuple[int, ...]) -> RoIPooler:
@@ -186,24 +187,24 @@ def pooler(layer: RoILayer, strides: tuple[int, ...]) -> RoIPooler:
 
 
 def case(config: RoIConfig, strides: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Maps of two images, boxes and the image of each. Values are whole, below 256: exact in every precision."""
+    """Return maps of two images, boxes, and image indices. Values are integers below 256, exact in all precisions."""
     generator = torch.Generator().manual_seed(0)
     maps = []
     for stride in strides:
         height, width = -(-HEIGHT // stride), -(-WIDTH // stride)
-        values = [torch.randperm(height * width, generator=generator) - 100 for _ in range(4)]  # no two alike
+        values = [torch.randperm(height * width, generator=generator) - 100 for _ in range(4)]  # all different
         maps.append(torch.stack(values).view(2, 2, height, width).double())
     boxes = torch.tensor(BOXES)
     if getattr(config, "sampling_ratio", 1) == 0:
-        boxes = boxes[:-1]  # a point for every cell of the huge box: the loop would take minutes
+        boxes = boxes[:-1]  # without the huge box: one point per cell would take minutes
     return maps, boxes, torch.arange(len(boxes)) % 2
 
 
 def with_gradients(layer: RoIPooler, maps: list[Tensor], boxes: Tensor, images: Tensor) -> list[Tensor]:
-    """What the layer returns and, for one fixed weighting of it, the gradient of each map."""
+    """Return the output of the layer and the gradient of each map for a fixed weighting of the output."""
     maps = [level.clone().requires_grad_() for level in maps]
     pooled = layer(maps, boxes, images)
-    weighting = torch.arange(pooled.numel()) % 7 - 3  # exact in every precision too
+    weighting = torch.arange(pooled.numel()) % 7 - 3  # exact in all precisions
     weighting = weighting.view(pooled.shape).to(pooled)
     return [pooled.detach(), *torch.autograd.grad((pooled * weighting).sum(), maps)]
 
@@ -230,12 +231,12 @@ def test_contract(config: RoIConfig, strides: tuple[int, ...], precision: str, d
     maps, boxes, images = case(config, strides)
     maps = in_precision(maps, precision, device)
     with autocast(precision, device):
-        found = with_gradients(pooler(config.build(), strides), maps, boxes.to(device), images.to(device))
-    assert found[0].shape == (len(boxes), 2, SIZE, SIZE)
-    # Inside it is float32 at least, autocast or not; a low precision is met once, at the end.
+        results = with_gradients(pooler(config.build(), strides), maps, boxes.to(device), images.to(device))
+    assert results[0].shape == (len(boxes), 2, SIZE, SIZE)
+    # Layers compute in float32 or float64; lower precisions round only once, at the end.
     dtype = maps[0].dtype
     tolerance = max(1e-4 if dtype == torch.float32 else 1e-10, 2 * torch.finfo(dtype).eps)
-    for ours, theirs in zip(found, expected(config, strides), strict=True):
+    for ours, theirs in zip(results, expected(config, strides), strict=True):
         assert ours.dtype == dtype
         assert ours.device.type == device
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=tolerance, atol=10 * tolerance)
@@ -251,10 +252,10 @@ def test_no_boxes_give_an_empty_result_in_the_graph(
     maps, boxes, images = case(config, strides)
     maps = in_precision(maps, precision, device)
     with autocast(precision, device):
-        found = with_gradients(pooler(config.build(), strides), maps, boxes[:0].to(device), images[:0].to(device))
-    assert found[0].shape == (0, 2, SIZE, SIZE)
-    assert all(part.dtype == maps[0].dtype for part in found)
-    assert not any(gradient.any() for gradient in found[1:])
+        results = with_gradients(pooler(config.build(), strides), maps, boxes[:0].to(device), images[:0].to(device))
+    assert results[0].shape == (0, 2, SIZE, SIZE)
+    assert all(tensor.dtype == maps[0].dtype for tensor in results)
+    assert not any(gradient.any() for gradient in results[1:])
 
 
 def test_the_boxes_of_the_contract_are_read_from_every_level():
@@ -262,10 +263,10 @@ def test_the_boxes_of_the_contract_are_read_from_every_level():
     assert levels.unique().tolist() == [0, 1, 2, 3, 4]
 
 
-# What else holds for every RoI layer
+# Other properties of all RoI layers
 
 
-Case = tuple[Tensor, Tensor, Tensor]  # a map, boxes, and the image of each
+Case = tuple[Tensor, Tensor, Tensor]  # feature map, boxes, image index of each box
 
 
 @every_choice
@@ -283,8 +284,9 @@ def test_each_box_reads_its_own_image_and_order_does_not_matter(config: RoIConfi
     layer = functools.partial(config.build(), stride=4, size=4)
     pooled = layer(features, boxes, images)
     for index in (0, 1):
-        own = images == index
-        assert torch.equal(layer(features[index : index + 1], boxes[own], images[own] * 0), pooled[own])
+        of_image = images == index
+        alone = layer(features[index : index + 1], boxes[of_image], images[of_image] * 0)
+        assert torch.equal(alone, pooled[of_image])
     order = torch.randperm(len(boxes))
     assert torch.equal(layer(features, boxes[order], images[order]), pooled[order])
 

@@ -1,4 +1,4 @@
-"""What the reading says of a box must give, number for number, what the layer returns for it."""
+"""`read_box`: pooling by its bins and points must give the output of the layer."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ CHOICES = [
 
 
 def pool_by_reading(config: RoIConfig, features: Tensor, reading: RoIReading) -> list[list[float]]:
-    """Pool an (H, W) map by nothing but the reading: cells of the bins, or points between the cells' values."""
+    """Pool a feature map (H, W) using only the reading: the cells of its bins, or its sample points."""
     size = len(reading.x.bins)
     grid = [[0.0] * size for _ in range(size)]
     for i, j in itertools.product(range(size), repeat=2):
         if isinstance(config, RoIPoolConfig):
-            values = cells(features, reading.y.bins[i], reading.x.bins[j])
+            values = cell_values(features, reading.y.bins[i], reading.x.bins[j])
         else:
-            values = [between(features, y, x) for y in reading.y.points[i] for x in reading.x.points[j]]
+            values = [interpolate(features, y, x) for y in reading.y.points[i] for x in reading.x.points[j]]
         average = isinstance(config, RoIWarpConfig | RoIAlignConfig) and config.aggregate == "average"
         if values:
             grid[i][j] = sum(values) / len(values) if average else max(values)
     return grid
 
 
-def cells(features: Tensor, rows: tuple[float, float], columns: tuple[float, float]) -> list[float]:
+def cell_values(features: Tensor, rows: tuple[float, float], columns: tuple[float, float]) -> list[float]:
     height, width = features.shape
     inside = [
         (row, column)
@@ -48,27 +48,26 @@ def cells(features: Tensor, rows: tuple[float, float], columns: tuple[float, flo
         for column in range(int(columns[0]), int(columns[1]))
         if 0 <= row < height and 0 <= column < width
     ]
-    return [features[place].item() for place in inside]
+    return [features[cell].item() for cell in inside]
 
 
-def between(features: Tensor, y: float, x: float) -> float:
-    """Read bilinearly; the value of cell j stands at j + 0.5."""
+def interpolate(features: Tensor, y: float, x: float) -> float:
+    """Interpolate bilinearly; the value of cell j is located at j + 0.5."""
     (height, width), (y, x) = features.shape, (y - 0.5, x - 0.5)
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
     y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
     corners = itertools.product((math.floor(y), math.ceil(y)), (math.floor(x), math.ceil(x)))
-    shares = {(row, column): max(1 - abs(y - row), 0) * max(1 - abs(x - column), 0) for row, column in corners}
-    return sum(share * features[place].item() for place, share in shares.items())
+    weights = {(row, column): max(1 - abs(y - row), 0) * max(1 - abs(x - column), 0) for row, column in corners}
+    return sum(weight * features[cell].item() for cell, weight in weights.items())
 
 
 @pytest.mark.parametrize("config", CHOICES, ids=str)
 def test_the_reading_gives_what_the_layer_returns(config: RoIConfig, random_boxes: Callable[..., Tensor]):
     features = torch.randn(9, 13)
     for stride, size in ((4, 3), (4, 1), (3.7, 2)):
-        for box in random_boxes(12, height=36.0, width=52.0)[
-            :-3
-        ].tolist():  # not the points on the border, a matter of the last bit
+        # Without the last three boxes: points exactly on the border depend on rounding.
+        for box in random_boxes(12, height=36.0, width=52.0)[:-3].tolist():
             if isinstance(config, RoIPoolConfig) or config.sampling_ratio or box[2] - box[0] < 100:
                 reading = read_box(config, features, tuple(box), stride=stride, size=size)
                 expected = torch.tensor(pool_by_reading(config, features, reading))
@@ -81,7 +80,9 @@ def test_the_bins_of_roi_pool_are_those_of_the_kernel_to_the_last_bit():
         for size in (2, 7, 14):
             box = (0.0, 0.0, cells_in_box - 1.0, 1.0)
             reading = read_box(RoIPoolConfig(), features, box, stride=1, size=size)
-            assert reading.pooled[0].tolist() == [end - 1 for _, end in reading.x.bins]  # a ramp: the last cell
+            assert reading.pooled[0].tolist() == [
+                end - 1 for _, end in reading.x.bins
+            ]  # on a ramp the maximum is the last cell
 
 
 def read(config: RoIConfig, box: tuple[float, float, float, float], stride: float, size: int) -> RoIReading:
@@ -97,7 +98,7 @@ def test_by_hand_whole_cells():
     cut = read(RoIPoolConfig(rounding="floor"), box, 1, 2)
     assert (cut.x.region, cut.x.bins) == ((0, 7), ((0, 3), (3, 7)))
     assert (cut.y.region, cut.y.bins) == ((3, 8), ((3, 5), (5, 8)))
-    small = read(RoIPoolConfig(rounding="floor"), (1.2, 1.3, 1.8, 3.9), 1, 2)  # inside of column 1
+    small = read(RoIPoolConfig(rounding="floor"), (1.2, 1.3, 1.8, 3.9), 1, 2)  # inside column 1
     assert (small.x.region, small.x.bins) == ((1, 2), ((1, 2), (1, 2)))
     assert (small.y.region, small.y.bins) == ((1, 3), ((1, 2), (2, 3)))
 
@@ -113,14 +114,14 @@ def test_by_hand_points():
     assert align.x.points == ((0.875, 2.625), (4.375, 6.125))
 
 
-def test_by_hand_the_first_roi_align_reads_half_a_cell_further_and_widens():
+def test_by_hand_legacy_roi_align_shifts_by_half_a_cell_and_widens_small_boxes():
     legacy = read(RoIAlignConfig(aligned=False, sampling_ratio=1), (4.0, 8.0, 4.8, 16.0), 4, 1)
     assert legacy.x.region == (1.5, 2.5)
     assert legacy.x.points == ((2.0,),)
     assert legacy.y.region == (2.5, 4.5)
 
 
-def test_adaptive_sampling_takes_a_point_a_cell():
+def test_adaptive_sampling_takes_one_point_per_cell():
     reading = read(RoIAlignConfig(sampling_ratio=0), (0.0, 0.0, 10.0, 4.0), 1, 4)
-    assert [len(points) for points in reading.x.points] == [3] * 4  # 2.5 cells a bin
+    assert [len(points) for points in reading.x.points] == [3] * 4  # 2.5 cells per bin
     assert [len(points) for points in reading.y.points] == [1] * 4

@@ -30,7 +30,7 @@ CONFIG = {"training": {"batch_size": 2, "clip_norm": None, "steps": [1, 2]}}
 
 
 class Heads(nn.Module):
-    """The parameters of the heads whose rows belong to classes, and one that all classes share."""
+    """Head parameters with class-specific rows, and a class-agnostic layer."""
 
     def __init__(self, classes: int, width: int = 2) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Heads(nn.Module):
             "deltas": ClassRows(per_class=4, background=False),
             "masks": ClassRows(per_class=1, background=False),
         }
-        return {f"{part}.{kind}": layout for part, layout in layouts.items() for kind in ("weight", "bias")}
+        return {f"{layer}.{kind}": layout for layer, layout in layouts.items() for kind in ("weight", "bias")}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def checkpoint_of(model, optimizer, iteration=7, metrics=None):
 # ---- Files
 
 
-def test_what_is_saved_comes_back(tmp_path, model, optimizer):
+def test_a_saved_checkpoint_loads_unchanged(tmp_path, model, optimizer):
     path = tmp_path / "new" / "last.pt"
     saved = checkpoint_of(model, optimizer, metrics={"segm/AP": 0.25})
     save_checkpoint(path, saved)
@@ -84,27 +84,27 @@ def test_what_is_saved_comes_back(tmp_path, model, optimizer):
     assert [entry.name for entry in path.parent.iterdir()] == ["last.pt"]
 
 
-def test_restoring_puts_weights_optimizer_and_draws_back(tmp_path, model, optimizer):
+def test_restore_loads_weights_optimizer_and_random_states(tmp_path, model, optimizer):
     save_checkpoint(tmp_path / "last.pt", checkpoint_of(model, optimizer))
-    drawn = torch.rand(3), np.random.rand(), random.random()
+    samples = torch.rand(3), np.random.rand(), random.random()
     other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     fresh = AdamWConfig().build(other, batch_size=16)
     restore(load_checkpoint(tmp_path / "last.pt"), TrainingState(other, fresh), source="last.pt")
-    assert torch.equal(torch.rand(3), drawn[0])
-    assert (np.random.rand(), random.random()) == drawn[1:]
+    assert torch.equal(torch.rand(3), samples[0])
+    assert (np.random.rand(), random.random()) == samples[1:]
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
     assert torch.equal(fresh.state[other[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
     assert fresh.state[other[0].weight]["step"] == 1
 
 
-def test_random_states_hold_numpys_kept_normal():
+def test_random_states_include_the_cached_normal_of_numpy():
     np.random.seed(3)
-    np.random.standard_normal()  # it draws two and keeps one
+    np.random.standard_normal()  # NumPy draws two values and caches one
     states = random_states()
-    drawn = np.random.standard_normal(3)
+    samples = np.random.standard_normal(3)
     set_random_states(states)
-    assert np.array_equal(np.random.standard_normal(3), drawn)
+    assert np.array_equal(np.random.standard_normal(3), samples)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, model, optimizer):
@@ -166,7 +166,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(tmp_path, mode
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "last.pt.tmp").exists()
     assert load_checkpoint(tmp_path / "last.pt").iteration == 1
-    save_checkpoint(tmp_path / "last.pt", checkpoint_of(model, optimizer, iteration=3))  # what is left is no obstacle
+    save_checkpoint(
+        tmp_path / "last.pt", checkpoint_of(model, optimizer, iteration=3)
+    )  # the temporary file does not prevent a save
     assert load_checkpoint(tmp_path / "last.pt").iteration == 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
 
@@ -181,8 +183,8 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, model, optimizer):
     path = tmp_path / "last.pt"
     save_checkpoint(path, checkpoint_of(model, optimizer))
-    whole = path.read_bytes()
-    for damaged in (b"", b"hello", whole[: len(whole) // 2], whole[:-1]):
+    content = path.read_bytes()
+    for damaged in (b"", b"hello", content[: len(content) // 2], content[:-1]):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"last\.pt: "):
             load_checkpoint(path)
@@ -208,7 +210,7 @@ def test_a_foreign_state_dict_is_refused(tmp_path, model):
         load_checkpoint(tmp_path / "resnet.pt")
 
 
-def test_a_checkpoint_without_a_part_says_which(tmp_path, model, optimizer):
+def test_missing_fields_of_a_checkpoint_are_named(tmp_path, model, optimizer):
     path = tmp_path / "last.pt"
     save_checkpoint(path, checkpoint_of(model, optimizer))
     content = torch.load(path, weights_only=True)
@@ -234,7 +236,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, model, optimizer, links, monk
     folder = folder_of(tmp_path, model, optimizer, keep=2)
     for iteration in (5, 10, 15):
         folder.save(iteration)
-    folder.save(15)  # as a stop right after a regular save does
+    folder.save(15)  # as on a signal right after a regular save
     names = ["iteration_00000010.pt", "iteration_00000015.pt", "last.pt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [load_checkpoint(tmp_path / name).iteration for name in names] == [10, 15, 15]
@@ -258,7 +260,7 @@ def test_averaged_weights_come_back_and_their_absence_is_refused(tmp_path, model
         restore(checkpoint_of(model, optimizer), TrainingState(model, optimizer, average=other), source="last.pt")
 
 
-def test_best_stays_the_best_across_a_resume(tmp_path, model, optimizer):
+def test_best_checkpoint_is_kept_after_a_resume(tmp_path, model, optimizer):
     def folder():
         return folder_of(tmp_path, model, optimizer)
 
@@ -275,10 +277,10 @@ def test_best_stays_the_best_across_a_resume(tmp_path, model, optimizer):
     assert load_checkpoint(tmp_path / "last.pt").iteration == 40
 
 
-# ---- Weights alone
+# ---- Weights only
 
 
-def test_weights_that_fit_are_taken_and_the_rest_is_reported():
+def test_matching_weights_are_loaded_and_the_others_reported():
     model = nn.ModuleDict({"body": nn.Linear(2, 3), "head": nn.Linear(3, 4, bias=False), "new": nn.Linear(1, 1)})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = {
@@ -301,11 +303,11 @@ def test_weights_that_fit_are_taken_and_the_rest_is_reported():
         "  missing       new.bias: not in the file",
         "  unused        old.weight: not in the model",
     ]
-    with pytest.raises(InputError, match=r"init\.pt: these weights are not of this model(\n.*)*head\.weight"):
+    with pytest.raises(InputError, match=r"init\.pt: these weights do not match this model(\n.*)*head\.weight"):
         report.require_complete()
 
 
-def test_weights_that_fit_all_are_complete(model):
+def test_the_report_is_complete_if_all_weights_match(model):
     report = load_weights(model, model.state_dict(), source="last.pt")
     report.require_complete()
     assert report.describe() == "7 tensors loaded from last.pt"
@@ -338,7 +340,7 @@ def test_class_rows_follow_their_names():
             parameter.fill_(-1.0)
     weights = numbered(Heads(classes=3))
     report = load_weights(model, weights, source="init.pt", source_classes=CLASSES, classes=target)
-    # cat, dog, owl are 1, 2, 3 in the file; the model's owl, fox, cat keep -1 where the file has none.
+    # The labels of cat, dog, owl in the file are 1, 2, 3. The rows of fox, which is not in the file, keep -1.
     assert model.scores.bias.tolist() == [0, 3, -1, 1]
     assert model.scores.weight[:, 1].tolist() == [0, 3, -1, 1]
     assert model.deltas.bias.tolist() == [8, 9, 10, 11, -1, -1, -1, -1, 0, 1, 2, 3]
@@ -348,7 +350,7 @@ def test_class_rows_follow_their_names():
     assert model.shared.bias.tolist() == [0, 1]
     assert (report.known_classes, report.new_classes) == (("owl", "cat"), ("fox",))
     assert "classes new, keep the model's values: fox" in report.describe()
-    assert weights["scores.bias"].tolist() == [0, 1, 2, 3]  # the caller's tensors are untouched
+    assert weights["scores.bias"].tolist() == [0, 1, 2, 3]  # the tensors of the caller are unchanged
     with pytest.raises(InputError, match="fox"):
         report.require_complete()
 

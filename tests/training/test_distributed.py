@@ -1,7 +1,7 @@
-"""Two processes do what one does with the batches of both.
+"""Two processes compute the same as one process with the batches of both.
 
-The first half of this file is what they run: `python tests/training/test_distributed.py OUT DEVICE`, started twice with
-torchrun's variables, does `work` and leaves what the main process found in OUT.
+The first half of this file is the worker: `python tests/training/test_distributed.py OUT DEVICE`, started twice with
+the environment variables of torchrun, calls `work` and writes the results of the main process to OUT.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 WORLD = 2
 STEPS = 10
-BATCH = 4  # images of all processes
-IMAGES = STEPS * BATCH  # one epoch: each image is seen once
+BATCH = 4  # images over all processes
+IMAGES = STEPS * BATCH  # one epoch: each image is used once
 
 SIDE = 64  # px
 
@@ -54,11 +54,12 @@ SMALL: dict[str, Any] = {
         "anchor_sizes": [[8], [16], [32], [48], [64]],
         "training": {"pre_nms_top_n": 30, "post_nms_top_n": 20},
         "inference": {"pre_nms_top_n": 30, "post_nms_top_n": 10},
-        "samples": 16,
+        "batch_size_per_image": 16,
     },
     "sampling": {"batch_size_per_image": 16},
     "box_head": {"kind": "fc", "width": 16},
-    "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
+    # Starts near zero, so that ten steps amplify no rounding.
+    "mask_head": {"kind": "fcn", "depth": 1, "width": 8, "initialization": "detectron2"},
     "detection": {"score_threshold": 0.0, "detections_per_image": 5},
 }
 RESNET: dict[str, Any] = {"kind": "resnet", "depth": 18, "width": 8, "freeze": 0, "weights": "none"}
@@ -68,18 +69,24 @@ C4 = {
     "backbone": {**RESNET, "output": "c4", "norm": "sync_bn"},
     "rpn": {**SMALL["rpn"], "anchor_sizes": [[8, 16, 32, 48]]},
     "box_head": {"kind": "mean"},
-    # A RoI layer of its own: stage 5, with its norms, reads the positives by themselves, and there may be none.
-    "mask_head": {"kind": "fcn", "depth": 0, "width": 8, "roi": {"kind": "roi_align", "sampling_ratio": 1}},
+    # With its own RoI layer, stage 5 and its norms run on the positives only, of which there may be none.
+    "mask_head": {
+        "kind": "fcn",
+        "depth": 0,
+        "width": 8,
+        "initialization": "detectron2",
+        "roi": {"kind": "roi_align", "sampling_ratio": 1},
+    },
 }
 
 
 class Training(NamedTuple):
-    """What is trained, and how."""
+    """A training to compare."""
 
-    model: Mapping[str, Any]  # its settings
+    model: Mapping[str, Any]  # model settings
     empty: bool = False  # whether the images of the second process have no objects
-    parts: int = 1  # in which each of two processes computes its share of a batch
-    # Small, where rounding would soon turn a choice between two proposals: the norms of few regions magnify it.
+    accumulation_steps: int = 1  # of each of two processes
+    # Small if norms of few RoIs amplify rounding, which soon changes the selected proposals.
     lr: float = 0.02
 
 
@@ -87,25 +94,25 @@ TRAININGS = {
     "frozen norms": Training({"backbone": {**FPN, "norm": "frozen_bn"}}),
     "group norm": Training({"backbone": {**FPN, "fpn": {"channels": 32, "norm": "gn"}}}),
     "one process without objects": Training({"backbone": FPN}, empty=True),
-    "in two parts": Training({"backbone": FPN}, parts=2),
+    "gradient accumulation": Training({"backbone": FPN}, accumulation_steps=2),
     "shared batch norm": Training(SYNC, lr=0.002),
     "shared batch norm of regions, one process without objects": Training(C4, empty=True, lr=0.002),
 }
 
 
-# ---- What each process does
+# ---- The worker
 
 
 class Noise:
-    """Noisy images of one size, with one to three objects each; if `empty`, those of the second process have none."""
+    """Noise images of one size with one to three objects each; if `empty`, those of the second process have none."""
 
     classes = ClassTable(("a", "b", "c"), (1, 2, 3))
 
     def __init__(self, empty: bool) -> None:
         stream = BatchSampler(self.image_sizes(), batch_size=BATCH, seed=0, rank=1, world=WORLD)
-        second = {draw.image for draws in islice(stream, STEPS) for draw in draws}
-        assert len(second) == IMAGES // WORLD
-        self._empty: set[int] = second if empty else set()
+        second_process = {draw.image for draws in islice(stream, STEPS) for draw in draws}
+        assert len(second_process) == IMAGES // WORLD
+        self._empty: set[int] = second_process if empty else set()
 
     def __len__(self) -> int:
         return IMAGES
@@ -125,15 +132,15 @@ class Noise:
 
 
 def train(group: Processes, name: str) -> dict[str, Tensor]:
-    """Take ten steps with momentum and clipping; return the weights."""
+    """Train ten steps with momentum and gradient clipping; return the state dict."""
     training = TRAININGS[name]
-    torch.manual_seed(group.rank)  # wrapping the model must make them start alike
+    torch.manual_seed(group.rank)  # the initial weights differ until the model is wrapped
     model = MaskRCNNConfig.model_validate({**SMALL, **training.model}).build(3)
     optimizer = SGDConfig(lr=training.lr, base_batch=BATCH).build(model, batch_size=BATCH)
     state = TrainingState(model, optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
     step = TrainingStep(state, group, clip_norm=1.0)
     loader = training_loader(
-        Noise(training.empty),  # type: ignore[arg-type]  # what trains needs no more of a dataset
+        Noise(training.empty),  # type: ignore[arg-type]  # training needs only these methods of a dataset
         TransformsConfig(short_side=(SIDE,), long_side=SIDE).build(),
         batch_size=BATCH,
         seed=0,
@@ -141,18 +148,18 @@ def train(group: Processes, name: str) -> dict[str, Tensor]:
         size_divisor=model.size_divisor,
         rank=group.rank,
         world=group.world,
-        grad_accum_steps=training.parts if group.world > 1 else 1,
+        grad_accum_steps=training.accumulation_steps if group.world > 1 else 1,
     )
     norms = []
     for iteration, batches in enumerate(islice(loader, STEPS), start=1):
         set_learning_rate(optimizer, 1.0)
         norms.append(step(batches, iteration).gradient_norm)
-    assert max(norms) > 1, "clipping must have something to do"
+    assert max(norms) > 1, "no gradient was clipped"
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
 def evaluation(group: Processes, out: Path) -> dict[str, Any]:
-    """Five images in batches of two: the first process has three of them, the second one two."""
+    """Evaluate five images in batches of two: three on the first process, two on the second."""
     scenes = {"kind": "shapes", "length": 5, "height": SIDE, "width": SIDE}
     config = ExperimentConfig.model_validate(
         {
@@ -169,18 +176,18 @@ def evaluation(group: Processes, out: Path) -> dict[str, Any]:
     torch.manual_seed(3)
     dataset = config.data.build_validation()
     model = config.model.build(len(dataset.classes))
-    if not group.is_main:  # batch norms see other images on each process
+    if not group.is_main:  # as running statistics differ between processes
         for buffer in model.buffers():
             buffer += 1
     predictor = Predictor.of(config, model, dataset.classes, CPU)
-    figures, _ = evaluate_predictor(config, predictor, dataset, out, group)
-    return {"all": group.gather(json.dumps(figures.summary()))}
+    metrics, _ = evaluate_predictor(config, predictor, dataset, out, group)
+    return {"all": group.gather(json.dumps(metrics.summary()))}
 
 
 def collectives(group: Processes) -> dict[str, Any]:
     rank = group.rank
-    share = torch.tensor([1.0, float(rank)], requires_grad=True)
-    (sum_over_processes(share) * (rank + 1)).sum().backward()
+    values = torch.tensor([1.0, float(rank)], requires_grad=True)
+    (sum_over_processes(values) * (rank + 1)).sum().backward()
     return {
         "max": group.max(3 * rank),
         "any": [group.any(False), group.any(rank == 1), group.any(True)],
@@ -189,12 +196,12 @@ def collectives(group: Processes) -> dict[str, Any]:
         "from_main": group.gather(group.from_main(lambda: os.environ["RANK"])),
         "mean": group.gather(group.mean(torch.tensor([rank, 4.0])).tolist()),
         "not finite": group.gather(group.mean(torch.tensor([float("nan") if rank else 1.0])).tolist()),
-        "gradient of a sum": group.gather(share.grad.tolist() if share.grad is not None else None),
+        "gradient of a sum": group.gather(values.grad.tolist() if values.grad is not None else None),
     }
 
 
 def normalised(norm: torch.nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """What `norm` makes of `features`, and the gradient of a sum that weighs each cell of it differently."""
+    """Return the output of `norm`, and the gradient of a weighted sum of it with respect to `features`."""
     features = features.detach().requires_grad_()
     output = norm(features)
     weights = torch.arange(output[0].numel(), device=output.device).view_as(output[0])
@@ -204,15 +211,15 @@ def normalised(norm: torch.nn.Module, features: Tensor) -> tuple[Tensor, Tensor]
 
 
 def norm_on_gpus(group: Processes, out: Path) -> None:
-    """Six maps: the first process has five, the second one; then one has all six, the other none."""
+    """Normalize six feature maps: five on the first process and one on the second, then six and none."""
     torch.manual_seed(0)
     features = torch.randn(6, 4, 3, 3).to(group.device)
     for first in (5, 6):
         norm = build_norm("sync_bn", 4).to(group.device)
-        share = features[:first] if group.is_main else features[first:]
-        found = group.gather(normalised(norm, share))
-        if found is not None:
-            output, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
+        local_features = features[:first] if group.is_main else features[first:]
+        results = group.gather(normalised(norm, local_features))
+        if results is not None:
+            output, gradient = (torch.cat(tensors) for tensors in zip(*results, strict=True))
             state = {name: value.cpu() for name, value in norm.state_dict().items()}
             torch.save({"output": output, "gradient": gradient, "state": state}, out / f"{first}.pt")
 
@@ -221,13 +228,13 @@ def work(group: Processes, out: Path) -> None:
     if group.device.type == "cuda":
         norm_on_gpus(group, out)
         return
-    findings = {
+    results = {
         "trainings": {name: train(group, name) for name in TRAININGS},
         "evaluation": evaluation(group, out),
         "collectives": collectives(group),
     }
     if group.is_main:
-        torch.save(findings, out / "findings.pt")
+        torch.save(results, out / "results.pt")
 
 
 if __name__ == "__main__":
@@ -238,11 +245,11 @@ if __name__ == "__main__":
     sys.exit()
 
 
-# ---- What must come out
+# ---- Tests
 
 
 def run(command: list[str]) -> None:
-    """Start `command` twice, as torchrun would, and see both succeed."""
+    """Start `command` twice, as torchrun would, and check that both succeed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     shared = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -257,24 +264,24 @@ def run(command: list[str]) -> None:
         for rank in range(WORLD)
     ]
     try:
-        said = [process.communicate(timeout=600)[0] for process in running]
+        outputs = [process.communicate(timeout=600)[0] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * WORLD, "\n".join(said)
+    assert [process.returncode for process in running] == [0] * WORLD, "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that two processes left."""
-    out = tmp_path_factory.mktemp("together")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of two processes."""
+    out = tmp_path_factory.mktemp("two_processes")
     run([sys.executable, "-W", "error", __file__, str(out), "cpu"])
     return out
 
 
 @pytest.fixture(scope="module")
-def findings(together: Path) -> dict[str, Any]:
-    return torch.load(together / "findings.pt")
+def results_of_two(two_processes: Path) -> dict[str, Any]:
+    return torch.load(two_processes / "results.pt")
 
 
 # Training.
@@ -282,7 +289,7 @@ def findings(together: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
-    """As in each of the two processes: more threads round otherwise, and norms magnify that."""
+    """Use one thread, as the two processes do. Other numbers of threads round differently, and norms amplify this."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -291,15 +298,15 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", TRAININGS)
-def test_two_processes_train_what_one_does(name: str, findings: dict[str, Any]) -> None:
-    alone, shared = train(Processes(CPU), name), findings["trainings"][name]
-    assert alone.keys() == shared.keys()
-    for key, value in alone.items():
-        torch.testing.assert_close(shared[key], value, rtol=1e-5, atol=1e-5 if "running_var" in key else 1e-6)
+def test_two_processes_train_what_one_does(name: str, results_of_two: dict[str, Any]) -> None:
+    expected, weights = train(Processes(CPU), name), results_of_two["trainings"][name]
+    assert expected.keys() == weights.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5 if "running_var" in key else 1e-6)
 
 
 def test_the_heads_have_no_norms() -> None:
-    """Only stage 5 of a C4 model normalises regions; elsewhere what is shared are maps, which every process has."""
+    """Only stage 5 of a C4 model normalizes RoIs. All other norms run on feature maps, which every process has."""
     for settings, stages in ((SYNC, ()), (C4, ("res5.",))):
         model = MaskRCNNConfig.model_validate({**SMALL, **settings}).build(3)
         norms = [name for name, module in model.named_modules() if isinstance(module, SyncBatchNorm)]
@@ -323,56 +330,58 @@ def test_gpus_share_the_statistics_of_a_norm(tmp_path: Path) -> None:
     norm = build_norm("bn", 4)
     output, gradient = normalised(norm, torch.randn(6, 4, 3, 3))
     for first in (5, 6):
-        found = torch.load(tmp_path / f"{first}.pt")
-        torch.testing.assert_close(found["output"], output, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found["gradient"], gradient, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found["state"], dict(norm.state_dict()), rtol=1e-4, atol=1e-5)
+        result = torch.load(tmp_path / f"{first}.pt")
+        torch.testing.assert_close(result["output"], output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["gradient"], gradient, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result["state"], dict(norm.state_dict()), rtol=1e-4, atol=1e-5)
 
 
 # Evaluation.
 
 
-def test_two_processes_find_and_measure_what_one_does(findings: dict[str, Any], together: Path, tmp_path: Path) -> None:
-    alone = evaluation(Processes(CPU), tmp_path)["all"][0]
-    assert findings["evaluation"]["all"] == [alone, alone]
+def test_two_processes_evaluate_what_one_does(
+    results_of_two: dict[str, Any], two_processes: Path, tmp_path: Path
+) -> None:
+    expected = evaluation(Processes(CPU), tmp_path)["all"][0]
+    assert results_of_two["evaluation"]["all"] == [expected, expected]
     results = (tmp_path / "results.json").read_text()
     assert len({result["image_id"] for result in json.loads(results)}) == 5
-    assert (together / "results.json").read_text() == results
-    assert (together / "metrics.json").read_text() == (tmp_path / "metrics.json").read_text()
+    assert (two_processes / "results.json").read_text() == results
+    assert (two_processes / "metrics.json").read_text() == (tmp_path / "metrics.json").read_text()
 
 
-# What the processes tell each other.
+# Collective operations.
 
 
-def test_what_passes_between_processes(findings: dict[str, Any]) -> None:
-    found = findings["collectives"]
-    assert found["max"] == 3
-    assert found["any"] == [False, True, True]
-    assert found["gather"] == [{"rank": 0}, {"rank": 1}]
-    assert found["broadcast"] == ["from 0", "from 0"]
-    assert found["from_main"] == ["0", "0"]
-    assert found["mean"] == [[0.5, 4.0], [0.5, 4.0]]
-    assert [math.isnan(value) for (value,) in found["not finite"]] == [True, True]
-    # The loss of the first process is the sum, that of the second twice the sum: together they change threefold.
-    assert found["gradient of a sum"] == [[3.0, 3.0], [3.0, 3.0]]
+def test_collective_operations(results_of_two: dict[str, Any]) -> None:
+    results = results_of_two["collectives"]
+    assert results["max"] == 3
+    assert results["any"] == [False, True, True]
+    assert results["gather"] == [{"rank": 0}, {"rank": 1}]
+    assert results["broadcast"] == ["from 0", "from 0"]
+    assert results["from_main"] == ["0", "0"]
+    assert results["mean"] == [[0.5, 4.0], [0.5, 4.0]]
+    assert [math.isnan(value) for (value,) in results["not finite"]] == [True, True]
+    # The losses of the processes are the sum and twice the sum, so the total gradient is 3.
+    assert results["gradient of a sum"] == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def test_a_process_alone_needs_no_others() -> None:
-    alone, model, values = Processes(CPU), torch.nn.Linear(2, 1), torch.tensor([1.0, 2.0])
-    alone.wait()
-    alone.share_buffers(model)
-    assert (alone.is_main, alone.max(7), alone.any(True), alone.any(False)) == (True, 7, True, False)
-    assert (alone.gather("x"), alone.broadcast("x"), alone.from_main(lambda: "x")) == (["x"], "x", "x")
-    assert alone.wrap(model) is model
-    assert alone.mean(values) is values
+    group, model, values = Processes(CPU), torch.nn.Linear(2, 1), torch.tensor([1.0, 2.0])
+    group.wait()
+    group.share_buffers(model)
+    assert (group.is_main, group.max(7), group.any(True), group.any(False)) == (True, 7, True, False)
+    assert (group.gather("x"), group.broadcast("x"), group.from_main(lambda: "x")) == (["x"], "x", "x")
+    assert group.wrap(model) is model
+    assert group.mean(values) is values
 
 
-# What torchrun says.
+# Environment variables of torchrun.
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the variables given, and no others of torchrun's."""
+    """Set the given variables and delete the other variables of torchrun."""
 
     def set_all(**variables: str) -> None:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -402,7 +411,7 @@ def test_one_process_joins_nothing(environment: Callable[..., None], variables: 
         (TORCHRUN, "cuda", "process 1 of this machine needs a GPU of its own, but there are 1: start at most 1"),
     ],
 )
-def test_what_torchrun_says_must_make_sense(
+def test_inconsistent_environment_variables_are_refused(
     environment: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
@@ -415,7 +424,7 @@ def test_what_torchrun_says_must_make_sense(
         pass
 
 
-# Whole runs, as torchrun starts them.
+# Runs started by torchrun.
 
 EXPERIMENT = """
 model:
@@ -446,7 +455,7 @@ evaluation: {pictures: 1}
 
 
 def experiment(folder: Path, *, broken: bool = False) -> Path:
-    """A configuration and its eight images, of which the last may be cut short."""
+    """Write an experiment with eight images, of which the last is truncated if `broken`."""
     (folder / "images").mkdir()
     images, annotations = [], []
     rng = np.random.default_rng(0)
@@ -484,22 +493,22 @@ def test_a_signal_stops_all_and_another_number_of_processes_goes_on(tmp_path: Pa
     while running.poll() is None and not (metrics.exists() and len(read_records(metrics)) >= 3):
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    said, _ = running.communicate(timeout=600)
+    output, _ = running.communicate(timeout=600)
     assert running.returncode != 0
     stopped = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").iteration
-    assert 3 <= stopped < 200, said
-    assert len(re.findall(f"SIGTERM: stopped after iteration {stopped}, which is saved", said)) == 2, said
+    assert 3 <= stopped < 200, output
+    assert len(re.findall(f"SIGTERM: stopped after iteration {stopped}, which is saved", output)) == 2, output
 
     resumed = start(config, "--resume", world=1)
-    said, _ = resumed.communicate(timeout=600)
-    assert resumed.returncode == 0, said
+    output, _ = resumed.communicate(timeout=600)
+    assert resumed.returncode == 0, output
     steps = [record["iteration"] for record in read_records(metrics) if record["kind"] == "train"]
     assert steps == list(range(1, 201))
 
 
 @pytest.mark.slow
-def test_what_is_wrong_on_one_process_ends_all_and_reaches_the_user(tmp_path: Path) -> None:
+def test_an_error_on_one_process_stops_all_and_is_shown(tmp_path: Path) -> None:
     running = start(experiment(tmp_path, broken=True), world=2)
-    said, _ = running.communicate(timeout=600)
+    output, _ = running.communicate(timeout=600)
     assert running.returncode == 1
-    assert re.search(r"error: .*8\.png", said), said
+    assert re.search(r"error: .*8\.png", output), output

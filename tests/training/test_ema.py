@@ -1,4 +1,4 @@
-"""The running average of weights, against a loop by hand."""
+"""The exponential moving average of weights, against a loop by hand."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_the_average_by_hand() -> None:
         model.load_state_dict(model_of(weight).state_dict())
         model[1].num_batches_tracked.fill_(step)
         average.update(step)
-        kept = min(0.5, (1 + step) / (10 + step))  # 2 / 11, 3 / 12, 4 / 13, 5 / 14
-        expected = kept * expected + (1 - kept) * weight
+        decay = min(0.5, (1 + step) / (10 + step))  # 2 / 11, 3 / 12, 4 / 13, 5 / 14
+        expected = decay * expected + (1 - decay) * weight
     state = average.state_dict()
     assert state["0.weight"].item() == pytest.approx(expected)
     assert state["1.running_mean"].item() == pytest.approx(10 * expected)
@@ -39,16 +39,16 @@ def test_the_model_has_the_average_inside_the_block_alone() -> None:
     model = model_of(1.0)
     average = ExponentialAverage(model, decay=0.9)
     model.load_state_dict(model_of(3.0).state_dict())
-    own = model[0].weight
-    seen = []
+    parameter = model[0].weight
+    observed = []
 
-    def look_and_fail() -> None:
+    def observe_and_fail() -> None:
         with average.applied():
-            seen.append((model[0].weight.item(), model[0].weight is own))  # optimizers hold on to it
+            observed.append((model[0].weight.item(), model[0].weight is parameter))  # optimizers refer to it
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        look_and_fail()
-    assert seen == [(1.0, True)]
+        observe_and_fail()
+    assert observed == [(1.0, True)]
     assert model[0].weight.item() == 3.0
     assert average.state_dict()["0.weight"].item() == 1.0

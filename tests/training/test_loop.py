@@ -22,7 +22,7 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Threads cost a tiny model more than they give, where other processes want the cores."""
+    """Use one thread, which is fastest for a tiny model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,14 +30,14 @@ def _one_thread():
 
 
 class Toy(nn.Module):
-    """Five losses from a few linear layers; batch norm has state, and dropout draws from the global generator."""
+    """A small model with five losses, batch norm (has state) and dropout (draws from the global generator)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25))
         self.head = nn.Linear(8, 5)
         self.steps = 0
-        self.on_step = {}  # what else happens in a training step, by its number
+        self.on_step = {}  # functions to call in a training step, by its number
 
     def forward(self, images: ImageBatch, targets: Targets, observe=None) -> Losses:
         if self.training:
@@ -48,10 +48,10 @@ class Toy(nn.Module):
 
 
 def make_batch(iteration):
-    """Return the batch of the step after `iteration`: its content depends on that number alone."""
+    """Return the batch of the step after `iteration`. Its content depends only on that number."""
     generator = torch.Generator().manual_seed(iteration)
-    none = torch.zeros(4, 1, 2)
-    masks = MaskTables(torch.zeros(0), none[..., 0].long(), none.long(), none, torch.ones(4, 2))
+    zeros = torch.zeros(4, 1, 2)
+    masks = MaskTables(torch.zeros(0), zeros[..., 0].long(), zeros.long(), zeros, torch.ones(4, 2))
     return Batch(
         image_ids=tuple(range(4 * iteration, 4 * iteration + 4)),
         images=ImageBatch(
@@ -82,7 +82,7 @@ def state_of(model, config=None, *, precision="fp32", ema_decay=None):
 
 
 class Run:
-    """One process's part of a run: built anew, or from the checkpoint that is there."""
+    """One process of a run. It starts from the last checkpoint in the folder, if there is one."""
 
     def __init__(self, folder, optimizer_config=None, iterations=STEPS, ema_decay=None, step=None, **options):
         torch.manual_seed(0)
@@ -136,18 +136,18 @@ class Run:
         return [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in records]
 
 
-def rates_aside(groups):
-    """Leave out the current rate: each step sets it anew, from `initial_lr` and the iteration."""
+def without_lr(groups):
+    """Return the parameter groups without the current learning rate, which each step sets again."""
     return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
 
 
 def assert_same_state(left, right):
-    """Equality bit for bit, of everything that a checkpoint holds."""
+    """Check that the checkpoints of two runs are equal bit for bit."""
     for name in ("last.pt", "best.pt"):
         a, b = (load_checkpoint(run.folder / "checkpoints" / name) for run in (left, right))
         assert (a.iteration, a.metrics) == (b.iteration, b.metrics)
         assert all(torch.equal(tensor, b.model[key]) for key, tensor in a.model.items())
-        assert rates_aside(a.optimizer["param_groups"]) == rates_aside(b.optimizer["param_groups"])
+        assert without_lr(a.optimizer["param_groups"]) == without_lr(b.optimizer["param_groups"])
         for index, state in a.optimizer["state"].items():
             assert all(torch.equal(value, b.optimizer["state"][index][key]) for key, value in state.items())
         assert torch.equal(a.random_states["torch"], b.random_states["torch"])
@@ -156,46 +156,46 @@ def assert_same_state(left, right):
 @pytest.mark.parametrize("config", [SGDConfig(lr=0.05), AdamWConfig(lr=0.02)], ids=lambda config: config.kind)
 @pytest.mark.parametrize("stop", [5, 6, 8], ids=lambda stop: f"after {stop}")
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, config, stop):
-    whole = Run(tmp_path / "whole", config).train()
-    first = Run(tmp_path / "halves", config)
+    uninterrupted = Run(tmp_path / "uninterrupted", config).train()
+    first = Run(tmp_path / "resumed", config)
     first.model.on_step[stop] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
         first.train()
-    second = Run(tmp_path / "halves", config)
+    second = Run(tmp_path / "resumed", config)
     assert second.start == stop
     second.train()
-    assert_same_state(whole, second)
-    assert second.records() == whole.records()
-    assert first.evaluated_at + second.evaluated_at == whole.evaluated_at == [4, 8, 12]
+    assert_same_state(uninterrupted, second)
+    assert second.records() == uninterrupted.records()
+    assert first.evaluated_at + second.evaluated_at == uninterrupted.evaluated_at == [4, 8, 12]
 
 
 def test_a_run_killed_between_checkpoints_repeats_its_steps(tmp_path):
-    whole = Run(tmp_path / "whole").train()
-    first = Run(tmp_path / "halves")
-    first.model.on_step[8] = lambda: 1 / 0  # the last checkpoint is of step 6, and step 7 would be logged twice
+    uninterrupted = Run(tmp_path / "uninterrupted").train()
+    first = Run(tmp_path / "resumed")
+    first.model.on_step[8] = lambda: 1 / 0  # the last checkpoint is of step 6, so step 7 is repeated
     with pytest.raises(ZeroDivisionError):
         first.train()
-    second = Run(tmp_path / "halves")
+    second = Run(tmp_path / "resumed")
     assert second.start == 6
     second.train()
-    assert_same_state(whole, second)
-    assert second.records() == whole.records()
+    assert_same_state(uninterrupted, second)
+    assert second.records() == uninterrupted.records()
 
 
 def test_a_run_killed_during_an_evaluation_repeats_it(tmp_path):
-    whole = Run(tmp_path / "whole").train()
+    uninterrupted = Run(tmp_path / "uninterrupted").train()
 
     def die(iteration):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Run(tmp_path / "halves", evaluate=die).train()
-    second = Run(tmp_path / "halves")
+        Run(tmp_path / "resumed", evaluate=die).train()
+    second = Run(tmp_path / "resumed")
     assert second.start == 4
     second.train()
     assert second.evaluated_at == [4, 8, 12]
-    assert_same_state(whole, second)
-    assert second.records() == whole.records()
+    assert_same_state(uninterrupted, second)
+    assert second.records() == uninterrupted.records()
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
@@ -204,23 +204,23 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     assert (again.start, again.model.steps, again.evaluated_at) == (STEPS, 0, [])
 
 
-def test_training_lowers_the_loss_and_records_what_it_says(tmp_path):
+def test_training_lowers_the_loss_and_records_the_steps(tmp_path):
     run = Run(tmp_path).train()
-    trained = [record for record in run.records() if record["kind"] == "train"]
-    assert [record["iteration"] for record in trained] == [2, 4, 6, 8, 10, 12]
-    assert trained[-1]["loss"] < 0.8 * trained[0]["loss"]
-    # Before step 2 one step is done, of a warm-up of 4; before step 10 nine are, where the schedule steps down.
-    assert trained[0]["lr"] == pytest.approx(0.05 * (0.001 + 0.999 / 4))
-    assert [trained[i]["lr"] for i in (2, 3, 4)] == pytest.approx([0.05, 0.05, 0.005])
-    assert trained[0]["losses"].keys() == set(Losses._fields)
+    train_records = [record for record in run.records() if record["kind"] == "train"]
+    assert [record["iteration"] for record in train_records] == [2, 4, 6, 8, 10, 12]
+    assert train_records[-1]["loss"] < 0.8 * train_records[0]["loss"]
+    # Step 2 follows one finished step of the warm-up of 4. Step 10 follows nine, where the learning rate drops.
+    assert train_records[0]["lr"] == pytest.approx(0.05 * (0.001 + 0.999 / 4))
+    assert [train_records[i]["lr"] for i in (2, 3, 4)] == pytest.approx([0.05, 0.05, 0.005])
+    assert train_records[0]["losses"].keys() == set(Losses._fields)
 
 
 def test_each_record_measures_the_speed_since_the_one_before(tmp_path, monkeypatch):
-    squares = (float(n * n) for n in itertools.count())  # so the blocks last 1, 5, 9, ... seconds
+    squares = (float(n * n) for n in itertools.count())  # the blocks last 1, 5, 9, ... seconds
     monkeypatch.setattr("maskrcnn.training.loop.Speedometer", lambda: Speedometer(clock=lambda: next(squares)))
     Run(tmp_path, iterations=4).train()
-    trained = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
-    speeds = [record["images_per_second"] for record in trained]
+    train_records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+    speeds = [record["images_per_second"] for record in train_records]
     assert speeds == [8 / (1 + 5 + 9 + 13), 8 / (17 + 21 + 25 + 29)]
 
 
@@ -233,7 +233,7 @@ def test_the_last_step_is_saved_evaluated_and_logged_whatever_the_intervals(tmp_
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, number, status):
-    before = signal.getsignal(number)
+    handler = signal.getsignal(number)
     run = Run(tmp_path)
     run.model.on_step[5] = lambda: os.kill(os.getpid(), number)
     with pytest.raises(Interrupted, match=f"{number.name}: stopped after iteration 5") as stopped:
@@ -243,7 +243,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, number, status):
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     assert checkpoint.iteration == 5
     assert torch.equal(checkpoint.model["head.weight"], run.model.head.weight)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is handler
 
 
 def test_a_second_signal_acts_at_once(capfd):
@@ -257,7 +257,7 @@ def test_a_second_signal_acts_at_once(capfd):
 
 
 def poisoned(place):
-    """Return a run whose fourth step has a NaN in its loss, or in its gradient alone."""
+    """Return a function that makes the loss of a run NaN, or only its gradient infinite or NaN."""
 
     def poison(run):
         if place == "loss":

@@ -44,7 +44,7 @@ def step(iteration, objectness=0.25):
     )
 
 
-WHOLE = Measurement(
+MEASUREMENT = Measurement(
     metrics={"box/AP": 0.25, "mask/AP": 0.5},
     images_per_second=7.5,
     classes={"cat": {"mask/AP": 0.5}, "traffic light": {"box/AP": 0.25, "mask/AP": NAN}},
@@ -56,7 +56,7 @@ WHOLE = Measurement(
 def test_records_hold_the_documented_keys(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log_step(step(20))
-        writer.log_evaluation(20, WHOLE)
+        writer.log_evaluation(20, MEASUREMENT)
         writer.log_end()
     train, evaluation, end = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert train == {
@@ -95,17 +95,17 @@ def test_what_was_not_measured_is_absent(tmp_path):
     assert not [tag for tag in scalars(events_of(tmp_path)) if "recall" in tag or "evaluation/loss" in tag]
 
 
-def test_the_figures_of_averaged_weights_stand_beside_the_others():
+def test_metrics_of_averaged_weights_have_a_prefix():
     average = Measurement({"box/AP": 0.75}, 9.0, {"cat": {"mask/AP": 0.625}}, {"loss_mask": 0.1})
-    both = WHOLE.with_average(average)
+    both = MEASUREMENT.with_average(average)
     assert both.metrics == {"box/AP": 0.25, "mask/AP": 0.5, "ema/box/AP": 0.75}
     assert both.classes["cat"] == {"mask/AP": 0.5, "ema/mask/AP": 0.625}
-    assert (both.images_per_second, both.losses) == (WHOLE.images_per_second, WHOLE.losses)
+    assert (both.images_per_second, both.losses) == (MEASUREMENT.images_per_second, MEASUREMENT.losses)
     assert both.curves()["class_AP/ema/mask/cat"] == 0.625
     assert both.curves()["evaluation/ema/box/AP"] == 0.75
 
 
-def test_numbers_that_json_lacks_are_null(tmp_path):
+def test_numbers_that_are_not_finite_are_null(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log_evaluation(1, Measurement({"segm/AP": float("nan"), "bbox/AP": float("inf")}, 7.5))
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -125,7 +125,7 @@ def test_a_resumed_run_drops_what_it_repeats(tmp_path):
         writer.log_evaluation(20, Measurement({"segm/AP": 0.5}, 7.5))
         writer.log_evaluation(30, Measurement({"segm/AP": 0.6}, 7.5))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "itera')  # a kill in the middle of a line
+        file.write('{"kind": "train", "itera')  # as a kill in the middle of a write leaves it
     with MetricsWriter(tmp_path, start=20) as writer:
         assert writer.last_evaluation == 20
         writer.log_step(step(30, objectness=1.0))
@@ -139,7 +139,7 @@ def test_a_resumed_run_drops_what_it_repeats(tmp_path):
     assert records[-1]["losses"]["loss_objectness"] == 1.0
 
 
-def test_a_run_from_the_start_has_no_past(tmp_path):
+def test_a_run_from_the_start_drops_all_records(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.log_evaluation(5, Measurement({"segm/AP": 0.5}, 7.5))
     with MetricsWriter(tmp_path) as writer:
@@ -176,9 +176,9 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
     assert events.Scalars("train/lr")[0].value == pytest.approx(0.02)
 
 
-def test_tensorboard_has_what_an_evaluation_found(tmp_path):
+def test_tensorboard_has_the_results_of_an_evaluation(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.log_evaluation(20, WHOLE)
+        writer.log_evaluation(20, MEASUREMENT)
     events = events_of(tmp_path)
     assert scalars(events) == {
         "evaluation/box/AP": [(20, 0.25)],
@@ -188,18 +188,18 @@ def test_tensorboard_has_what_an_evaluation_found(tmp_path):
         "evaluation/losses/loss_objectness": [(20, 0.25)],
         "evaluation/losses/loss_mask": [(20, 0.5)],
         "class_AP/mask/cat": [(20, 0.5)],
-        "class_AP/box/traffic light": [(20, 0.25)],  # and no point where there is nothing to measure
+        "class_AP/box/traffic light": [(20, 0.25)],  # NaN has no point
     }
     (picture,) = events.Images("pictures/17")
     assert picture.step == 20
-    assert (np.array(Image.open(io.BytesIO(picture.encoded_image_string))) == WHOLE.pictures["17"]).all()
+    assert (np.array(Image.open(io.BytesIO(picture.encoded_image_string))) == MEASUREMENT.pictures["17"]).all()
 
 
 def test_a_resumed_run_shows_its_new_pictures_alone(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for iteration in (10, 20):
-            writer.log_evaluation(iteration, WHOLE)
-    white = WHOLE._replace(pictures={"17": np.full((4, 6, 3), 255, np.uint8)})
+            writer.log_evaluation(iteration, MEASUREMENT)
+    white = MEASUREMENT._replace(pictures={"17": np.full((4, 6, 3), 255, np.uint8)})
     with MetricsWriter(tmp_path, start=10) as writer:
         writer.log_evaluation(20, white)
     pictures = events_of(tmp_path).Images("pictures/17")
@@ -219,13 +219,13 @@ def test_each_start_leaves_its_configuration(tmp_path):
             writer.log_config(config)
             writer.log_step(step(start + 10))
     texts = events_of(tmp_path).Tensors("config/text_summary")
-    shown = [(text.step, text.tensor_proto.string_val[0].decode()) for text in texts]
-    assert shown == [(0, "```yaml\nlr: 0.02\n```"), (10, "```yaml\nlr: 0.5\n```")]
+    configs = [(text.step, text.tensor_proto.string_val[0].decode()) for text in texts]
+    assert configs == [(0, "```yaml\nlr: 0.02\n```"), (10, "```yaml\nlr: 0.5\n```")]
 
 
 def test_a_run_that_goes_on_has_not_ended(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.log_evaluation(20, WHOLE)
+        writer.log_evaluation(20, MEASUREMENT)
         writer.log_end()
     with MetricsWriter(tmp_path, start=20):
         pass
@@ -238,7 +238,7 @@ def test_a_silent_writer_writes_nothing(tmp_path, monkeypatch):
         assert writer.last_evaluation is None
         writer.log_config(Config())
         writer.log_step(step(20))
-        writer.log_evaluation(20, WHOLE)
+        writer.log_evaluation(20, MEASUREMENT)
         writer.log_end()
     assert writer.last_evaluation == 20
     assert not list(tmp_path.iterdir())
@@ -250,16 +250,16 @@ def test_step_in_one_line():
 
 
 def test_the_progress_of_a_long_training_fits_80_columns():
-    long = Step(135_000, {"loss_mask": 1.0726}, 0.02 / 171, 3.0, 14.234, 0.123, int(10.5 * 2**30))
-    line = f"135000/270000 26:15:05 left, {long.brief}"
+    record = Step(135_000, {"loss_mask": 1.0726}, 0.02 / 171, 3.0, 14.234, 0.123, int(10.5 * 2**30))
+    line = f"135000/270000 26:15:05 left, {record.brief}"
     assert line.endswith("loss 1.073 lr 0.00012 14.2 img/s data 12% 10.5 GiB")
     assert len(line) < 80  # tqdm leaves the last column free
 
 
 def test_a_record_of_many_classes_is_not_too_long(tmp_path):
-    figures = dict.fromkeys(("box/AP", "mask/AP", "ema/box/AP", "ema/mask/AP"), 1 / 3)
+    metrics_of_class = dict.fromkeys(("box/AP", "mask/AP", "ema/box/AP", "ema/mask/AP"), 1 / 3)
     with MetricsWriter(tmp_path) as writer:
-        classes = {f"a class with a long name {index}": figures for index in range(1203)}
+        classes = {f"a class with a long name {index}": metrics_of_class for index in range(1203)}
         writer.log_evaluation(20, Measurement({}, 7.5, classes))
     assert (tmp_path / "metrics.jsonl").stat().st_size < LONGEST_RECORD / 3
     assert last_record(tmp_path / "metrics.jsonl")["classes"] == classes
@@ -272,7 +272,7 @@ def test_the_last_record_is_the_last_complete_line(tmp_path, monkeypatch):
     path.write_text("")
     assert last_record(path) is None
     with MetricsWriter(tmp_path) as writer:
-        for iteration in range(1, 11):  # more than is read at once
+        for iteration in range(1, 11):  # longer than LONGEST_RECORD
             writer.log_step(step(iteration))
     with path.open("a") as file:
         file.write('{"kind": "train", "itera')

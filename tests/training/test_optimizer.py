@@ -31,14 +31,14 @@ def step(model, optimizer):
 
 
 @pytest.mark.parametrize("config", BUILDERS, ids=lambda config: config.kind)
-def test_norm_layers_do_not_decay_and_all_else_does(model, config):
+def test_norm_layers_have_no_weight_decay(model, config):
     optimizer = config.build(model, batch_size=16)
     decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     norms = dict.fromkeys(["1.weight", "1.bias", "2.weight", "2.bias"], 0.0)
     assert decay == {"0.weight": 0.01, "0.bias": 0.01, "3.weight": 0.01, **norms}
 
 
-def test_biases_have_a_decay_of_their_own_and_equal_groups_are_one(model):
+def test_bias_weight_decay_and_merged_groups(model):
     optimizer = SGDConfig(weight_decay=0.01, bias_weight_decay=0.0).build(model, batch_size=16)
     names = [group["param_names"] for group in optimizer.param_groups]
     assert names == [["0.weight", "3.weight"], ["0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]]
@@ -49,7 +49,7 @@ def test_biases_have_a_decay_of_their_own_and_equal_groups_are_one(model):
 
 
 class Detector(nn.Module):
-    """Two stages, of which the first has a norm, and a head."""
+    """Two stages, the first with a norm layer, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -77,11 +77,11 @@ def test_stages_further_from_the_heads_learn_slower(config):
             "second.weight": second,
         }
     )
-    assert len(optimizer.param_groups) == 4  # the first stage has two decays
+    assert len(optimizer.param_groups) == 4  # the first stage has two groups, with and without weight decay
 
 
 def test_the_logged_rate_is_that_of_the_heads():
-    """Also where no head learns, or the first group is the backbone's."""
+    """Also if the heads are frozen or the first group belongs to the backbone."""
     model = Detector()
     model.head.requires_grad_(False)
     optimizer = SGDConfig(lr=0.5, backbone_lr_factor=0.1).build(model, batch_size=16)
@@ -130,15 +130,15 @@ def test_factor_multiplies_the_initial_rate_each_time(model):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
-@pytest.mark.parametrize(("max_norm", "left"), [(None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
-def test_clipping_shortens_long_gradients_alone(max_norm, left):
-    model = nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1))  # two groups, whose gradients count as one
+@pytest.mark.parametrize(("max_norm", "expected"), [(None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
+def test_clipping_bounds_the_norm_of_all_gradients(max_norm, expected):
+    model = nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1))  # two groups, one gradient norm
     optimizer = SGDConfig().build(model, batch_size=16)
     model[0].weight.grad = torch.tensor([[3.0]])
     model[1].bias.grad = torch.tensor([4.0])
     assert clip_gradients(optimizer, max_norm).item() == 5.0
     clipped = torch.stack([model[0].weight.grad.squeeze(), model[1].bias.grad.squeeze()])
-    torch.testing.assert_close(clipped, torch.tensor(left), rtol=0, atol=1e-5)
+    torch.testing.assert_close(clipped, torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", BUILDERS, ids=lambda config: config.kind)

@@ -1,4 +1,4 @@
-"""A trace of steps 10 to 20."""
+"""The profiler trace of steps 10 to 20."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from maskrcnn.training.profiler import Profiler
 
 
-def trained(run_dir: Path, steps: int) -> list[str]:
-    """The names of the spans in the trace of so many steps, each of which adds and then multiplies."""
+def traced_spans(run_dir: Path, steps: int) -> list[str]:
+    """Run `steps` steps of one addition and one multiplication; return the names of the spans in the trace."""
     with Profiler(run_dir) as profiler:
         for _ in range(steps):
             torch.add(torch.ones(3), 1).mul(2)
@@ -31,18 +31,18 @@ def steps_of(names: list[str]) -> list[int]:
 
 def test_steps_10_to_20_are_traced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    names = trained(tmp_path, 23)
+    names = traced_spans(tmp_path, 23)
     assert steps_of(names) == list(range(10, 21))
     assert names.count("aten::add") == names.count("aten::mul") == 11
     assert str(tmp_path / "profile" / "steps_10_to_20.json") in caplog.text
 
 
-def test_a_training_that_ends_early_leaves_what_there_is(tmp_path: Path) -> None:
-    names = trained(tmp_path, 12)
+def test_a_training_that_ends_early_writes_a_shorter_trace(tmp_path: Path) -> None:
+    names = traced_spans(tmp_path, 12)
     assert steps_of(names)[:3] == [10, 11, 12]
     assert names.count("aten::mul") == 3
 
 
 def test_a_training_that_ends_too_early_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert trained(tmp_path, 5) == []
+    assert traced_spans(tmp_path, 5) == []
     assert "before step 10" in caplog.text

@@ -27,7 +27,7 @@ def test_reference_schedule_by_hand(iteration, factor):
     assert MultiStepConfig().build()(iteration) == pytest.approx(factor, rel=1e-12)
 
 
-def test_warmup_of_no_length_is_over_at_once():
+def test_warmup_of_length_zero_has_factor_one():
     assert warmup(0, iterations=0, factor=0.001) == 1.0
 
 
@@ -38,8 +38,8 @@ def test_warmup_longer_than_the_schedule_takes_a_tenth_of_it(iterations, length,
     schedule = MultiStepConfig(iterations=iterations, steps=()).build()
     assert schedule(length) == 1.0
     assert length == 0 or schedule(0) == pytest.approx(0.001)
-    said = f"warm-up of {length} iterations instead of 1000: training ends after {iterations}"
-    assert (said in caplog.text) == (length < 1000)
+    message = f"warm-up of {length} iterations instead of 1000: training ends after {iterations}"
+    assert (message in caplog.text) == (length < 1000)
 
 
 def test_step_within_the_warmup_multiplies_it():
@@ -69,7 +69,7 @@ def test_cosine_by_hand(iteration, factor):
         ({"steps": (), "epochs": math.inf, "iterations": None}, "finite"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused(values, message):
+def test_invalid_schedules_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         MultiStepConfig(**{"iterations": 10, "warmup_iterations": 0, **values})
 
@@ -90,7 +90,7 @@ def test_epochs_become_iterations():
     assert resolved == MultiStepConfig(iterations=12_000, steps=(8000, 10_500), warmup_iterations=7)
     assert resolved.num_iterations == 12_000
     assert resolved.build()(10_500) == pytest.approx(0.01)
-    assert CosineConfig(epochs=0.004, warmup_iterations=0).resolve(100).iterations == 1  # never none
+    assert CosineConfig(epochs=0.004, warmup_iterations=0).resolve(100).iterations == 1  # at least one
 
 
 def test_a_schedule_in_iterations_stays_as_it_is():
@@ -113,14 +113,14 @@ def test_epochs_that_are_too_short_are_refused(values, message):
 
 
 def test_yaml_states_either_unit_and_keeps_whole_numbers(tmp_path):
-    class Whole(Section):
+    class Experiment(Section):
         schedule: ScheduleConfig
 
     path = tmp_path / "schedule.yaml"
     for text in ("{kind: multi_step, epochs: 12, steps: [8, 10.5]}", "{kind: multi_step, iterations: 9, steps: [5.0]}"):
         path.write_text(f"schedule: {text.replace('}', ', warmup_iterations: 0}')}")
-        config = load_config(path, Whole)
+        config = load_config(path, Experiment)
         stored = to_yaml(config)
         assert "steps: [8, 10.5]" in stored or "steps: [5]" in stored
         path.write_text(stored)
-        assert load_config(path, Whole) == config
+        assert load_config(path, Experiment) == config

@@ -1,4 +1,4 @@
-"""One step: parts of a batch, precision, clipping, what is not finite, and what does not fit."""
+"""The training step: gradient accumulation, precision, clipping, values that are not finite, and out of memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = Processes(torch.device("cpu"))
 
 
 class Toy(nn.Module):
-    """Five losses that are means over images, from a few layers; `poison` multiplies them."""
+    """A small model with five losses that are means over images; `poison` multiplies its input."""
 
     def __init__(self, *, norm: bool = False) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ def batch_of(seeds: Sequence[int]) -> Batch:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pixels = [torch.randint(0, 256, (3, 2, 2), generator=generator, dtype=torch.uint8) for generator in generators]
     count = len(seeds)
-    none = torch.zeros(count, 1, 2)
-    masks = MaskTables(torch.zeros(0), none[..., 0].long(), none.long(), none, torch.ones(count, 2))
+    zeros = torch.zeros(count, 1, 2)
+    masks = MaskTables(torch.zeros(0), zeros[..., 0].long(), zeros.long(), zeros, torch.ones(count, 2))
     boxes = torch.stack([torch.rand(1, 4, generator=generator) for generator in generators])
     return Batch(
         image_ids=tuple(seeds),
@@ -56,8 +56,8 @@ def batch_of(seeds: Sequence[int]) -> Batch:
     )
 
 
-WHOLE = [batch_of(range(6))]
-PARTS = [batch_of((0, 1)), batch_of((2, 3)), batch_of((4, 5))]
+ONE_BATCH = [batch_of(range(6))]
+THREE_BATCHES = [batch_of((0, 1)), batch_of((2, 3)), batch_of((4, 5))]
 
 
 def step_of(model: nn.Module, *, lr: float = 0.1, average: ExponentialAverage | None = None, **options) -> TrainingStep:
@@ -71,97 +71,100 @@ def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten().float() for tensor in model.state_dict().values()])
 
 
-def test_parts_of_a_batch_take_the_step_of_the_whole() -> None:
+def test_gradient_accumulation_equals_one_batch() -> None:
     one, other = Toy(), Toy()
     for iteration in range(1, 6):
-        whole = step_of(one, clip_norm=0.5)(WHOLE, iteration)
-        parts = step_of(other, clip_norm=0.5)(PARTS, iteration)
-        assert parts.losses == pytest.approx(whole.losses)
-        assert parts.gradient_norm == pytest.approx(whole.gradient_norm)
+        expected = step_of(one, clip_norm=0.5)(ONE_BATCH, iteration)
+        result = step_of(other, clip_norm=0.5)(THREE_BATCHES, iteration)
+        assert result.losses == pytest.approx(expected.losses)
+        assert result.gradient_norm == pytest.approx(expected.gradient_norm)
     torch.testing.assert_close(weights(one), weights(other))
 
 
 @pytest.mark.parametrize(
-    ("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_precision_is_that_of_the_products_and_not_of_the_weights(precision: str, inside: torch.dtype) -> None:
+def test_precision_applies_to_activations_and_not_to_weights(precision: str, dtype: torch.dtype) -> None:
     model, reference = Toy(), Toy()
-    seen = []
-    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    dtypes = []
+    model.head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     step = step_of(model, precision=precision)
     if precision == "fp16":
         step.state.scaler.load_state_dict({**step.state.scaler.state_dict(), "scale": 1024.0})
-    found = step(WHOLE, 1)
-    expected = step_of(reference)(WHOLE, 1)
-    assert seen == [inside]
+    result = step(ONE_BATCH, 1)
+    expected = step_of(reference)(ONE_BATCH, 1)
+    assert dtypes == [dtype]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    # The scaler's factor of 1024 is taken out again before clipping and before the step.
-    assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.02)
+    # The gradient is divided by the loss scale of 1024 before clipping and before the step.
+    assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=0.02)
     torch.testing.assert_close(weights(model), weights(reference), rtol=0.02, atol=0.002)
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
     model = Toy()
     before = weights(model)
-    found = step_of(model, lr=1.0, clip_norm=0.01)(WHOLE, 1)
-    assert found.gradient_norm > 0.02
+    result = step_of(model, lr=1.0, clip_norm=0.01)(ONE_BATCH, 1)
+    assert result.gradient_norm > 0.02
     assert (weights(model) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_diagnostics_come_when_they_are_asked_for_and_there_is_something_to_measure() -> None:
+def test_diagnostics_are_returned_on_request_and_without_nan() -> None:
     step = step_of(Toy())
-    assert step(PARTS, 1).diagnostics == {}
-    assert step(PARTS, 2, diagnose=True).diagnostics == {"proposal_recall": 0.5}
+    assert step(THREE_BATCHES, 1).diagnostics == {}
+    assert step(THREE_BATCHES, 2, diagnose=True).diagnostics == {"proposal_recall": 0.5}
 
 
 def test_the_average_follows_the_weights() -> None:
     model = Toy()
     average = ExponentialAverage(model, decay=0.5)
     before = model.head.weight.detach().clone()
-    step_of(model, average=average)(WHOLE, 100)
+    step_of(model, average=average)(ONE_BATCH, 100)
     torch.testing.assert_close(average.state_dict()["head.weight"], (before + model.head.weight.detach()) / 2)
 
 
-# What is not finite.
+# Values that are not finite.
 
 
 def test_a_step_that_is_not_finite_is_refused_and_stored(tmp_path: Path) -> None:
     model = Toy()
     before = weights(model)
     model.poison = math.nan
-    kept = []
+    stored = []
 
     def keep(iteration: int, batches: Sequence[Batch]) -> Path:
-        kept.append((iteration, batches))
+        stored.append((iteration, batches))
         return tmp_path / "step.pt"
 
-    message = r"iteration 7: .* loss_classifier nan.*image ids 0, 1, 2, 3, 4, 5\. .*step\.pt: tools/replay_batch\.py repeats it"
+    message = (
+        r"iteration 7: .* loss_classifier nan.*image ids 0, 1, 2, 3, 4, 5\. "
+        r".*step\.pt: tools/replay_batch\.py repeats it"
+    )
     with pytest.raises(FloatingPointError, match=message):
-        step_of(model, keep=keep)(PARTS, 7)
-    assert kept == [(7, PARTS)]
+        step_of(model, keep=keep)(THREE_BATCHES, 7)
+    assert stored == [(7, THREE_BATCHES)]
     assert torch.equal(weights(model), before)
 
 
 def test_steps_may_be_skipped_so_many_times_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
     model = Toy(norm=True)
     step = step_of(model, skips=2)
-    step(WHOLE, 1)
-    before = weights(model)  # with the statistics of the norm, which the bad batches must not reach
+    step(ONE_BATCH, 1)
+    before = weights(model)  # includes the norm statistics, which a skipped step must not change
     model.poison = math.inf
     with caplog.at_level(logging.WARNING):
-        step(WHOLE, 2)
-        step(WHOLE, 3)
+        step(ONE_BATCH, 2)
+        step(ONE_BATCH, 3)
     assert torch.equal(weights(model), before)
     assert "iteration 3: " in caplog.text
-    assert "(2 of at most 2 in a row)" in caplog.text
+    assert "Skipped 2 of at most 2 steps in a row." in caplog.text
     model.poison = 1.0
-    step(WHOLE, 4)  # a good one: the count starts anew
+    step(ONE_BATCH, 4)  # a finite step resets the count
     assert not torch.equal(weights(model), before)
     model.poison = math.inf
-    step(WHOLE, 5)
-    step(WHOLE, 6)
+    step(ONE_BATCH, 5)
+    step(ONE_BATCH, 6)
     with pytest.raises(FloatingPointError, match="iteration 7"):
-        step(WHOLE, 7)
+        step(ONE_BATCH, 7)
 
 
 def test_a_gradient_that_overflows_in_fp16_lowers_the_scale_and_costs_the_step_alone() -> None:
@@ -170,16 +173,16 @@ def test_a_gradient_that_overflows_in_fp16_lowers_the_scale_and_costs_the_step_a
     scaler = step.state.scaler
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
     before = weights(model)
-    found = step(WHOLE, 1)
-    assert not math.isfinite(found.gradient_norm)
+    result = step(ONE_BATCH, 1)
+    assert not math.isfinite(result.gradient_norm)
     assert torch.equal(weights(model), before)
     assert scaler.get_scale() == 2.0**39
     scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
-    assert math.isfinite(step(WHOLE, 2).gradient_norm)
+    assert math.isfinite(step(ONE_BATCH, 2).gradient_norm)
     assert not torch.equal(weights(model), before)
 
 
-# What does not fit.
+# Out of memory.
 
 
 @pytest.mark.parametrize(
@@ -200,13 +203,13 @@ def test_out_of_memory_says_what_did_not_fit_and_what_helps(error: Exception, mo
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(
         MemoryError, match=r"iteration 3: .* 2 images of 2 x 2 px .* up to 1 objects .*grad_accum_steps"
-    ) as seen:
-        step_of(model)(PARTS, 3)
-    assert seen.value.__cause__ is error
+    ) as raised:
+        step_of(model)(THREE_BATCHES, 3)
+    assert raised.value.__cause__ is error
 
 
 def test_other_errors_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Toy()
     monkeypatch.setattr(model, "forward", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        step_of(model)(WHOLE, 1)
+        step_of(model)(ONE_BATCH, 1)

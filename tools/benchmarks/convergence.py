@@ -22,6 +22,12 @@ from tqdm import tqdm
 
 from maskrcnn.errors import InputError
 
+try:
+    from matplotlib.figure import Figure
+    from scipy import stats
+except ImportError as error:
+    raise InputError(f"{error}; the benchmark needs it: pip install '.[benchmark]'") from error
+
 WORKER = Path(__file__).with_name("convergence_worker.py")
 SIDES = ("ours", "torchvision")
 TERMS = ("RPN objectness", "RPN boxes", "classes", "boxes", "masks")  # in the order of the recorded losses
@@ -121,8 +127,6 @@ def _interval(values: np.ndarray) -> str:
     """The interval of the mean of independent values; nothing for a single one."""
     if len(values) < 2:
         return ""
-    from scipy import stats
-
     error = values.std(ddof=1) / len(values) ** 0.5
     low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=values.mean(), scale=max(error, 1e-12))
     return f"[{low:+.1f}, {high:+.1f}]"
@@ -173,8 +177,6 @@ def report(runs: Sequence[Run], picture: str | None = None) -> str:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw the five loss terms and both AP: a row for each data set, a line for each seed, a colour for each side."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(run.data for run in runs))
     columns = [*TERMS, *FIGURES.values()]
     figure = Figure(figsize=(3 * len(columns), 2.6 * len(names)), layout="constrained")

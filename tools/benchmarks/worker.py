@@ -1,7 +1,7 @@
-"""One side of one benchmark, in a process of its own, so that its peak memory is its own.
+"""One implementation in one benchmark, in a separate process, so that the peak memory is that of this task.
 
-`tools/benchmark.py` starts it with a `Job` as JSON. It answers with lines of JSON: in what environment it works; for
-each line that it reads, how long the task took once; at the end of its input, its peak memory.
+`tools/benchmark.py` starts the worker with a `Job` as JSON. The worker writes lines of JSON: first its environment; for
+each input line, the duration of one repetition and its workload; at the end of its input, its peak memory.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from maskrcnn.training.step import TrainingStep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_r50_fpn_1x.yaml"
 NUM_CLASSES = 90  # torchvision's COCO models have this many and background
-OBJECTS = 8  # in each image; COCO has 7 on average
+OBJECTS = 8  # per image; COCO has 7 on average
 
-Step = Callable[[], dict[str, float]]  # does the task once, and tells what it worked on
+Step = Callable[[], dict[str, float]]  # performs the task once and returns its workload
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to do."""
+    """A task and the conditions of its measurement."""
 
     task: Literal["training", "inference", "roi", "masks", "bootstrap"]
     side: Literal["ours", "torchvision"]
@@ -62,20 +62,20 @@ class Job:
     device: str
 
 
-# ---- The scene: the same images and objects for both sides
+# ---- The scene: the same images and objects for both implementations
 
 
 class Scene(NamedTuple):
-    """An image of noise with ellipses in it."""
+    """An image of noise with elliptical objects."""
 
     pixels: Tensor  # (3, H, W) uint8
-    boxes: Tensor  # (OBJECTS, 4) float32, whole pixels
+    boxes: Tensor  # (OBJECTS, 4) float32, integer pixel coordinates
     labels: Tensor  # (OBJECTS,) int64
-    crops: list[np.ndarray]  # the masks inside their boxes
+    crops: list[np.ndarray]  # the masks, cropped to their boxes
 
 
 def draw_scene(height: int, width: int, seed: int) -> Scene:
-    """Ellipses between an eighth and two thirds of the image's height."""
+    """Draw a scene of ellipses whose sides are between 1/8 and 2/3 of the image height."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(np.log(height / 8), np.log(height / 1.5), (OBJECTS, 2))).round()
     corners = (rng.uniform(size=(OBJECTS, 2)) * ([width, height] - sizes).clip(0)).round()
@@ -117,7 +117,7 @@ def _torchvision_target(scene: Scene) -> dict[str, Tensor]:
 
 
 def _our_experiment() -> ExperimentConfig:
-    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.post_nms_top_n=2000"])  # as many as torchvision
+    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.post_nms_top_n=2000"])  # as in torchvision
 
 
 def _our_model(config: ExperimentConfig, device: torch.device) -> MaskRCNN:
@@ -130,7 +130,7 @@ def _torchvision_model(job: Job, device: torch.device) -> TorchvisionMaskRCNN:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d, trainable_layers=3
     )
-    sides = sorted((job.height, job.width))  # its transform then leaves the size as it is
+    sides = sorted((job.height, job.width))  # so that its transform does not resize the image
     model = TorchvisionMaskRCNN(backbone, NUM_CLASSES + 1, min_size=sides[0], max_size=sides[1])
     _draw_weights(model, model.roi_heads.box_predictor.cls_score)
     return model.to(device)
@@ -138,23 +138,25 @@ def _torchvision_model(job: Job, device: torch.device) -> TorchvisionMaskRCNN:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module, scores: nn.Linear) -> None:
-    """Give both models the same random weights, so that they have the same work.
+    """Draw the same random weights for both models, so that they have the same workload.
 
-    Both hold their parameters in the same order, and differ in shape in the last layers alone (torchvision predicts
-    boxes and masks for background too). Three classes are made likely, for 100 detections in an image.
+    Both have their parameters in the same order. Only the last layers differ in shape: torchvision predicts boxes and
+    masks for background too. Three classes get high scores, so that each image has 100 detections.
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         std = (2 / parameter[0].numel()) ** 0.5 if name.startswith("backbone.body") else 0.01 * (parameter.dim() > 1)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     for name, weight in model.named_buffers():
-        if name.endswith("bn3.weight"):  # the last norm of each residual branch: activations stay in bounds
+        if name.endswith(
+            "bn3.weight"
+        ):  # the last norm of each residual branch; small weights keep the activations bounded
             weight.fill_(0.2)
     scores.bias[1:4] += 5
 
 
 def _count_regions(box_head: nn.Module, mask_head: nn.Module) -> dict[str, float]:
-    """How many regions each head saw in its last call; the dict fills as the model runs."""
+    """Return a dict of the number of RoIs in the last call of each head; forward hooks update it."""
     counts: dict[str, float] = {}
     for name, head in (("box regions", box_head), ("mask regions", mask_head)):
 
@@ -169,34 +171,36 @@ def _count_regions(box_head: nn.Module, mask_head: nn.Module) -> dict[str, float
 
 
 def our_training(job: Job, device: torch.device) -> Step:
-    """The step of the training loop."""
+    """Return a training step of this project's training loop."""
     config = _our_experiment()
     model = _our_model(config, device)
     batch = _our_batch(_scenes(job, 2), model.size_divisor)
     optimizer = config.training.optimizer.build(model, batch_size=len(batch.images))
-    take = TrainingStep(TrainingState(model, optimizer), Processes(device), precision=job.precision)
+    training_step = TrainingStep(TrainingState(model, optimizer), Processes(device), precision=job.precision)
     counts = _count_regions(model.box_head, model.mask_head)
 
     def step() -> dict[str, float]:
-        take([batch], 1)
+        training_step([batch], 1)
         return counts
 
     return step
 
 
 def torchvision_training(job: Job, device: torch.device) -> Step:
-    """The step of torchvision's reference scripts."""
+    """Return a training step as in torchvision's reference scripts."""
     model = _torchvision_model(job, device).train()
     images = [scene.pixels / 255 for scene in _scenes(job, 2)]
     targets = [_torchvision_target(scene) for scene in _scenes(job, 2)]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=0.0025, momentum=0.9, weight_decay=1e-4)  # 0.02 for 16 images
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        trainable, lr=0.0025, momentum=0.9, weight_decay=1e-4
+    )  # 0.02 for 16 images, scaled to 2
     counts = _count_regions(model.roi_heads.box_head, model.roi_heads.mask_head)
 
     def step() -> dict[str, float]:
-        on_device = [{key: value.to(device) for key, value in target.items()} for target in targets]
+        targets_on_device = [{key: value.to(device) for key, value in target.items()} for target in targets]
         with _autocast(job, device):
-            losses = model([image.to(device) for image in images], on_device)
+            losses = model([image.to(device) for image in images], targets_on_device)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -206,7 +210,7 @@ def torchvision_training(job: Job, device: torch.device) -> Step:
 
 
 def our_inference(job: Job, device: torch.device) -> Step:
-    """What evaluation does with an image."""
+    """Return a step that detects the objects of one image and encodes the results, as evaluation does."""
     model = _our_model(_our_experiment(), device).eval()
     batch = _our_batch(_scenes(job, 1), model.size_divisor)
     classes = ClassTable(tuple(f"class {label}" for label in range(NUM_CLASSES)), tuple(range(NUM_CLASSES)))
@@ -221,7 +225,7 @@ def our_inference(job: Job, device: torch.device) -> Step:
 
 
 def torchvision_inference(job: Job, device: torch.device) -> Step:
-    """A call of the model in eval mode."""
+    """Return a step that calls torchvision's model in eval mode."""
     model = _torchvision_model(job, device).eval()
     image = _scenes(job, 1)[0].pixels / 255
     counts = _count_regions(model.roi_heads.box_head, model.roi_heads.mask_head)
@@ -229,20 +233,20 @@ def torchvision_inference(job: Job, device: torch.device) -> Step:
     @torch.no_grad()
     def step() -> dict[str, float]:
         with _autocast(job, device):
-            found = model([image.to(device)])
-        return counts | {"detections": len(found[0]["masks"])}
+            detections = model([image.to(device)])
+        return counts | {"detections": len(detections[0]["masks"])}
 
     return step
 
 
 def _roi_step(job: Job, device: torch.device, *, ours: bool) -> Step:
-    """Each layer on a map in the layout that its model has."""
+    """Return a step of RoIAlign, forward and backward, on a feature map in the memory format of the model."""
     generator = torch.Generator().manual_seed(0)
     height, width = -(-job.height // 4), -(-job.width // 4)
     features = torch.rand(1, 256, height, width, generator=generator).to(device)
     features = features.to(memory_format=torch.channels_last if ours else torch.contiguous_format).requires_grad_()
     boxes, images = _boxes(job, 1000, generator).to(device), torch.zeros(1000, dtype=torch.int64, device=device)
-    wanted = torch.rand(1000, 256, 7, 7, generator=generator).to(device)
+    output_gradient = torch.rand(1000, 256, 7, 7, generator=generator).to(device)
 
     def step() -> dict[str, float]:
         features.grad = None
@@ -251,7 +255,7 @@ def _roi_step(job: Job, device: torch.device, *, ours: bool) -> Step:
                 pooled = roi_align(features, boxes, images, stride=4, size=7, aligned=False)
             else:
                 pooled = torchvision.ops.roi_align(features, [boxes], 7, 0.25, 2, aligned=False)
-        pooled.backward(wanted)
+        pooled.backward(output_gradient)
         assert features.grad is not None
         return {"sum": float(pooled.detach().sum()), "gradient sum": float(features.grad.sum())}
 
@@ -259,15 +263,15 @@ def _roi_step(job: Job, device: torch.device, *, ours: bool) -> Step:
 
 
 def _boxes(job: Job, count: int, generator: torch.Generator) -> Tensor:
-    """Boxes of all sizes between 1 / 40 of the image and the whole of it."""
-    whole = torch.tensor([job.width, job.height], dtype=torch.float32)
-    sizes = whole * torch.exp(-3.7 * torch.rand(count, 2, generator=generator))
-    corners = (whole - sizes) * torch.rand(count, 2, generator=generator)
+    """Return (count, 4) boxes with sides between 1/40 of the image and the whole image."""
+    image_size = torch.tensor([job.width, job.height], dtype=torch.float32)
+    sizes = image_size * torch.exp(-3.7 * torch.rand(count, 2, generator=generator))
+    corners = (image_size - sizes) * torch.rand(count, 2, generator=generator)
     return torch.cat((corners, corners + sizes), dim=1)
 
 
 def _masks_step(job: Job, device: torch.device, *, ours: bool) -> Step:
-    """From the mask head's probabilities, smooth as a trained head's, to run lengths."""
+    """Return a step that converts mask probabilities, as smooth as those of a trained head, to run-length codes."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(100, 1, 4, 4, generator=generator)
     masks = nn.functional.interpolate(coarse, size=28, mode="bicubic").clamp(0, 1).to(device)
@@ -283,52 +287,55 @@ def _masks_step(job: Job, device: torch.device, *, ours: bool) -> Step:
 
 
 def _paste_and_encode(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[dict[str, Any]]:
-    """As the model and torchvision's reference evaluation (coco_eval.py) do it, but that 0.5 counts as inside."""
+    """Paste and encode as torchvision's model and its reference evaluation (coco_eval.py), but 0.5 counts as inside."""
     pasted = (paste_masks_in_image(masks, boxes, (height, width)) >= 0.5).cpu().numpy()
     return [cocoapi.encode(np.array(mask[0, :, :, np.newaxis], dtype=np.uint8, order="F"))[0] for mask in pasted]
 
 
 def random_matches(images: int, categories: int, objects: int, detections: int) -> Matches:
-    """Results of a good model: it finds four objects of five, at one to ten thresholds, among many wrong detections.
+    """Return random matches like those of a good model on COCO.
 
-    Categories are as uneven as COCO's, and so are the sizes: 41 % of the objects are small, 34 % medium, 25 % large.
+    80 % of the objects are detected, at 1 to 10 IoU thresholds; all other detections are false positives. Categories
+    and sizes are distributed as in COCO: 41 % of the objects are small, 34 % medium, 25 % large.
     """
     rng = np.random.default_rng(0)
-    shares = np.arange(1, categories + 1) ** -0.9
+    category_shares = np.arange(1, categories + 1) ** -0.9
+    probabilities = category_shares / category_shares.sum()
     object_images = rng.integers(images, size=objects)
-    object_categories = np.sort(rng.choice(categories, objects, p=shares / shares.sum()))
+    object_categories = np.sort(rng.choice(categories, objects, p=probabilities))
     object_sizes = rng.choice(3, objects, p=[0.41, 0.34, 0.25]) + 1
 
-    found = np.flatnonzero(rng.random(objects) < 0.8)
-    wrong = detections - len(found)
-    place = np.concatenate([object_images[found], rng.integers(images, size=wrong)])
-    category = np.concatenate([object_categories[found], rng.choice(categories, wrong, p=shares / shares.sum())])
-    size = np.concatenate([object_sizes[found], rng.integers(1, 4, wrong)])
-    score = np.concatenate([rng.beta(5, 2, len(found)), rng.beta(1, 8, wrong)])
-    right = np.concatenate([2 ** rng.integers(1, 11, len(found)) - 1, np.zeros(wrong, np.int64)])  # the lowest bits
+    detected = np.flatnonzero(rng.random(objects) < 0.8)
+    num_false = detections - len(detected)
+    image = np.concatenate([object_images[detected], rng.integers(images, size=num_false)])
+    category = np.concatenate([object_categories[detected], rng.choice(categories, num_false, p=probabilities)])
+    size = np.concatenate([object_sizes[detected], rng.integers(1, 4, num_false)])
+    score = np.concatenate([rng.beta(5, 2, len(detected)), rng.beta(1, 8, num_false)])
+    hits = 2 ** rng.integers(1, 11, len(detected)) - 1  # a bit for each IoU threshold
+    hits = np.concatenate([hits, np.zeros(num_false, np.int64)])
     order = np.lexsort((-score, category))
-    counts = _areas_of(size[order])
+    in_range = _areas_of(size[order])
     return Matches(
         image_ids=np.arange(images),
         category_ids=np.arange(categories),
         object_images=object_images.astype(np.int32),
         object_categories=object_categories.astype(np.int32),
         object_areas=_areas_of(object_sizes),
-        images=place[order].astype(np.int32),
+        images=image[order].astype(np.int32),
         categories=category[order].astype(np.int32),
         scores=score[order],
-        true_positives=(right[order][:, None] * counts).astype(np.uint16),
-        ignored=(EVERY * ~counts).astype(np.uint16),
+        true_positives=(hits[order][:, None] * in_range).astype(np.uint16),
+        ignored=(EVERY * ~in_range).astype(np.uint16),
     )
 
 
 def _areas_of(sizes: np.ndarray) -> np.ndarray:
-    """(n, 4) bool: all, and one of small, medium and large, which are 1, 2 and 3."""
+    """Return the (n, 4) bool membership in the area ranges all, small (size 1), medium (2) and large (3)."""
     return (np.arange(4) == 0) | (np.arange(4) == sizes[:, None])
 
 
 def our_bootstrap(job: Job, device: torch.device) -> Step:
-    """What the report of an ablation computes of each run."""
+    """Return a step of the bootstrap that an ablation report computes for each run."""
     matches = random_matches(images=5000, categories=80, objects=36_000, detections=250_000)
     counts = draw_counts(5000, 1000, seed=0)
     work = {"images": 5000, "objects": 36_000, "detections": 250_000, "resamples": 1000}
@@ -357,11 +364,11 @@ STEPS: dict[tuple[str, str], Callable[[Job, torch.device], Step]] = {
 }
 
 
-# ---- The conversation
+# ---- The protocol
 
 
 def main() -> None:
-    """Prepare, then work line by line."""
+    """Prepare the task, then perform it once per input line."""
     job = Job(**json.loads(sys.argv[1]))
     if job.side == "ours":
         keep_freed_memory()
@@ -369,26 +376,26 @@ def main() -> None:
     torch.manual_seed(0)
     device = choose_device(job.device)
     step = STEPS[job.task, job.side](job, device)
-    _say(environment(device))
+    _write_line(environment(device))
     for _ in sys.stdin:
         start = time.perf_counter()
         work = step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        _say([time.perf_counter() - start, work])
-    _say(_peak_memory(device))
+        _write_line([time.perf_counter() - start, work])
+    _write_line(_peak_memory(device))
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the peak memory of this process, on the GPU if there is one, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _say(answer: Any) -> None:
-    print(json.dumps(answer), flush=True)
+def _write_line(value: Any) -> None:
+    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

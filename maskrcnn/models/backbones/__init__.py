@@ -1,4 +1,4 @@
-"""Backbones: an image goes in, strided feature maps come out."""
+"""Backbones: networks that map images to feature maps."""
 
 from typing import Annotated
 

@@ -16,7 +16,7 @@ from maskrcnn.models.norms import GROUPS, ConvNorm, NormKind, build_norm
 
 
 class FPNConfig(Section):
-    """The pyramid's width, and the norm after each of its convolutions."""
+    """Channels of the pyramid and the norm after each of its convolutions."""
 
     channels: PositiveInt = 256
     norm: NormKind = "none"
@@ -29,7 +29,7 @@ class FPNConfig(Section):
 
 
 class FPN(Backbone):
-    """Maps of equal width, each with the meaning of the coarser ones: P2 to P5 of C2 to C5, and P6.
+    """Feature pyramid with equal channels on all levels: P2 to P5 from C2 to C5, and P6.
 
     Attributes:
         channels: channels of each output.
@@ -37,7 +37,7 @@ class FPN(Backbone):
     """
 
     def __init__(self, body: Backbone, *, channels: int, norm: NormKind = "none") -> None:
-        """Put the pyramid on `body`, whose outputs go from fine to coarse, each at twice the stride."""
+        """Build the pyramid on `body`. The outputs of `body` go from fine to coarse; the stride doubles each time."""
         super().__init__()
         self.body = body
         self.lateral = nn.ModuleList(_conv(inputs, channels, kernel=1, norm=norm) for inputs in body.channels)
@@ -46,17 +46,17 @@ class FPN(Backbone):
         self.channels = (channels,) * len(self.strides)
 
     def stages(self) -> list[nn.Module]:
-        """Those of the body."""
+        """Return the stages of the body."""
         return self.body.stages()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Normalised pixels `(B, 3, H, W)` to one map `(B, C, H / stride, W / stride)` for each stride."""
+        """Map normalised pixels `(B, 3, H, W)` to one `(B, C, H / stride, W / stride)` per level."""
         laterals = [lateral(features) for lateral, features in zip(self.lateral, self.body(pixels), strict=True)]
         for fine in reversed(range(len(laterals) - 1)):
             coarse = F.interpolate(laterals[fine + 1], size=laterals[fine].shape[-2:], mode="nearest")
             laterals[fine] = laterals[fine] + coarse
         levels = [output(features) for output, features in zip(self.output, laterals, strict=True)]
-        # P6 serves the RPN's largest anchors alone: every second cell of P5 (section 4.1, footnote).
+        # P6, every second cell of P5, is used only by the RPN, for the largest anchors (section 4.1, footnote).
         return (*levels, F.max_pool2d(levels[-1], 1, 2))
 
 

@@ -1,4 +1,4 @@
-"""What every backbone has: its contract, and how its first stages are frozen."""
+"""Interface of the backbones, freezing of stages, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from maskrcnn.models.norms import FrozenBatchNorm2d
 
 CheckpointActivations = Annotated[
-    bool, Field(description="keep less for the backward pass, and compute it again there: less memory, more time")
+    bool,
+    Field(description="recompute activations in the backward pass instead of storing them: less memory, more time"),
 ]
 
 
 class Backbone(nn.Module, ABC):
-    """Normalised pixels `(B, 3, H, W)` to maps `(B, channels[i], H / strides[i], W / strides[i])`, fine to coarse.
+    """Base class of backbones.
 
-    H and W are multiples of the strides. Only FPN's P6 may go beyond, and its sides are rounded up.
+    `forward` maps normalised pixels `(B, 3, H, W)` to feature maps `(B, channels[i], H / strides[i], W / strides[i])`,
+    fine to coarse. H and W are multiples of all strides except that of FPN's P6, whose sides are rounded up.
 
     Attributes:
-        channels: channels of each map.
-        strides: image pixels per cell of each map.
+        channels: channels of each feature map.
+        strides: image pixels per cell of each feature map.
     """
 
     channels: tuple[int, ...]
@@ -35,31 +37,31 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:
-        """The parts of the body that are frozen together, first to last."""
+        """Return the stages of the body, first to last: the units that `freeze_stages` freezes."""
 
 
 class RegionStage(nn.Module):
-    """A stage that runs on each region: `(N, C, S, S)` to `(N, channels, S / stride, S / stride)`."""
+    """A stage that runs on pooled regions: `(N, C, S, S) -> (N, channels, S / stride, S / stride)`."""
 
     channels: int
     stride: int
 
 
 class BackboneParts(NamedTuple):
-    """What a backbone's config builds."""
+    """The modules that a backbone config builds."""
 
     backbone: Backbone
-    body: Backbone  # the part of it that has a classifier's weights, under torchvision's names
-    res5: RegionStage | None  # stage 5, for C4
+    body: Backbone  # the part with pretrained classifier weights, under torchvision's parameter names
+    res5: RegionStage | None  # stage 5, for C4 models
 
 
 def freeze_stages(body: nn.Module, stages: Sequence[nn.Module]) -> None:
-    """Make `stages` of `body` constants: no gradients, and batch norms that keep their statistics."""
+    """Freeze `stages` of `body`: disable gradients and replace batch norms by `FrozenBatchNorm2d`."""
     frozen: set[nn.Module] = set()
     for stage in stages:
         stage.requires_grad_(False)
         frozen.update(stage.modules())
-    # A stage may be a mere view of its layers: a norm has to be replaced where the body holds it.
+    # A stage may be a temporary container (a slice of an nn.Sequential), so norms are replaced in the body itself.
     for module in list(body.modules()):
         for name, child in module.named_children():
             if child in frozen and isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
@@ -70,33 +72,33 @@ def freeze_stages(body: nn.Module, stages: Sequence[nn.Module]) -> None:
 
 
 def checkpointed(part: nn.Module, features: Tensor) -> Tensor:
-    """`part(features)`, of which only `features` are kept; the backward pass runs `part` again (arXiv 1604.06174).
+    """Return `part(features)` with activation checkpointing (arXiv 1604.06174).
 
-    A part that does not learn keeps nothing for the backward pass anyway, and is simply run. There must be no
-    randomness in `part`.
+    Only `features` are stored; the backward pass runs `part` again. A part without trainable parameters stores no
+    activations anyway and runs as usual. `part` must be deterministic.
     """
     if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in part.parameters())):
         return part(features)
-    run = partial(checkpoint, part, features, use_reentrant=False, preserve_rng_state=False)
-    if torch.compiler.is_compiling():  # compiled code moves the running statistics apart from what it runs twice
-        return run()
+    run_checkpointed = partial(checkpoint, part, features, use_reentrant=False, preserve_rng_state=False)
+    if torch.compiler.is_compiling():  # compiled code does not update running statistics in the recomputation
+        return run_checkpointed()
     norms = [module for module in part.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    return run(context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
+    return run_checkpointed(context_fn=lambda: (nullcontext(), _unchanged_statistics(norms)))
 
 
 class CheckpointedSequential(nn.Sequential):
-    """Layers one after another, each `checkpointed`."""
+    """An `nn.Sequential` that runs each layer `checkpointed`."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """What the last layer makes of it."""
+        """Return the output of the last layer."""
         for layer in self:
             features = checkpointed(layer, features)
         return features
 
 
 @contextmanager
-def _statistics_kept(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm]) -> Iterator[None]:
-    """Inside, batch norms move their running statistics by nothing: a second run would count the batch twice."""
+def _unchanged_statistics(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm]) -> Iterator[None]:
+    """Keep the running statistics of batch norms unchanged: the recomputation would count the batch twice."""
     momenta = [norm.momentum for norm in norms]
     counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     counts = [counter.clone() for counter in counters]

@@ -40,8 +40,8 @@ BLOCKS: dict[int, tuple[int, int, int, int]] = {
 class ResNetConfig(Section):
     """A ResNet or, with `groups` and `width_per_group`, a ResNeXt (50 and 101: 32x4d is 32 and 4).
 
-    `output`: what the RPN and the heads see. `c4`: C4, and stage 5 runs on each region. `c5`: C5 at stride 32.
-    `dc5`: C5 dilated, at stride 16. `fpn`: P2 to P6.
+    `output` selects the feature maps of the RPN and the heads. `c4`: C4; stage 5 runs on each region. `c5`: C5 at
+    stride 32. `dc5`: C5 with dilation 2, at stride 16. `fpn`: P2 to P6.
     """
 
     kind: Literal["resnet"] = "resnet"
@@ -54,8 +54,8 @@ class ResNetConfig(Section):
     norm: NormKind = "frozen_bn"
     norm_eps: NonNegativeFloat = 1e-5
     stride_in_1x1: bool = False
-    freeze: int = Field(2, ge=0, le=5)  # how many stages keep their weights; 2: the stem and C2
-    checkpoint_activations: CheckpointActivations = False  # of each block, stage 5 on regions included
+    freeze: int = Field(2, ge=0, le=5)  # number of frozen stages, from the first on; 2: the stem and C2
+    checkpoint_activations: CheckpointActivations = False  # per block, also in stage 5 on regions
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
     @model_validator(mode="after")
@@ -78,18 +78,18 @@ class ResNetConfig(Section):
 
     @property
     def levels(self) -> int:
-        """How many maps the backbone gives."""
+        """Number of feature maps."""
         return 5 if self.output == "fpn" else 1
 
     @property
     def architecture(self) -> str:
-        """torchvision's name of the classifier with this body."""
+        """torchvision's name for the classifier with this body."""
         if self.groups == 1 and self.width_per_group == 64:
             return f"resnet{self.depth}"
         return f"resnext{self.depth}_{self.groups}x{self.width_per_group}d"
 
     def build(self) -> BackboneParts:
-        """The backbone, and stage 5 apart where it runs on regions; weights are loaded elsewhere."""
+        """Return the backbone, and for C4 stage 5 as a separate module, with random weights."""
         shared: dict[str, Any] = {
             "depth": self.depth,
             "width": self.width,
@@ -107,20 +107,20 @@ class ResNetConfig(Section):
 
 
 class Shortcut(nn.Sequential):
-    """The 1x1 convolution and norm that bring a block's input to the shape of its output."""
+    """Projection shortcut: a 1x1 convolution and a norm that match the shape of a block's output."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int, make_norm: NormFactory) -> None:
         super().__init__(nn.Conv2d(inputs, outputs, 1, stride, bias=False), make_norm(outputs))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(B, C, H, W)` to `(B, C', H / stride, W / stride)`."""
+        """`(B, C, H, W) -> (B, C', H / stride, W / stride)`."""
         conv, norm = self
         assert isinstance(conv, nn.Conv2d)
         return conv_norm(conv, norm, features)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity (depths 18 and 34)."""
+    """Residual block of two 3x3 convolutions (depths 18 and 34)."""
 
     expansion = 1
 
@@ -135,17 +135,17 @@ class BasicBlock(nn.Module):
             self.downsample = Shortcut(inputs, planes, stride=stride, make_norm=make_norm)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(B, C, H, W)` to `(B, C', H / stride, W / stride)`."""
+        """`(B, C, H, W) -> (B, C', H / stride, W / stride)`."""
         identity = features if self.downsample is None else self.downsample(features)
         out = F.relu_(conv_norm(self.conv1, self.bn1, features))
         return F.relu_(conv_norm(self.conv2, self.bn2, out).add_(identity))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside an identity (depths 50 and more).
+    """Residual block of 1x1, 3x3 and 1x1 convolutions (depths 50 and more).
 
-    The stride is in the 3x3 convolution, as in torchvision, or in the first 1x1, as in the original Caffe weights
-    (`stride_in_1x1`). It belongs to the weights: the wrong one costs AP silently.
+    The stride is in the 3x3 convolution, as in torchvision, or with `stride_in_1x1` in the first 1x1 convolution, as in
+    the original Caffe weights. It must match the pretrained weights: a mismatch raises no error but lowers AP.
     """
 
     expansion = 4
@@ -176,7 +176,7 @@ class Bottleneck(nn.Module):
             self.downsample = Shortcut(inputs, outputs, stride=stride, make_norm=make_norm)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`(B, C, H, W)` to `(B, C', H / stride, W / stride)`."""
+        """`(B, C, H, W) -> (B, C', H / stride, W / stride)`."""
         identity = features if self.downsample is None else self.downsample(features)
         out = F.relu_(conv_norm(self.conv1, self.bn1, features))
         out = F.relu_(conv_norm(self.conv2, self.bn2, out))
@@ -204,7 +204,7 @@ class ResNet(Backbone):
         stride_in_1x1: bool = False,
         checkpoint_activations: bool = False,
     ) -> None:
-        """Build stages 1 to `max(outputs)` of `depth`; C5 keeps C4's stride and dilates by two with `dilate_c5`."""
+        """Build stages 1 to `max(outputs)`. With `dilate_c5`, C5 keeps C4's stride and has dilation 2."""
         super().__init__()
         block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
         build_stage = partial(_stage, block, depth, width, checkpoint_activations)
@@ -222,28 +222,28 @@ class ResNet(Backbone):
         init_convolutions(self)
 
     def stages(self) -> list[nn.Module]:
-        """The parts that are frozen together, first to last: the stem, then one a stage."""
+        """Return the stem and stages 2 to `max(outputs)`, first to last."""
         layers = [module for name, module in self.named_children() if name.startswith("layer")]
         return [nn.ModuleList([self.conv1, self.bn1]), *layers]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Normalised pixels `(B, 3, H, W)` to one map `(B, C, H / stride, W / stride)` for each output."""
+        """Map normalised pixels `(B, 3, H, W)` to one `(B, C, H / stride, W / stride)` per output."""
         features = F.relu_(conv_norm(self.conv1, self.bn1, pixels))
         features = F.max_pool2d(features, 3, 2, 1)
-        found = []
+        feature_maps = []
         for stage in range(2, max(self.outputs) + 1):
             features = getattr(self, f"layer{stage - 1}")(features)
             if stage in self.outputs:
-                found.append(features)
-        return tuple(found)
+                feature_maps.append(features)
+        return tuple(feature_maps)
 
 
 class Res5(RegionStage):
-    """Stage 5 as it runs on each region of a C4 model (He et al., 2016; Mask R-CNN, figure 4 left).
+    """Stage 5 on the pooled regions of a C4 model (He et al., 2016; Mask R-CNN, figure 4 left).
 
     Attributes:
         channels: channels of the output.
-        stride: by how much the side of a region shrinks.
+        stride: factor by which the side of a region shrinks.
     """
 
     def __init__(
@@ -266,12 +266,12 @@ class Res5(RegionStage):
         init_convolutions(self)
 
     def forward(self, regions: Tensor) -> Tensor:
-        """`(N, C, S, S)` to `(N, C', S / 2, S / 2)`."""
+        """`(N, C, S, S) -> (N, C', S / 2, S / 2)`."""
         return self.layer4(regions)
 
 
 def stage_channels(depth: Depth, stage: int, width: int = 64) -> int:
-    """Channels of `C{stage}`, for stages 2 to 5."""
+    """Return the number of channels of `C{stage}`, for stages 2 to 5."""
     expansion = BasicBlock.expansion if depth < 50 else Bottleneck.expansion
     return width * 2 ** (stage - 2) * expansion
 

@@ -38,8 +38,8 @@ WIDTHS = (64, 128, 256, 512, 512)
 class VGGConfig(Section):
     """A VGG, with batch norm if `norm` is not "none".
 
-    `output`: what the RPN and the heads see. `conv5`: the last convolution, at stride 16, as in Fast R-CNN. `pool5`:
-    after the last pooling, at stride 32. `fpn`: P2 to P6, on conv3, conv4, conv5 and pool5.
+    `output` selects the feature maps of the RPN and the heads. `conv5`: the last convolution, at stride 16, as in Fast
+    R-CNN. `pool5`: after the last pooling, at stride 32. `fpn`: P2 to P6, on conv3, conv4, conv5 and pool5.
     """
 
     kind: Literal["vgg"] = "vgg"
@@ -48,22 +48,22 @@ class VGGConfig(Section):
     fpn: FPNConfig = FPNConfig()
     norm: NormKind = "none"
     norm_eps: NonNegativeFloat = 1e-5
-    freeze: int = Field(2, ge=0, le=5)  # how many groups of convolutions keep their weights, as in Fast R-CNN
-    checkpoint_activations: CheckpointActivations = False  # of each group of convolutions
+    freeze: int = Field(2, ge=0, le=5)  # number of frozen stages, from the first on; 2 as in Fast R-CNN
+    checkpoint_activations: CheckpointActivations = False  # per stage
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
     @property
     def levels(self) -> int:
-        """How many maps the backbone gives."""
+        """Number of feature maps."""
         return 5 if self.output == "fpn" else 1
 
     @property
     def architecture(self) -> str:
-        """torchvision's name of the classifier with this body."""
+        """torchvision's name for the classifier with this body."""
         return f"vgg{self.depth}" + ("" if self.norm == "none" else "_bn")
 
     def build(self) -> BackboneParts:
-        """The backbone; weights are loaded elsewhere."""
+        """Return the backbone with random weights."""
         make_norm = None if self.norm == "none" else partial(build_norm, self.norm, eps=self.norm_eps)
         stages = {"conv5": (5,), "pool5": (6,), "fpn": (3, 4, 5, 6)}[self.output]
         body = VGG(
@@ -95,10 +95,10 @@ class VGG(Backbone):
         outputs: Sequence[int],
         checkpoint_activations: bool = False,
     ) -> None:
-        """Build stages 1 to `max(outputs)`; no norms where `make_norm` is None, as in the paper."""
+        """Build stages 1 to `max(outputs)`, without norms if `make_norm` is None, as in the paper."""
         super().__init__()
         layers: list[nn.Module] = []
-        ends = []  # where each stage ends in `layers`
+        ends = []  # index in `layers` at which each stage ends
         inputs = 3
         for stage, (count, width) in enumerate(zip(CONVOLUTIONS[depth], WIDTHS, strict=True), start=1):
             for _ in range(count if stage <= max(outputs) else 0):
@@ -118,19 +118,20 @@ class VGG(Backbone):
         init_convolutions(self)
 
     def stages(self) -> list[nn.Module]:
-        """The parts that are frozen together, first to last: one a group of convolutions."""
+        """Return stages 1 to 5, first to last."""
         starts = (0, *self.ends[:-2])
         return [self.features[start:end] for start, end in zip(starts, self.ends[:-1], strict=True)]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Normalised pixels `(B, 3, H, W)` to one map `(B, C, H / stride, W / stride)` for each output."""
-        found = []
+        """Map normalised pixels `(B, 3, H, W)` to one `(B, C, H / stride, W / stride)` per output."""
+        feature_maps = []
+        features = pixels
         start = 0
         for stage in range(1, max(self.outputs) + 1):
             end = self.ends[stage - 1]
-            group = self.features[start:end]
-            pixels = checkpointed(group, pixels) if self.checkpoint_activations else group(pixels)
+            layers = self.features[start:end]
+            features = checkpointed(layers, features) if self.checkpoint_activations else layers(features)
             start = end
             if stage in self.outputs:
-                found.append(pixels)
-        return tuple(found)
+                feature_maps.append(features)
+        return tuple(feature_maps)
