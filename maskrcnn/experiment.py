@@ -14,11 +14,11 @@ from maskrcnn.data.coco import CocoConfig
 from maskrcnn.data.loader import DetectionDataset
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.engine.loop import TrainingConfig
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend
 from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.loop import TrainingConfig
 
 Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
 # fmt: off

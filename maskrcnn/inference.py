@@ -20,17 +20,17 @@ from tqdm import tqdm
 from maskrcnn.data.images import read_image
 from maskrcnn.data.loader import DetectionDataset, collate, evaluation_loader
 from maskrcnn.data.transforms import Transform
+from maskrcnn.engine.checkpoint import load_checkpoint, load_weights
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate
 from maskrcnn.evaluation.results import coco_results, write_results
 from maskrcnn.experiment import ExperimentConfig, require_same_classes
-from maskrcnn.memory import keep_freed_memory
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import PasteConvention
+from maskrcnn.runtime.memory import keep_freed_memory
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Example, Losses
-from maskrcnn.training.checkpoint import load_checkpoint, load_weights
-from maskrcnn.training.distributed import Processes
-from maskrcnn.visualization import contact_sheet, draw_objects, save_image, shrink, side_by_side
+from maskrcnn.visualization.drawing import contact_sheet, draw_objects, save_image, shrink, side_by_side
 
 logger = logging.getLogger(__name__)
 

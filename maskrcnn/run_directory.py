@@ -25,10 +25,11 @@ from typing import NoReturn
 import torch
 
 from maskrcnn.config import Section, load_config, to_dict, to_yaml
+from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint
+from maskrcnn.engine.metrics import FILE_NAME as METRICS_FILE
 from maskrcnn.errors import InputError
 from maskrcnn.resume_rules import Changes, changes
-from maskrcnn.training.checkpoint import Checkpoint, load_checkpoint, temporary_of, write_atomically
-from maskrcnn.training.metrics import FILE_NAME as METRICS_FILE
+from maskrcnn.runtime.files import temporary_of, write_atomically
 
 # Number of threads, choice of GPUs, and settings of the GPU libraries that affect the numerical results.
 VARIABLES = (

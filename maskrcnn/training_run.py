@@ -16,6 +16,21 @@ import torch
 from maskrcnn.cli import setup_logging
 from maskrcnn.config import to_dict
 from maskrcnn.data.loader import DetectionDataset, batches_per_epoch, training_loader
+from maskrcnn.engine.checkpoint import (
+    CheckpointFolder,
+    TrainingState,
+    load_checkpoint,
+    load_weights,
+    restore,
+    seed_generators,
+)
+from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.loop import train
+from maskrcnn.engine.metrics import Measurement, MetricsWriter, SilentWriter, read_records
+from maskrcnn.engine.optimizer import clip_gradients
+from maskrcnn.engine.profiler import Profiler
+from maskrcnn.engine.replay import Replay, save_replay
+from maskrcnn.engine.step import Precision, TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import (
@@ -25,26 +40,11 @@ from maskrcnn.inference import (
     preview_pictures,
     validation_losses,
 )
-from maskrcnn.memory import keep_freed_memory
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.run_directory import RunDirectory
+from maskrcnn.runtime.memory import keep_freed_memory
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Losses
-from maskrcnn.training.checkpoint import (
-    CheckpointFolder,
-    TrainingState,
-    load_checkpoint,
-    load_weights,
-    restore,
-    seed_generators,
-)
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.loop import train
-from maskrcnn.training.metrics import Measurement, MetricsWriter, SilentWriter, read_records
-from maskrcnn.training.optimizer import clip_gradients
-from maskrcnn.training.profiler import Profiler
-from maskrcnn.training.replay import Replay, save_replay
-from maskrcnn.training.step import Precision, TrainingStep
 
 logger = logging.getLogger(__name__)
 

@@ -76,8 +76,8 @@ def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys
     log_file = tmp_path / "train.log"
     log_file.write_text("the first run\n")
     setup_logging(log_file)
-    logging.getLogger("maskrcnn.training").info("step %d", 20)
-    logging.getLogger("maskrcnn.training").debug("a detail")
+    logging.getLogger("maskrcnn.engine").info("step %d", 20)
+    logging.getLogger("maskrcnn.engine").debug("a detail")
     logging.getLogger("other").info("not shown")
     logging.getLogger("other").warning("disk is full")
     assert capsys.readouterr() == ("", "step 20\ndisk is full\n")

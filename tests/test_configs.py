@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from maskrcnn.ablation.plan import load_plan
 from maskrcnn.config import differences, json_schema, load_config, to_dict, to_yaml
 from maskrcnn.data.loader import training_loader
+from maskrcnn.engine.checkpoint import TrainingState
+from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.models.norms import FrozenBatchNorm2d
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch
-from maskrcnn.training.checkpoint import TrainingState
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.step import TrainingStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

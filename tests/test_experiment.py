@@ -16,13 +16,13 @@ from PIL import Image
 from maskrcnn import training_run
 from maskrcnn.config import load_config
 from maskrcnn.data.shapes import ShapesConfig
+from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint
+from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.inference import Predictor, evaluate_checkpoint, evaluate_predictor, load_predictor, predict_images
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.checkpoint import CheckpointFolder, load_checkpoint
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.metrics import TIMING_KEYS, read_records
 from maskrcnn.training_run import train_experiment
 
 pytestmark = pytest.mark.usefixtures("logging_restored")

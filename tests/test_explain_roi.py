@@ -13,11 +13,23 @@ import torch
 from PIL import Image
 
 from maskrcnn.config import load_config
+from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.roi_picture import BINS, BOX, HIGH, LOW, POINT, Shades, View, draw_box, draw_roi_layers, plain, shade_map
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState
+from maskrcnn.visualization.roi_layers import (
+    BINS,
+    BOX,
+    HIGH,
+    LOW,
+    POINT,
+    Shades,
+    View,
+    draw_box,
+    draw_roi_layers,
+    plain,
+    shade_map,
+)
 
 TOOL = Path(__file__).parents[1] / "tools" / "explain_roi.py"
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskrcnn.training.checkpoint import load_checkpoint
-from maskrcnn.training.metrics import TIMING_KEYS, read_records
+from maskrcnn.engine.checkpoint import load_checkpoint
+from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="forks a process that has imported torch, which is safe only on Linux"

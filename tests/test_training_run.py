@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from maskrcnn.config import load_config
+from maskrcnn.engine.checkpoint import load_checkpoint
+from maskrcnn.engine.loop import Interrupted
+from maskrcnn.engine.metrics import TIMING_KEYS, read_records, without_nan
+from maskrcnn.engine.replay import load_replay
+from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import evaluate_checkpoint, load_predictor
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
-from maskrcnn.training.checkpoint import load_checkpoint
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.loop import Interrupted
-from maskrcnn.training.metrics import TIMING_KEYS, read_records, without_nan
-from maskrcnn.training.replay import load_replay
-from maskrcnn.training.step import TrainingStep
 from maskrcnn.training_run import train_experiment
 
 pytestmark = pytest.mark.usefixtures("logging_restored")

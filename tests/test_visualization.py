@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from maskrcnn.structures import MaskCrop
-from maskrcnn.visualization import (
+from maskrcnn.visualization.drawing import (
     GAP,
     IGNORED,
     LEGIBLE_SIDE,

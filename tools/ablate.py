@@ -40,7 +40,7 @@ def main() -> None:
     from maskrcnn.ablation.report import write_report
     from maskrcnn.ablation.results import analyse
     from maskrcnn.ablation.runner import RunsFailed, check_runs, train_missing
-    from maskrcnn.training.loop import Interrupted
+    from maskrcnn.engine.loop import Interrupted
 
     setup_logging()
     plan = load_plan(args.ablation, args.out or Path("runs/ablations") / args.ablation.stem, args.overrides)

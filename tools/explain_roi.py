@@ -131,7 +131,7 @@ def _explain_map(args: argparse.Namespace, box: Box, size: int | None) -> np.nda
 
     import torch
 
-    from maskrcnn.roi_picture import draw_roi_layers
+    from maskrcnn.visualization.roi_layers import draw_roi_layers
 
     values = 10.0 * torch.arange(height)[:, None] + torch.arange(width)
     return draw_roi_layers(
@@ -146,7 +146,7 @@ def _explain_map(args: argparse.Namespace, box: Box, size: int | None) -> np.nda
 
 def _explain_image(args: argparse.Namespace, box: Box, size: int | None) -> np.ndarray:
     from maskrcnn.data.images import read_image
-    from maskrcnn.roi_picture import draw_box, draw_roi_layers, shade_map
+    from maskrcnn.visualization.roi_layers import draw_box, draw_roi_layers, shade_map
 
     pixels = read_image(args.image)
     _require_inside(box, pixels.shape[2], pixels.shape[1], f"{args.image},")

@@ -25,8 +25,8 @@ def main() -> None:
     add_device_argument(parser)
     args = parser.parse_args()
 
+    from maskrcnn.engine.replay import load_replay
     from maskrcnn.experiment import choose_device
-    from maskrcnn.training.replay import load_replay
     from maskrcnn.training_run import repeat_step
 
     result = repeat_step(load_replay(args.step), str(args.step), choose_device(args.device), precision=args.precision)

@@ -33,9 +33,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from maskrcnn.config import load_config
+    from maskrcnn.engine.loop import Interrupted
     from maskrcnn.experiment import ExperimentConfig, choose_device
-    from maskrcnn.training.distributed import processes
-    from maskrcnn.training.loop import Interrupted
+    from maskrcnn.runtime.processes import processes
     from maskrcnn.training_run import train_experiment
 
     out = args.out or Path("runs") / args.config.stem

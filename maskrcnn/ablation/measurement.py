@@ -19,11 +19,11 @@ import numpy as np
 
 from maskrcnn.ablation.curves import Curve, curve_of
 from maskrcnn.ablation.plan import Run
+from maskrcnn.engine.metrics import Record, read_records
 from maskrcnn.evaluation.bootstrap import draw_counts, resampled_figures
 from maskrcnn.evaluation.matches import Matches, match_results
 from maskrcnn.evaluation.preparation import IouType
 from maskrcnn.evaluation.results import read_results
-from maskrcnn.training.metrics import Record, read_records
 
 PARTS: Mapping[str, IouType] = {"mask": "segm", "box": "bbox"}
 RESAMPLING_SEED = 0  # shared, so that every run is evaluated on the same resamples

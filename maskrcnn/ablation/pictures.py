@@ -18,7 +18,7 @@ from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.data.loader import DetectionDataset
 from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
-from maskrcnn.visualization import LEGIBLE_SIDE, draw_objects
+from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects
 
 EACH_END = 4  # images with the largest losses, and as many with the largest gains
 MOST = 200  # pictures in one report; at about 20 kB each, the page stays at a few MB

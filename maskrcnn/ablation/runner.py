@@ -18,9 +18,9 @@ from tqdm import tqdm
 from maskrcnn.ablation.plan import Plan, Run
 from maskrcnn.config import to_dict, to_yaml
 from maskrcnn.data.loader import batches_per_epoch
+from maskrcnn.engine.loop import Interrupted, StopRequest
+from maskrcnn.engine.metrics import last_record
 from maskrcnn.errors import InputError
-from maskrcnn.training.loop import Interrupted, StopRequest
-from maskrcnn.training.metrics import last_record
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 
 from maskrcnn.cli import run
 from maskrcnn.config import load_config
+from maskrcnn.engine.loop import Interrupted
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.loop import Interrupted
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.training_run import train_experiment
 
 

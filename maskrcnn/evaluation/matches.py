@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from maskrcnn.evaluation.preparation import (
     measurable,
     read_ground_truth,
 )
+from maskrcnn.runtime.files import write_atomically
 
 # Taken from pycocotools, so that values exactly on a threshold or recall level are rounded in the same way.
 THRESHOLDS = np.minimum(Params("bbox").iouThrs, 1 - 1e-10)  # (T,)
@@ -83,10 +83,8 @@ class Matches:
 
     def save(self, path: Path) -> None:
         """Write a NumPy archive atomically."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-        os.replace(partial, path)
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> Matches:

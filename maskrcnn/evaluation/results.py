@@ -6,10 +6,9 @@ Shapes: B images, D detections, M mask side.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -20,6 +19,7 @@ from maskrcnn.data.coco_file import Rle
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError
 from maskrcnn.ops.masks import PasteConvention, encode_masks
+from maskrcnn.runtime.files import write_atomically
 from maskrcnn.structures import Batch, ClassTable, Detections
 
 SHOWN = 5  # problems that a message lists; it counts the rest
@@ -98,18 +98,16 @@ def _xyxy_to_xywh(boxes: Tensor) -> Tensor:
 
 
 def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:
-    """Write a COCO results file atomically, with one result per line.
+    """Write a COCO results file atomically, with one result per line. The results may come from a generator."""
 
-    The data is written to `<name>.partial`, which is renamed when it is complete.
-    """
-    partial = path.with_name(path.name + ".partial")
-    separator = "[\n"
-    with partial.open("w", encoding="utf-8") as file:
+    def write(file: BinaryIO) -> None:
+        separator = "[\n"
         for result in results:
-            file.write(separator + json.dumps(result))
+            file.write((separator + json.dumps(result)).encode())
             separator = ",\n"
-        file.write("[]\n" if separator == "[\n" else "\n]\n")
-    os.replace(partial, path)
+        file.write(b"[]\n" if separator == "[\n" else b"\n]\n")
+
+    write_atomically(path, write)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -165,7 +165,7 @@ class MaskHead(nn.Module, ABC):
         return sample_mean(losses, images, counts, per=self.normalizer)
 
     def class_rows(self) -> dict[str, ClassRows]:
-        """Return the parameters whose rows belong to classes, for `training.checkpoint.load_weights`."""
+        """Return the parameters whose rows belong to classes, for `engine.checkpoint.load_weights`."""
         if self.class_agnostic:
             return {}
         rows = ClassRows(per_class=len(self.logits.weight) // self.channels, background=self.output == "softmax")

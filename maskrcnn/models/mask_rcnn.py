@@ -257,14 +257,14 @@ class MaskRCNN(nn.Module):
             head.compile(**{"dynamic": True, **options})
 
     def stages(self) -> list[nn.Module]:
-        """Return the backbone's stages, first to last, for `training.optimizer.parameter_groups`.
+        """Return the backbone's stages, first to last, for `engine.optimizer.parameter_groups`.
 
         Stage 5 is included also if it runs on regions, because it has pretrained weights, too.
         """
         return [*self.backbone.stages(), *([] if self.res5 is None else [self.res5])]
 
     def class_rows(self) -> Mapping[str, ClassRows]:
-        """Return the parameters whose rows belong to classes, for `training.checkpoint.load_weights`."""
+        """Return the parameters whose rows belong to classes, for `engine.checkpoint.load_weights`."""
         scores, deltas = ClassRows(per_class=1, background=True), ClassRows(per_class=4, background=False)
         rows = {"box_head.cls_score.weight": scores, "box_head.cls_score.bias": scores}
         rows |= {"box_head.bbox_pred.weight": deltas, "box_head.bbox_pred.bias": deltas}

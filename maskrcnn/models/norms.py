@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
-from maskrcnn.training.distributed import is_shared, sum_over_processes
+from maskrcnn.runtime.processes import is_shared, sum_over_processes
 
 NormKind = Literal["none", "frozen_bn", "bn", "sync_bn", "gn"]
 NormFactory = Callable[[int], nn.Module]  # number of channels -> norm layer

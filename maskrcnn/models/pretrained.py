@@ -12,7 +12,7 @@ from torch.hub import download_url_to_file, get_dir
 from torchvision.models import get_model_weights
 
 from maskrcnn.errors import InputError
-from maskrcnn.training.checkpoint import read_tensors
+from maskrcnn.runtime.files import read_tensors
 
 logger = logging.getLogger(__name__)
 

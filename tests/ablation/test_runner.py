@@ -17,9 +17,9 @@ import torch
 
 from maskrcnn.ablation.plan import Plan, load_plan
 from maskrcnn.ablation.runner import RunsFailed, check_runs, is_finished, train_missing
+from maskrcnn.engine.checkpoint import load_checkpoint
+from maskrcnn.engine.metrics import last_record
 from maskrcnn.errors import InputError
-from maskrcnn.training.checkpoint import load_checkpoint
-from maskrcnn.training.metrics import last_record
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from maskrcnn.models.backbones.fpn import FPN
 from maskrcnn.models.backbones.parts import BackboneParts, freeze_stages
 from maskrcnn.models.backbones.resnet import ResNet, ResNetConfig
 from maskrcnn.models.backbones.vgg import VGG, VGGConfig
+from maskrcnn.models.necks.fpn import FPN
 from maskrcnn.models.norms import FrozenBatchNorm2d, NormKind, build_norm, conv_norm
 
 HEIGHT, WIDTH = 64, 128  # multiples of P6's stride
@@ -263,12 +263,12 @@ def test_a_frozen_stage_keeps_its_statistics() -> None:
 
 
 def test_freezing_does_not_change_the_output() -> None:
-    body = resnet(18, "c5", norm="bn", freeze=0).body.double().eval()  # folding the norms changes the rounding
-    image = pixels().double()
-    expected = body(image)[0]
+    body = resnet(18, "c5", norm="bn", freeze=0).body.eval()
+    image = pixels().double()  # folding the norms changes the rounding
+    expected = body.double()(image)[0]
     freeze_stages(body, body.stages())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
-    torch.testing.assert_close(body(image)[0], expected)
+    torch.testing.assert_close(body.double()(image)[0], expected)
 
 
 def test_bodies_are_modules_of_the_backbone() -> None:

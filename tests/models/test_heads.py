@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskrcnn.engine.checkpoint import load_weights
 from maskrcnn.models.box_head import BoxHead, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
 from maskrcnn.models.losses import box_regression_loss, sample_mean
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskOutputs, MLPMaskHeadConfig
@@ -18,7 +19,6 @@ from maskrcnn.models.selection import DetectionConfig, DetectionSelector, Region
 from maskrcnn.ops.boxes import decode_deltas, encode_deltas
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import ClassTable, Detections, MaskCrop, Proposals, Targets
-from maskrcnn.training.checkpoint import load_weights
 
 K = 5
 M = 14  # side of a mask

@@ -15,9 +15,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn.data.loader import collate
+from maskrcnn.engine.optimizer import HasStages
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
 from maskrcnn.structures import Batch, Example, ImageBatch, Losses, MaskCrop
-from maskrcnn.training.optimizer import HasStages
 
 K = 4
 SIDE = 64

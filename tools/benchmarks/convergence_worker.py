@@ -8,7 +8,6 @@ start from the same backbone, take the same optimizer and schedule, and are meas
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import OrderedDict
@@ -34,17 +33,18 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import DetectionDataset, evaluation_loader, training_loader
+from maskrcnn.engine.checkpoint import seed_generators
+from maskrcnn.engine.optimizer import clip_gradients, set_learning_rate
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import Predictor
-from maskrcnn.memory import keep_freed_memory
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import full_masks
 from maskrcnn.run_directory import environment
+from maskrcnn.runtime.files import write_atomically
+from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.structures import Batch
-from maskrcnn.training.checkpoint import seed_generators
-from maskrcnn.training.optimizer import clip_gradients, set_learning_rate
 
 SIZE_DIVISOR = 32
 TERMS = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")  # in our order
@@ -262,9 +262,7 @@ def main() -> None:
     config = load_config(Path(job.config), ExperimentConfig, overrides)
     record = train(config, job.side, job.marks)
     record |= {"job": asdict(job), "environment": environment(torch.device("cpu"))}
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, out)
+    write_atomically(out, lambda file: file.write(json.dumps(record).encode()))
 
 
 if __name__ == "__main__":

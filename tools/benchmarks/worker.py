@@ -28,19 +28,19 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import collate
+from maskrcnn.engine.checkpoint import TrainingState
+from maskrcnn.engine.step import TrainingStep
 from maskrcnn.evaluation.bootstrap import draw_counts, resampled_figures
 from maskrcnn.evaluation.matches import EVERY, Matches
 from maskrcnn.evaluation.results import coco_results
 from maskrcnn.experiment import ExperimentConfig, choose_device
-from maskrcnn.memory import keep_freed_memory
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import encode_masks
 from maskrcnn.ops.roi import roi_align
 from maskrcnn.run_directory import environment
+from maskrcnn.runtime.memory import keep_freed_memory
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
-from maskrcnn.training.checkpoint import TrainingState
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.step import TrainingStep
 
 CONFIG = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_r50_fpn_1x.yaml"
 NUM_CLASSES = 90  # torchvision's COCO models have this many and background

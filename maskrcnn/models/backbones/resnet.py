@@ -14,7 +14,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.backbones.fpn import FPN, FPNConfig
 from maskrcnn.models.backbones.parts import (
     Backbone,
     BackboneParts,
@@ -24,6 +23,7 @@ from maskrcnn.models.backbones.parts import (
     freeze_stages,
 )
 from maskrcnn.models.initialization import init_convolutions
+from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import GROUPS, NormFactory, NormKind, build_norm, conv_norm
 
 Depth = Literal[18, 34, 50, 101, 152]

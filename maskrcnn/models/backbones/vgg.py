@@ -13,7 +13,6 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.backbones.fpn import FPN, FPNConfig
 from maskrcnn.models.backbones.parts import (
     Backbone,
     BackboneParts,
@@ -22,6 +21,7 @@ from maskrcnn.models.backbones.parts import (
     freeze_stages,
 )
 from maskrcnn.models.initialization import init_convolutions
+from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm
 
 Depth = Literal[11, 13, 16, 19]

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from maskrcnn.engine.checkpoint import TrainingState
+from maskrcnn.engine.optimizer import clip_gradients
+from maskrcnn.runtime.processes import Processes, without_exchange
 from maskrcnn.structures import Batch, Diagnostics, Losses
-from maskrcnn.training.checkpoint import TrainingState
-from maskrcnn.training.distributed import Processes, without_exchange
-from maskrcnn.training.optimizer import clip_gradients
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +48,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from maskrcnn.config import Section, to_yaml
+from maskrcnn.runtime.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -152,7 +152,8 @@ class MetricsWriter:
         records = [record for record in records if record["iteration"] <= start and record["kind"] != "end"]
         evaluations = [record["iteration"] for record in records if record["kind"] == "evaluation"]
         self.last_evaluation = max(evaluations, default=None)
-        _replace(path, "".join(_line(record) for record in records))
+        content = "".join(_line(record) for record in records).encode()
+        write_atomically(path, lambda file: file.write(content))
         # Line-buffered, so that records survive a kill of the process.
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._start = start
@@ -267,10 +268,3 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, float]:
 
 def _prefixed(prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in numbers.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file atomically, so that a kill during the write loses no records."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

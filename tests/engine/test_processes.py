@@ -1,6 +1,6 @@
 """Two processes compute the same as one process with the batches of both.
 
-The first half of this file is the worker: `python tests/training/test_distributed.py OUT DEVICE`, started twice with
+The first half of this file is the worker: `python tests/engine/test_processes.py OUT DEVICE`, started twice with
 the environment variables of torchrun, calls `work` and writes the results of the main process to OUT.
 """
 
@@ -28,17 +28,17 @@ from torch import Tensor
 
 from maskrcnn.data.loader import BatchSampler, training_loader
 from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.engine.checkpoint import TrainingState, load_checkpoint
+from maskrcnn.engine.metrics import read_records
+from maskrcnn.engine.optimizer import SGDConfig, set_learning_rate
+from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.inference import Predictor, evaluate_predictor
 from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 from maskrcnn.models.norms import SyncBatchNorm, build_norm
+from maskrcnn.runtime.processes import Processes, is_shared, processes, sum_over_processes
 from maskrcnn.structures import ClassTable, Example, MaskCrop
-from maskrcnn.training.checkpoint import TrainingState, load_checkpoint
-from maskrcnn.training.distributed import Processes, is_shared, processes, sum_over_processes
-from maskrcnn.training.metrics import read_records
-from maskrcnn.training.optimizer import SGDConfig, set_learning_rate
-from maskrcnn.training.step import TrainingStep
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from maskrcnn.errors import InputError
+from maskrcnn.runtime.files import read_tensors, write_atomically
 from maskrcnn.structures import Batch, ClassTable, ImageBatch, MaskTables, Targets
-from maskrcnn.training.checkpoint import read_tensors, write_atomically
 
 FORMAT = "maskrcnn replay 1"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskrcnn.training.ema import ExponentialAverage
+from maskrcnn.engine.ema import ExponentialAverage
 
 
 def model_of(weight: float) -> nn.Sequential:

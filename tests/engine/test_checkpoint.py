@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskrcnn.errors import InputError
-from maskrcnn.structures import ClassRows, ClassTable
-from maskrcnn.training.checkpoint import (
+from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
     TrainingState,
     capture,
@@ -22,8 +20,10 @@ from maskrcnn.training.checkpoint import (
     save_checkpoint,
     set_random_states,
 )
-from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
+from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.optimizer import AdamWConfig, SGDConfig
+from maskrcnn.errors import InputError
+from maskrcnn.structures import ClassRows, ClassTable
 
 CLASSES = ClassTable(names=("cat", "dog", "owl"), category_ids=(1, 7, 90))
 CONFIG = {"training": {"batch_size": 2, "clip_norm": None, "steps": [1, 2]}}
@@ -138,8 +138,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from maskrcnn.structures import ClassTable
-from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState
-from maskrcnn.training.optimizer import SGDConfig
+from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState
+from maskrcnn.engine.optimizer import SGDConfig
 
 model = nn.Linear(1, 1)
 folder = CheckpointFolder(

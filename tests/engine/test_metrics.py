@@ -8,8 +8,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 
 from maskrcnn.config import Section
-from maskrcnn.training import metrics
-from maskrcnn.training.metrics import (
+from maskrcnn.engine import metrics
+from maskrcnn.engine.metrics import (
     LONGEST_RECORD,
     TIMING_KEYS,
     Measurement,

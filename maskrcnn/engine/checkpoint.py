@@ -10,12 +10,11 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.optimizer import load_optimizer_state
 from maskrcnn.errors import InputError
+from maskrcnn.runtime.files import read_tensors, write_atomically
 from maskrcnn.structures import ClassRows, ClassTable
-from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.optimizer import load_optimizer_state
 
 FORMAT = "maskrcnn checkpoint 1"
 
@@ -139,77 +139,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path}: the checkpoint is damaged: it lacks {', '.join(absent)}")
     fields["classes"] = ClassTable(**content["classes"])
     return Checkpoint(**fields)
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """Return the dict in a file written by `torch.save`, such as a state dict.
-
-    Raises:
-        InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except Exception as error:  # unpickling arbitrary bytes can raise almost any exception
-        raise InputError(
-            f"{path}: this is not a file of tensors that can be read safely, or it is damaged: {_first_line(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: it holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file atomically: write a temporary file in the same folder, sync it, then rename it to `path`.
-
-    Args:
-        path: the file to write. Its folder is created if needed.
-        write: writes the content to the open file that it receives.
-
-    Raises:
-        OSError: the disk is full or not writable. The message names the file, whose previous content is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # a folder that became read-only; report the first error
-            temporary.unlink(missing_ok=True)
-        # torch.save raises a RuntimeError in the context of the OSError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            message = f"{cause.strerror}; what was there before is kept"
-            raise OSError(cause.errno, message, str(path)) from error
-        raise
-    _sync_folder(path.parent)
-
-
-def temporary_of(path: Path) -> Path:
-    """Return the path of the temporary file of `write_atomically`.
-
-    A killed process may leave this file behind; the next write to `path` replaces it.
-    """
-    return path.with_name(path.name + ".tmp")  # in the same folder: a rename across file systems is not atomic
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder to disk so that a rename survives a power failure. Does nothing except on POSIX."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class CheckpointFolder:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskrcnn.training.profiler import Profiler
+from maskrcnn.engine.profiler import Profiler
 
 
 def traced_spans(run_dir: Path, steps: int) -> list[str]:

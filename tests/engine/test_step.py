@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from maskrcnn.engine.checkpoint import TrainingState
+from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.optimizer import SGDConfig
+from maskrcnn.engine.step import TrainingStep
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, Diagnostics, ImageBatch, Losses, MaskTables, Targets
-from maskrcnn.training.checkpoint import TrainingState
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.optimizer import SGDConfig
-from maskrcnn.training.step import TrainingStep
 
 CPU = Processes(torch.device("cpu"))
 

@@ -5,8 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from maskrcnn.errors import InputError
-from maskrcnn.training.optimizer import (
+from maskrcnn.engine.optimizer import (
     AdamWConfig,
     OptimizerConfig,
     SGDConfig,
@@ -15,6 +14,7 @@ from maskrcnn.training.optimizer import (
     scaled_lr,
     set_learning_rate,
 )
+from maskrcnn.errors import InputError
 
 BUILDERS = [SGDConfig(lr=0.1, weight_decay=0.01), AdamWConfig(lr=0.1, weight_decay=0.01)]
 

@@ -4,8 +4,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from maskrcnn.config import Section, load_config, to_yaml
+from maskrcnn.engine.schedule import CosineConfig, MultiStepConfig, ScheduleConfig, warmup
 from maskrcnn.errors import InputError
-from maskrcnn.training.schedule import CosineConfig, MultiStepConfig, ScheduleConfig, warmup
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from maskrcnn.config import Section
+from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
+from maskrcnn.engine.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
+from maskrcnn.engine.profiler import Profiler
+from maskrcnn.engine.schedule import MultiStepConfig, Schedule, ScheduleConfig
+from maskrcnn.engine.step import Precision, StepResult, TrainingStep
 from maskrcnn.errors import InputError
-from maskrcnn.memory import peak_memory
+from maskrcnn.runtime.memory import peak_memory
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.metrics import Measurement, MetricsWriter, Step
-from maskrcnn.training.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
-from maskrcnn.training.profiler import Profiler
-from maskrcnn.training.schedule import MultiStepConfig, Schedule, ScheduleConfig
-from maskrcnn.training.step import Precision, StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPoolConfig, RoIWarpConfig
 from maskrcnn.ops.roi_reading import AxisReading, RoIReading, Span, read_box
-from maskrcnn.visualization import BLACK, WHITE, Colour, Rectangle, contact_sheet
+from maskrcnn.visualization.drawing import BLACK, WHITE, Colour, Rectangle, contact_sheet
 
 LAYERS: tuple[tuple[str, str, RoIConfig], ...] = (
     ("RoIPool, rounding: round", "box to the nearest whole cells, last one included; maximum", RoIPoolConfig()),

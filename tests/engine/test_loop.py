@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState, load_checkpoint, restore
+from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.loop import Interrupted, Intervals, Speedometer, StopRequest, TrainingConfig, train
+from maskrcnn.engine.metrics import TIMING_KEYS, Measurement, MetricsWriter, read_records
+from maskrcnn.engine.optimizer import AdamWConfig, SGDConfig
+from maskrcnn.engine.schedule import MultiStepConfig
+from maskrcnn.engine.step import TrainingStep
+from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
-from maskrcnn.training.checkpoint import CheckpointFolder, TrainingState, load_checkpoint, restore
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.ema import ExponentialAverage
-from maskrcnn.training.loop import Interrupted, Intervals, Speedometer, StopRequest, TrainingConfig, train
-from maskrcnn.training.metrics import TIMING_KEYS, Measurement, MetricsWriter, read_records
-from maskrcnn.training.optimizer import AdamWConfig, SGDConfig
-from maskrcnn.training.schedule import MultiStepConfig
-from maskrcnn.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -217,7 +217,7 @@ def test_training_lowers_the_loss_and_records_the_steps(tmp_path):
 
 def test_each_record_measures_the_speed_since_the_one_before(tmp_path, monkeypatch):
     squares = (float(n * n) for n in itertools.count())  # the blocks last 1, 5, 9, ... seconds
-    monkeypatch.setattr("maskrcnn.training.loop.Speedometer", lambda: Speedometer(clock=lambda: next(squares)))
+    monkeypatch.setattr("maskrcnn.engine.loop.Speedometer", lambda: Speedometer(clock=lambda: next(squares)))
     Run(tmp_path, iterations=4).train()
     train_records = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
     speeds = [record["images_per_second"] for record in train_records]

@@ -1,0 +1,1 @@
+"""Necks: layers between a backbone and the heads."""

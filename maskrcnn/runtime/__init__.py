@@ -1,0 +1,1 @@
+"""What the process runs on: files, memory, and the process group of distributed training."""

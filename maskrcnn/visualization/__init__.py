@@ -1,0 +1,1 @@
+"""Pictures: objects drawn on images, and what RoI layers read."""
