@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as cocoapi
 
-from maskrcnn.cli import run
 from maskrcnn.errors import InputError
+from maskrcnn.runtime.console import run_main
 
 CYCLE, VALIDATION = 17, 5  # 170 images: 50 of them are for validation
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

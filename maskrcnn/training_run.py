@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from maskrcnn.cli import setup_logging
 from maskrcnn.config import to_dict
 from maskrcnn.data.loader import DetectionDataset, batches_per_epoch, training_loader
 from maskrcnn.engine.checkpoint import (
@@ -42,6 +41,7 @@ from maskrcnn.inference import (
 )
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.run_directory import RunDirectory
+from maskrcnn.runtime.console import setup_logging
 from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Losses

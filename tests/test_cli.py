@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from maskrcnn.cli import add_config_arguments, run, setup_logging
+from maskrcnn.cli.arguments import add_config_arguments
 from maskrcnn.errors import InputError
+from maskrcnn.runtime.console import run_main, setup_logging
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -58,7 +59,7 @@ def interrupted() -> None:
 )
 def test_exit_status(main: Callable[[], None], status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
-        run(main)
+        run_main(main)
     assert exited.value.code == status
     assert capsys.readouterr() == ("", message)
 
@@ -68,7 +69,7 @@ def test_other_exceptions_keep_their_traceback() -> None:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        run(broken)
+        run_main(broken)
 
 
 @pytest.mark.usefixtures("logging_restored")

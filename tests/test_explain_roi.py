@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from maskrcnn.cli import explain_roi
 from maskrcnn.config import load_config
 from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState
 from maskrcnn.errors import InputError
@@ -31,8 +31,6 @@ from maskrcnn.visualization.roi_layers import (
     shade_map,
 )
 
-TOOL = Path(__file__).parents[1] / "tools" / "explain_roi.py"
-
 EXPERIMENT = """
 model:
   backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 4}, norm: bn, freeze: 0, weights: none}
@@ -48,13 +46,14 @@ Explain = Callable[..., np.ndarray]
 
 
 @pytest.fixture
-def explain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Explain:
+def explain(tmp_path: Path) -> Explain:
     """Return a function that runs the tool in this process and returns the figure, (h, w, 3)."""
 
     def call(*arguments: object) -> np.ndarray:
         out = tmp_path / "new folder" / "roi.png"
-        monkeypatch.setattr(sys, "argv", ["explain_roi.py", "--out", str(out), *map(str, arguments)])
-        runpy.run_path(str(TOOL))["main"]()
+        parser = argparse.ArgumentParser()
+        explain_roi.add_arguments(parser)
+        explain_roi.run(parser.parse_args(["--out", str(out), *map(str, arguments)]))
         return np.array(Image.open(out).convert("RGB"))
 
     return call
@@ -121,21 +120,20 @@ def test_an_image_is_read_by_the_configs_backbone(explain: Explain, photograph: 
 
 
 def test_the_map_is_the_one_that_the_box_head_reads(photograph: tuple[Path, Path]):
-    tool = runpy.run_path(str(TOOL))
-    model, transform, origin = tool["_load_model"](photograph[1], [], None)
+    model, transform, origin = explain_roi._load_model(photograph[1], [], None)
     assert origin == "RANDOM WEIGHTS"
     pixels = torch.zeros(3, 80, 120, dtype=torch.uint8)
     # 80 x 120 becomes 85 x 128, padded to 96 x 128.
-    features, stride, box = tool["_feature_map"](model, transform, pixels, (0.0, 0.0, 60.0, 40.0))
+    features, stride, box = explain_roi._feature_map(model, transform, pixels, (0.0, 0.0, 60.0, 40.0))
     assert stride == 4
     assert features.shape == (4, 24, 32)
     assert box == pytest.approx((0.0, 0.0, 64.0, 42.5))
-    _, stride, _ = tool["_feature_map"](model, transform, pixels, (-400.0, -400.0, 400.0, 400.0))
+    _, stride, _ = explain_roi._feature_map(model, transform, pixels, (-400.0, -400.0, 400.0, 400.0))
     assert stride == 32  # 850 x 853 px
 
 
 def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path: Path):
-    load_model = runpy.run_path(str(TOOL))["_load_model"]
+    load_model = explain_roi._load_model
     config = load_config(photograph[1], ExperimentConfig)
     model = config.model.build(2)
     optimizer = config.training.optimizer.build(model, batch_size=1)

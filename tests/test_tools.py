@@ -169,6 +169,37 @@ def test_help_needs_no_torch(path: Path) -> None:
     assert done.stdout.startswith("usage: ")
 
 
+def test_the_maskrcnn_command_lists_its_commands_without_torch() -> None:
+    code = (
+        "import sys; from maskrcnn.cli import main; sys.argv = ['maskrcnn', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as exited: assert not exited.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = in_process("", code=code)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")}
+    assert {path.stem.replace("_", "-") for path in TOOLS} - {"benchmark"} <= listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--version"], 0, "maskrcnn "),
+        (["--print-completion", "bash"], 0, "_shtab_maskrcnn"),
+        (["show-config", "configs/shapes/mask_rcnn_r18_fpn.yaml"], 0, "kind: resnet"),
+        (["show-config", "absent.yaml"], 2, "error: absent.yaml"),
+        (["tarin"], 2, "'tarin'"),
+    ],
+)
+def test_the_maskrcnn_command(arguments: list[str], status: int, words: str) -> None:
+    command = [sys.executable, "-m", "maskrcnn", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == status
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # Normal use.
 
 
@@ -303,7 +334,8 @@ def test_showing_a_configuration(tool: Run, dataset: Dataset) -> None:
 def test_wrong_arguments(tool: Run, arguments: list[str]) -> None:
     outcome = tool(*arguments)
     assert outcome.status == 2
-    assert "usage: " in outcome.err
+    assert "error: " in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_a_missing_device_is_refused(tool: Run, dataset: Dataset, tmp_path: Path) -> None:

@@ -1,67 +1,9 @@
 """Train the variants of an experiment, and report how each changes the AP, with confidence intervals.
 
-    python tools/ablate.py configs/ablations/shapes_table2c.yaml
-
-Finished runs are not trained again, so the same command continues after an interruption. Exit status: 0 success,
-1 a run failed, 2 invalid input, 130 and 143 stopped by SIGINT and SIGTERM after every run has saved a checkpoint.
+The same as `maskrcnn ablate`, for a checkout.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-from maskrcnn.cli import run, setup_logging
-
-
-def main() -> None:
-    """Parse the arguments, check the plan, train and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ablation", metavar="ABLATION", type=Path, help="YAML file of the ablation")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="override a key in the experiments of all variants, such as data.root=DIR; may be repeated",
-    )
-    parser.add_argument("--out", type=Path, help="folder of the report; default: runs/ablations/NAME")
-    parser.add_argument(
-        "--jobs", type=int, help="runs in parallel; default: one per GPU, or one per CPU core if there is no GPU"
-    )
-    parser.add_argument("--report-only", action="store_true", help="do not train; report on the finished runs")
-    args = parser.parse_args()
-    if args.jobs is not None and args.jobs < 1:
-        parser.error("--jobs must be at least 1")
-
-    from maskrcnn.ablation.plan import load_plan
-    from maskrcnn.ablation.report import write_report
-    from maskrcnn.ablation.results import analyse
-    from maskrcnn.ablation.runner import RunsFailed, check_runs, train_missing
-    from maskrcnn.engine.loop import Interrupted
-
-    setup_logging()
-    plan = load_plan(args.ablation, args.out or Path("runs/ablations") / args.ablation.stem, args.overrides)
-    failure = None
-    if not args.report_only:
-        check_runs(plan)
-        try:
-            train_missing(plan, jobs=args.jobs)
-        except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(stop.status)
-        except RunsFailed as error:
-            failure = error
-    results = analyse(plan)
-    write_report(plan, results)
-    print("\n".join([*results.sentences, *(f"not finished: {name}" for name in results.unfinished)]))
-    print(f"report.html, report.md and results.json are in {plan.out}")
-    if failure is not None:
-        print(failure, file=sys.stderr)
-        sys.exit(1)
-
+from maskrcnn.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("ablate")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from maskrcnn.cli import run
+from maskrcnn.runtime.console import run_main
 
 WORKER = Path(__file__).parent / "benchmarks" / "worker.py"
 MIB = 2**20
@@ -270,4 +270,4 @@ def _convergence(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,57 +1,9 @@
 """Compute COCO box and mask AP of a checkpoint or of a results file.
 
-    python tools/eval.py CONFIG --weights runs/shapes/checkpoints/best.pt
-    python tools/eval.py --annotations instances_val2017.json --predictions results.json
-
-The second form needs no model and no images.
+The same as `maskrcnn eval`, for a checkout.
 """
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_logging
-
-
-def main() -> None:
-    """Parse the arguments, evaluate, and log the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser, optional=True)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint of the model of CONFIG")
-    parser.add_argument("--ema", action="store_true", help="use the averaged (EMA) weights of the checkpoint")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth, a COCO annotation file")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="detections, a COCO results file")
-    parser.add_argument(
-        "--backend",
-        choices=("faster", "pycocotools"),
-        help="COCO evaluation library; default: that of CONFIG, or faster",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for metrics.json; default: beside the weights; with --annotations, no file"
-    )
-    add_device_argument(parser)
-    args = parser.parse_args()
-    from_checkpoint = args.config is not None and args.weights is not None
-    from_files = args.annotations is not None and args.predictions is not None
-    if from_checkpoint == from_files:
-        parser.error("give either CONFIG and --weights, or --annotations and --predictions")
-
-    from maskrcnn.config import load_config
-    from maskrcnn.evaluation.results import read_results
-    from maskrcnn.experiment import ExperimentConfig, choose_device
-    from maskrcnn.inference import evaluate_checkpoint, report
-
-    setup_logging()
-    if from_files:
-        report(args.annotations, read_results(args.predictions), args.out, backend=args.backend or "faster")
-        return
-    backend = [f"evaluation.backend={args.backend}"] if args.backend else []
-    config = load_config(args.config, ExperimentConfig, [*args.overrides, *backend])
-    out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}{'_ema' if args.ema else ''}"
-    evaluate_checkpoint(config, args.weights, out, choose_device(args.device), average=args.ema)
-    print(f"metrics.json, results.json and pictures are in {out}")
-
+from maskrcnn.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("eval")

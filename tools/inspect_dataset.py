@@ -1,39 +1,9 @@
 """Validate a dataset, print its statistics, and draw some of its images with their ground truth.
 
-    python tools/inspect_dataset.py configs/shapes/mask_rcnn_r18_fpn.yaml --out scenes
-
-The images are drawn before any transform: contact_sheet.png, and one file per image.
+The same as `maskrcnn inspect-dataset`, for a checkout.
 """
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from maskrcnn.cli import add_config_arguments, run, setup_logging
-
-
-def main() -> None:
-    """Parse the arguments, print statistics and draw images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="dataset split")
-    parser.add_argument("--count", type=int, default=12, help="number of images to draw (default 12)")
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
-    args = parser.parse_args()
-
-    from maskrcnn.config import load_config
-    from maskrcnn.data.statistics import summarize
-    from maskrcnn.experiment import ExperimentConfig
-    from maskrcnn.inference import draw_ground_truth
-
-    setup_logging()
-    data = load_config(args.config, ExperimentConfig, args.overrides).data
-    dataset = data.build_train() if args.split == "train" else data.build_validation()
-    print(summarize(dataset.ground_truth()))
-    draw_ground_truth(dataset, args.count, args.out)
-    print(f"the pictures are in {args.out}")
-
+from maskrcnn.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("inspect-dataset")

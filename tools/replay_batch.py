@@ -1,42 +1,9 @@
 """Repeat a training step that was skipped because a loss or the gradient was not finite.
 
-    python tools/replay_batch.py runs/shapes/replay/iteration_00000412_process_0.pt
-
-Prints each loss term, the gradient norm, and the parameters whose gradient is not finite, in the order of the model.
-Exit status: 0 all values are finite, 1 some are not, 2 invalid input.
+The same as `maskrcnn replay-batch`, for a checkout.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-from maskrcnn.cli import add_device_argument, run
-
-
-def main() -> None:
-    """Parse the arguments, repeat the step, and print losses and gradients."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", metavar="FILE", type=Path, help="replay file in the folder replay/ of a run directory")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="autocast precision; default: that of the run"
-    )
-    add_device_argument(parser)
-    args = parser.parse_args()
-
-    from maskrcnn.engine.replay import load_replay
-    from maskrcnn.experiment import choose_device
-    from maskrcnn.training_run import repeat_step
-
-    result = repeat_step(load_replay(args.step), str(args.step), choose_device(args.device), precision=args.precision)
-    for name, value in result.losses.items():
-        print(f"{name:15} {value:g}")
-    print(f"{'gradient norm':15} {result.gradient_norm:g}")
-    for name, fraction in result.broken.items():
-        print(f"not finite: {fraction:.1%} of the gradient of {name}")
-    sys.exit(0 if result.finite else 1)
-
+from maskrcnn.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("replay-batch")

@@ -1,54 +1,9 @@
 """Train and evaluate a model and write the run directory.
 
-    python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out runs/shapes
-    torchrun --standalone --nproc-per-node 8 tools/train.py configs/coco/mask_rcnn_r50_fpn_1x.yaml --out runs/r50_fpn
-
-Exit status: 0 success, 1 failure, 2 invalid input, 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
+The same as `maskrcnn train`, for a checkout.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-from maskrcnn.cli import add_config_arguments, add_device_argument, run, setup_logging
-
-
-def main() -> None:
-    """Parse the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="the run directory; default: runs/NAME, where NAME is the name of CONFIG without suffix",
-    )
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="resume from the last checkpoint of the run directory")
-    start.add_argument(
-        "--init", type=Path, metavar="WEIGHTS", help="start a new run from the weights of this checkpoint"
-    )
-    add_device_argument(parser)
-    args = parser.parse_args()
-
-    from maskrcnn.config import load_config
-    from maskrcnn.engine.loop import Interrupted
-    from maskrcnn.experiment import ExperimentConfig, choose_device
-    from maskrcnn.runtime.processes import processes
-    from maskrcnn.training_run import train_experiment
-
-    out = args.out or Path("runs") / args.config.stem
-    setup_logging()
-    config = load_config(args.config, ExperimentConfig, args.overrides)
-    try:
-        with processes(choose_device(args.device)) as group:
-            setup_logging(process=group.rank)
-            train_experiment(config, out, resume=args.resume, init=args.init, processes=group)
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.status)
-
+from maskrcnn.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("train")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.engine.loop import Interrupted
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
+from maskrcnn.runtime.console import run_main
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.training_run import train_experiment
 
@@ -48,4 +48,4 @@ def _stop_at_end_of_input() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

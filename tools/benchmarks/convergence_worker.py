@@ -30,7 +30,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import DetectionDataset, evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
@@ -42,6 +41,7 @@ from maskrcnn.inference import Predictor
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import full_masks
 from maskrcnn.run_directory import environment
+from maskrcnn.runtime.console import run_main
 from maskrcnn.runtime.files import write_atomically
 from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.structures import Batch
@@ -266,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

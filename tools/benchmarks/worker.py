@@ -25,7 +25,6 @@ from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from maskrcnn.cli import run
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import collate
 from maskrcnn.engine.checkpoint import TrainingState
@@ -38,6 +37,7 @@ from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import encode_masks
 from maskrcnn.ops.roi import roi_align
 from maskrcnn.run_directory import environment
+from maskrcnn.runtime.console import run_main
 from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
@@ -399,4 +399,4 @@ def _write_line(value: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,11 +1,7 @@
-"""Shared parts of the command-line tools: arguments, logging and exit statuses.
-
-A tool parses its arguments before it imports modules that need torch, so that `--help` is fast.
-"""
+"""The console of a command: exit status, and logging to stderr and a file."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable
@@ -17,30 +13,8 @@ from tqdm import tqdm
 from maskrcnn.errors import InputError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add the arguments CONFIG (`args.config`, a Path) and `--set KEY=VALUE` (`args.overrides`, a list of str).
-
-    With `optional`, CONFIG may be omitted (None).
-    """
-    nargs = "?" if optional else None
-    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="YAML file of the experiment")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="override a key of the configuration, such as model.roi.kind=roi_pool; may be repeated",
-    )
-
-
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument `--device` (`args.device`, a str for `choose_device`)."""
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-
-
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a tool and exit with status 0 (success), 2 (InputError) or 130 (interrupted).
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit with status 0 (success), 2 (InputError) or 130 (interrupted).
 
     Any other exception propagates: the interpreter prints the traceback and exits with status 1.
     """
