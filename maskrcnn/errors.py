@@ -1,4 +1,8 @@
-"""The exception for invalid user input."""
+"""Invalid user input: the exception, and the list of problems in its message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -7,3 +11,12 @@ class InputError(ValueError):
     The message names the file, image, configuration key or argument, states the problem and, where possible, the
     remedy. Command-line tools print it without a traceback and exit with status 2.
     """
+
+
+LISTED = 10  # problems that a message lists; it counts the rest
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """Return the first `LISTED` problems, followed by `and N more` if there are others."""
+    rest = len(problems) - LISTED
+    return [*problems[:LISTED], *([f"and {rest} more"] if rest > 0 else [])]

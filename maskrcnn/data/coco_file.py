@@ -14,9 +14,7 @@ from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, TypeAda
 from typing_extensions import NotRequired, TypedDict
 
 from maskrcnn.data.rle import counts_from_string
-from maskrcnn.errors import InputError
-
-SHOWN = 10  # problems that a message lists; it counts the rest
+from maskrcnn.errors import InputError, first_of
 
 # The schema. Additional keys are kept. COCO has coordinates slightly outside the image. They are limited because
 # pycocotools allocates memory in proportion to the length of a polygon.
@@ -113,10 +111,9 @@ def refuse(path: Path, problems: Sequence[str], advice: str = "") -> None:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return the number of problems, followed by the first `SHOWN` problems, one per line."""
+    """Return the number of problems, followed by the first problems, one per line."""
     count = "1 problem:" if len(problems) == 1 else f"{len(problems)} problems:"
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "\n  ".join([count, *problems[:SHOWN], *more])
+    return "\n  ".join([count, *first_of(problems)])
 
 
 def _schema_message(path: Path, text: bytes, error: ValidationError) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 
+from maskrcnn.errors import first_of
 from maskrcnn.evaluation.preparation import (
     IouType,
     check_references,
@@ -33,8 +34,6 @@ from maskrcnn.evaluation.preparation import (
 logger = logging.getLogger(__name__)
 
 Backend = Literal["faster", "pycocotools"]
-
-SHOWN = 10  # categories that a message lists; it counts the rest
 
 
 @dataclass(frozen=True)
@@ -255,13 +254,14 @@ def diagnose(ground_truth: dict[str, Any] | Path, results: Sequence[dict[str, An
     lines = [
         f"the results contain {len(result_image_ids)} images, {len(result_image_ids & image_ids)} of the "
         f"{len(image_ids)} in the ground truth",
-        *(
-            f"category {key} ({names.get(key, 'unknown')}): {object_counts[key]} objects, {result_counts[key]} results"
-            for key in categories[:SHOWN]
+        *first_of(
+            [
+                f"category {key} ({names.get(key, 'unknown')}): {object_counts[key]} objects, {result_counts[key]} "
+                "results"
+                for key in categories
+            ]
         ),
     ]
-    if len(categories) > SHOWN:
-        lines.append(f"and {len(categories) - SHOWN} more categories")
     if not object_counts.keys() & result_counts.keys():
         lines.append("no category has both objects and results: the category ids do not match")
     return "\n".join(lines)

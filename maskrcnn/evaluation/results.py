@@ -17,12 +17,10 @@ from typing_extensions import NotRequired, TypedDict
 
 from maskrcnn.data.coco_file import Rle
 from maskrcnn.data.rle import counts_from_string
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 from maskrcnn.ops.masks import PasteConvention, encode_masks
 from maskrcnn.runtime.files import write_atomically
 from maskrcnn.structures import Batch, ClassTable, Detections
-
-SHOWN = 5  # problems that a message lists; it counts the rest
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -165,6 +163,5 @@ def _position(location: tuple[int | str, ...]) -> str:
 
 
 def _message(path: Path, problems: list[str]) -> str:
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    listed = "\n  ".join(["", *problems[:SHOWN], *more])
-    return f"{path.absolute()}: is not a COCO results file; problems by list index:{listed}"
+    lines = [f"{path.absolute()}: is not a COCO results file; problems by list index:", *first_of(problems)]
+    return "\n  ".join(lines)

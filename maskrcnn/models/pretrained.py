@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 from torchvision.models import get_model_weights
 
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 from maskrcnn.runtime.files import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,10 @@ def _error_message(
             f"{path}: none of its {len(state)} tensors has a parameter name of {architecture} (first name: {example})"
         )
     lines = [
-        f"  {name}: {tuple(state[name].shape)} in the file, {tuple(targets[name].shape)} in the model"
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(targets[name].shape)} in the model"
         for name in mismatched
     ]
-    more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-    return f"{path}: does not fit {architecture}; nothing was loaded:\n" + "\n".join(lines[:10]) + more
+    return "\n  ".join([f"{path}: does not fit {architecture}; nothing was loaded:", *first_of(lines)])
 
 
 def _log_summary(path: Path, shared: set[str], *, missing: list[str], unused: list[str]) -> None:

@@ -147,7 +147,7 @@ GOOD: dict[str, Any] = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [
         # "=" is 13 and "O" is -1
         (json.dumps([{**GOOD, "segmentation": {"size": [3, 4], "counts": "=O"}}]), "run lengths do not add up"),
         (json.dumps([{**GOOD, "segmentation": {"size": [3, 4], "counts": ""}}]), "empty or cut off"),
-        (json.dumps([{}] * 4), "and 7 more"),
+        (json.dumps([{}] * 4), "and 2 more"),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
