@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -171,3 +172,10 @@ def test_everything_public_is_documented() -> None:
             assert isinstance(node, ast.FunctionDef | ast.ClassDef)
             undocumented += [] if ast.get_docstring(node) else [name]
     assert not undocumented, "\n".join(undocumented)
+
+
+def test_the_wheel_holds_every_package() -> None:
+    listed = re.findall(r'^    "(maskrcnn[\w.]*)",$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    packages = {name.rpartition(".")[0] for name in MODULES if name.startswith("maskrcnn.")} | {"maskrcnn"}
+    packages |= {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(listed) == packages | {"maskrcnn.recipes"}

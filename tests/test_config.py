@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from maskrcnn.config import Section, differences, json_schema, load_config, to_dict, to_yaml
+from maskrcnn.config.recipes import RECIPES, find_config
 from maskrcnn.errors import InputError
 
 
@@ -98,6 +99,18 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 # Composition
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("shapes/mask_rcnn_r18_fpn")) == RECIPES / "shapes" / "mask_rcnn_r18_fpn.yaml"
+    with pytest.raises(InputError, match=r"shapes/mask_rcn_r18: neither .*; did you mean 'shapes/mask_rcnn_r18_\w+'\?"):
+        find_config(Path("shapes/mask_rcn_r18"))
+    (tmp_path / "shapes").mkdir()
+    own = Path("shapes/mask_rcnn_r18_fpn")
+    own.touch()
+    assert find_config(own) == own  # a file of the user's wins
+    assert find_config(Path("absent.yaml")) == Path("absent.yaml")  # its reader says that it is absent
 
 
 def test_parents_merge_in_order_and_the_file_comes_last(write: Write) -> None:

@@ -12,7 +12,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     With `optional`, CONFIG may be omitted (None).
     """
     nargs = "?" if optional else None
-    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="YAML file of the experiment")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs=nargs, help="YAML file or recipe, such as shapes/mask_rcnn_r18_fpn"
+    )
     add_set_argument(
         parser, help="override a key of the configuration, such as model.roi.kind=roi_pool; may be repeated"
     )

@@ -19,6 +19,7 @@ from pydantic_core import core_schema
 
 from maskrcnn.config.composition import compose, merge, read_overrides
 from maskrcnn.config.explanation import explain
+from maskrcnn.config.recipes import find_config
 from maskrcnn.config.yaml_text import dump
 from maskrcnn.errors import InputError
 
@@ -40,7 +41,7 @@ def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()
     """Read `path` with its base files, apply `overrides` and validate the result against `schema`.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a recipe (`maskrcnn.config.recipes`).
         schema: the section class of the whole file.
         overrides: `a.b.c=VALUE` strings, VALUE in YAML. They are merged with one another, later ones taking
             precedence, and then into the file.
@@ -50,7 +51,7 @@ def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()
             the file and line of its origin.
     """
     problems: list[str] = []
-    data = merge(compose(Path(path), problems), read_overrides(overrides, problems))
+    data = merge(compose(find_config(Path(path)), problems), read_overrides(overrides, problems))
     try:
         # Strict, so that `true` is not a number. As JSON, because strict validation of JSON accepts a list as a tuple.
         config = schema.model_validate_json(json.dumps(data), strict=True)
