@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -162,7 +163,12 @@ def convergence() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def convergence_worker(convergence: ModuleType) -> ModuleType:
+def screening(convergence: ModuleType) -> ModuleType:
+    return load(TOOLS / "benchmarks" / "screening.py")
+
+
+@pytest.fixture(scope="module")
+def convergence_worker(screening: ModuleType) -> ModuleType:
     return load(TOOLS / "benchmarks" / "convergence_worker.py")
 
 
@@ -244,3 +250,65 @@ def test_a_model_that_torchvision_does_not_have_is_refused(convergence: ModuleTy
     changes = [*SMALL, "model.box_head.depth=1"]
     with pytest.raises(InputError, match="status 2:\nerror: the convergence benchmark compares a box head of two"):
         convergence.run_all([CONFIGS / "shapes.yaml"], changes, [0], [1], tmp_path, 1)
+
+
+def test_the_design_is_balanced(screening: ModuleType) -> None:
+    levels = screening.design()
+    assert levels.shape == (12, len(screening.FACTORS))
+    assert np.array_equal(levels.T @ levels, 12 * np.eye(11))
+    assert (levels.sum(axis=0) == 0).all()
+
+
+def test_effects_by_hand(convergence: ModuleType, screening: ModuleType) -> None:
+    """AP that depends on two choices alone: their effects are found, the others are 0."""
+    names = list(screening.FACTORS)
+    blocks = []
+    for seed, spread in enumerate((0.0, 0.01)):
+        aps = [0.3 + (0.02 + spread) * row[2] - 0.01 * row[7] for row in screening.design()]
+        figures = [{40: {"box/AP": ap, "mask/AP": ap / 2}} for ap in aps]
+        blocks.append([convergence.Run("photos", "ours", seed, np.zeros((1, 5)), f, ["torch: 2.99"]) for f in figures])
+    values = screening.effects(blocks, 40, "box/AP")
+    assert values[0] == pytest.approx([4.0 if i == 2 else -2.0 if i == 7 else 0.0 for i in range(11)])
+    text = screening.report(blocks)
+    assert text.index(f"| {names[2]} |") < text.index(f"| {names[7]} |")
+    low, high = screening.FACTORS[names[2]][:2]
+    # Effects 4 and 6: mean 5, standard error 1, t = 12.706.
+    assert f"| {names[2]} | {low} | {high} | +5.0 [-7.7, +17.7]" in text
+
+
+def test_levels_change_what_they_name(screening: ModuleType) -> None:
+    config = load_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
+
+    def weights(*high: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = config.model.build(4, pretrained=False)
+        torch.manual_seed(1)
+        screening.apply_levels(model, high)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    low = weights()
+    changed = {
+        "background_prior": {"box_head.cls_score.bias"},
+        "objectness_prior": {"rpn.objectness_logits.bias"},
+        "last_stage": {f"backbone.body.layer4.{block}.conv2.weight" for block in (0, 1)},
+    }
+    for name, expected in changed.items():
+        high = weights(name)
+        assert {key for key in low if not torch.equal(low[key], high[key])} == expected
+    assert weights("box_predictors")["box_head.bbox_pred.weight"].std() > 10 * low["box_head.bbox_pred.weight"].std()
+    assert weights("mask_upsample")["mask_head.upsample.weight"].std() > 1.8 * low["mask_head.upsample.weight"].std()
+    assert weights("mask_logits")["mask_head.logits.weight"].std() > 2 * low["mask_head.logits.weight"].std()
+    assert weights("box_layers")["box_head.trunk.1.weight"].std() < 0.7 * low["box_head.trunk.1.weight"].std()
+
+
+def test_the_screening_trains_each_combination(
+    screening: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screening, "train_missing", lambda wanted, runs, jobs: list(wanted.values()))
+    (block,) = screening.run_all([CONFIGS / "shapes.yaml"], SMALL, [3], 10, tmp_path, 1)
+    assert len({tuple(job.high) for job in block}) == 12
+    assert all(job.marks == [5, 10] and job.seed == 3 for job in block)
+    assert sum("model.loss_normalizer=batch" in job.overrides for job in block) == 6
+    job = dataclasses.replace(block[0], marks=[1])
+    (run,) = load(TOOLS / "benchmarks" / "convergence.py").train_missing({tmp_path / "one.json": job}, tmp_path, 1)
+    assert run.figures.keys() == {1}

@@ -5,7 +5,10 @@
     python tools/benchmark.py bootstrap
     python tools/benchmark.py convergence configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
 
-`convergence` trains both sides and compares their AP (tools/benchmarks/convergence.py). All others compare speed and
+    python tools/benchmark.py screening configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
+
+`convergence` trains both sides and compares their AP; `screening` compares starts and scales of our model. Both train
+on the configurations in configs/convergence and explain themselves in their reports. All others compare speed and
 memory: each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so
 that whatever else the machine does meets both. A pair of neighbours gives one ratio; the median pair counts, and the
 range over all pairs tells how far to trust it. What each side does exactly stands in tools/benchmarks/worker.py. What
@@ -32,6 +35,7 @@ from tqdm import tqdm
 from maskrcnn.runtime.console import run_main
 
 WORKER = Path(__file__).parent / "benchmarks" / "worker.py"
+sys.path.append(str(WORKER.parent))  # for the modules of the trainings
 MIB = 2**20
 
 TASKS = {
@@ -214,8 +218,10 @@ def main() -> None:
         _add_speed_arguments(tasks.add_parser(name, help=text, description=text))
     text = "What both reach on the same data after the same steps."
     _add_convergence_arguments(tasks.add_parser("convergence", help=text, description=text))
+    text = "What each start and scale of our model does to the AP of a short training."
+    _add_screening_arguments(tasks.add_parser("screening", help=text, description=text))
     args = parser.parse_args()
-    text = _convergence(args) if args.task == "convergence" else _speed(args)
+    text = {"convergence": _convergence, "screening": _screening}.get(args.task, _speed)(args)
     print(text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,28 +244,43 @@ def _speed(args: argparse.Namespace) -> str:
     return report([measure(task, args.repeats, settings) for task in tasks], settings)
 
 
+def _add_training_arguments(parser: argparse.ArgumentParser, *, seeds: list[int], runs: Path) -> None:
+    parser.add_argument("configs", metavar="CONFIG", type=Path, nargs="+", help="e.g. configs/convergence/shapes.yaml")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="for all configs"
+    )
+    parser.add_argument("--seeds", type=_number(0), nargs="+", default=seeds, help=f"default {seeds}")
+    parser.add_argument(
+        "--jobs", type=_number(1), default=2, help="parallel trainings, each with one thread; default 2"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=runs, help=f"stores the trainings, to continue later; default {runs}"
+    )
+
+
 def _add_convergence_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "configs", metavar="CONFIG", type=Path, nargs="+", help="such as configs/convergence/shapes.yaml"
-    )
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="for all of them"
-    )
-    parser.add_argument("--seeds", type=_number(0), nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    _add_training_arguments(parser, seeds=[0, 1, 2], runs=Path("runs/convergence"))
     parser.add_argument(
         "--marks", type=_number(1), nargs="+", default=MARKS, help="steps after which to measure the AP"
-    )
-    parser.add_argument(
-        "--jobs", type=_number(1), default=2, help="trainings at a time, each with one thread; default 2"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/convergence"), help="keeps the trainings, to go on later"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, and a picture beside it")
 
 
+def _add_screening_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_training_arguments(parser, seeds=[0], runs=Path("runs/screening"))
+    parser.add_argument("--steps", type=_number(5), default=400, help="length of each training; default 400")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, to this file as well")
+
+
+def _screening(args: argparse.Namespace) -> str:
+    import screening
+
+    blocks = screening.run_all(args.configs, args.overrides, args.seeds, args.steps, args.runs, args.jobs)
+    return screening.report(blocks)
+
+
 def _convergence(args: argparse.Namespace) -> str:
-    from benchmarks import convergence
+    import convergence
 
     runs = convergence.run_all(args.configs, args.overrides, args.seeds, sorted(args.marks), args.runs, args.jobs)
     if args.out is None:

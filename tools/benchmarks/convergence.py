@@ -11,11 +11,11 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -51,6 +51,7 @@ class Job:
     side: str
     seed: int
     marks: list[int]
+    high: list[str] | None = None  # choices at their high level (screening.py); None trains the model as configured
 
 
 class Run(NamedTuple):
@@ -68,13 +69,18 @@ def run_all(
     configs: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], marks: Sequence[int], runs: Path, jobs: int
 ) -> list[Run]:
     """Train what is missing, `jobs` at a time, and return all runs."""
-    runs.mkdir(parents=True, exist_ok=True)
     wanted = {
         runs / f"{config.stem}_{side}_seed{seed}.json": Job(str(config), list(overrides), side, seed, list(marks))
         for seed in seeds
         for config in configs
         for side in SIDES
     }
+    return train_missing(wanted, runs, jobs)
+
+
+def train_missing(wanted: Mapping[Path, Job], runs: Path, jobs: int) -> list[Run]:
+    """Train the jobs whose file is missing in the folder `runs`, `jobs` at a time, and return all runs in order."""
+    runs.mkdir(parents=True, exist_ok=True)
     missing = [(path, job) for path, job in wanted.items() if not _is_done(path, job)]
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), desc="trainings", disable=None) as bar:
         for failed in pool.map(lambda item: _train(*item), missing):
@@ -120,10 +126,10 @@ class Difference(NamedTuple):
     by_seed: np.ndarray  # paired differences
 
     def __str__(self) -> str:
-        return f"{self.by_seed.mean():+.1f} {_interval(self.by_seed)}"
+        return f"{self.by_seed.mean():+.1f} {interval(self.by_seed)}"
 
 
-def _interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray) -> str:
     """The interval of the mean of independent values; nothing for a single one."""
     if len(values) < 2:
         return ""
@@ -149,11 +155,8 @@ def difference(runs: Sequence[Run], data: str, mark: int, figure: str) -> Differ
 def report(runs: Sequence[Run], picture: str | None = None) -> str:
     """The figures as Markdown, with all that it takes to repeat them; `picture` is the file name of the curves."""
     names, marks = list(dict.fromkeys(run.data for run in runs)), sorted(runs[0].figures)
-    seeds = sorted({run.seed for run in runs})
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    lines = [f"# Learning speed beside torchvision's Mask R-CNN, {today}", "", TEXT.format(confidence=CONFIDENCE), ""]
-    lines += [f"- command: {shlex.join(['python', *sys.argv])}", f"- seeds: {', '.join(map(str, seeds))}"]
-    lines += [f"- {line}" for line in runs[0].environment]
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    lines = [*header("Learning speed beside torchvision's Mask R-CNN", TEXT, runs[0]), f"- seeds: {seeds}"]
     for figure, title in FIGURES.items():
         cells = {(data, mark): difference(runs, data, mark, figure) for data in names for mark in marks}
         lines += ["", f"## {title}", "", "| data | steps | ours | torchvision | difference | by seed |"]
@@ -168,11 +171,19 @@ def report(runs: Sequence[Run], picture: str | None = None) -> str:
         worst = min(cells, key=lambda key: cells[key].by_seed.mean())
         lines += [
             "",
-            f"Mean over all cells: {trials.mean():+.2f} {_interval(trials)}, {len(trials)} pairs of trainings. Worst "
+            f"Mean over all cells: {trials.mean():+.2f} {interval(trials)}, {len(trials)} pairs of trainings. Worst "
             f"cell: {worst[0]} after {worst[1]} steps, {cells[worst].by_seed.mean():+.1f}.",
         ]
     lines += ["", f"![Losses and AP]({picture})"] if picture else []
     return "\n".join([*lines, ""])
+
+
+def header(title: str, text: str, run: Run, **values: Any) -> list[str]:
+    """The first lines of a report: what was measured, by which command, and in which environment."""
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    lines = [f"# {title}, {today}", "", text.format(confidence=CONFIDENCE, **values), ""]
+    lines += [f"- command: {shlex.join(['python', *sys.argv])}"]
+    return lines + [f"- {line}" for line in run.environment]
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

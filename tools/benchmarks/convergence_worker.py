@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from convergence import STRETCH, Job
 from pycocotools import mask as cocoapi
+from screening import apply_levels
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
@@ -206,11 +207,15 @@ SIDES: dict[str, Callable[[ExperimentConfig, DetectionDataset], Side]] = {
 }
 
 
-def train(config: ExperimentConfig, side_name: str, marks: Sequence[int]) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig, side_name: str, marks: Sequence[int], high: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Train one side to the last mark; return the losses, means of STRETCH steps, and the figures at the marks."""
     dataset, validation = config.data.build_both()
     seed_generators(config.training.seed)
     side = SIDES[side_name](config, dataset)
+    if high is not None:
+        apply_levels(side.model, high)
     optimizer = config.training.optimizer.build(side.model, batch_size=config.training.batch_size)
     schedule = config.training.schedule.build()
     batches = training_loader(
@@ -260,7 +265,7 @@ def main() -> None:
     keep_freed_memory()
     overrides = [*job.overrides, f"training.seed={job.seed}"]
     config = load_config(Path(job.config), ExperimentConfig, overrides)
-    record = train(config, job.side, job.marks)
+    record = train(config, job.side, job.marks, job.high)
     record |= {"job": asdict(job), "environment": environment(torch.device("cpu"))}
     write_atomically(out, lambda file: file.write(json.dumps(record).encode()))
 
