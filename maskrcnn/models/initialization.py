@@ -1,24 +1,27 @@
-"""Random starts of the layers; biases start at zero.
+"""Initial weights of the layers; biases are zero unless stated otherwise.
 
 A head starts in one of three ways, the key `initialization` of its section. They differ in the scale of the weights:
 
-- `fan_in`: every layer keeps the scale of its inputs, also the last one of the mask head. The default.
-- `detectron2`: the mask head's last layer starts near zero (standard deviation 0.001), so its masks are 0.5 everywhere,
-  and little reaches the layers below until it has grown. In 90,000 steps that is nothing; in 400 it costs a quarter of
-  them (docs/learning_speed.md).
-- `torchvision`: the mask head's layers are scaled by their number of outputs, the last one too; the box head has
-  `torch.nn.Linear`'s own start.
+- `fan_in`, the default: the last layers are scaled by their number of inputs, and RoIs are background with probability
+  0.9.
+- `detectron2`: the last layers start near zero. The masks are then 0.5 everywhere, and hardly any gradient reaches the
+  layers below until these weights have grown: negligible in 90,000 steps, but not in 400 (docs/learning_speed.md).
+- `torchvision`: the last layer of the mask head is scaled by its number of outputs; the box head starts as
+  `torch.nn.Linear` does, biases included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import Literal
 
+import torch
 from torch import nn
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 Initialization = Literal["fan_in", "detectron2", "torchvision"]
+
+BACKGROUND = 0.9  # initial probability of background with `fan_in`
 
 
 def init_normal(layer: Layer, *, std: float) -> None:
@@ -46,24 +49,11 @@ def init_convolutions(module: nn.Module) -> None:
             init_he(layer)
 
 
-def init_mask_convolutions(
-    convs: Iterable[nn.Conv2d], upsample: nn.ConvTranspose2d, logits: nn.Conv2d, *, how: Initialization
-) -> None:
-    """Start the layers of a convolutional mask head; `upsample` has stride and kernel 2."""
-    for conv in convs:
-        init_he(conv)
-    if how == "fan_in":
-        # Each of its outputs reads one cell: torch's own count of inputs (and outputs) is four times too large.
-        init_normal(upsample, std=(2 / upsample.in_channels) ** 0.5)
-    else:
-        init_he(upsample)
-    init_mask_logits(logits, how=how)
-
-
 def init_mask_logits(logits: nn.Conv2d | nn.Linear, *, how: Initialization) -> None:
     """Start the last layer of a mask head."""
     if how == "fan_in":
-        init_uniform(logits)
+        gain = 4.0 if isinstance(logits, nn.Conv2d) else 1.0  # of 1, 4 and 11, 4 learned fastest (learning_speed.md)
+        init_normal(logits, std=gain * logits.weight[0].numel() ** -0.5)
     elif how == "detectron2":
         init_normal(logits, std=0.001)
     else:
@@ -80,12 +70,17 @@ def init_linear(layer: nn.Linear, *, how: Initialization) -> None:
 
 def init_box_predictors(cls_score: nn.Linear, bbox_pred: nn.Linear, *, how: Initialization) -> None:
     """Start the last layers of the box head."""
-    if how == "torchvision":
-        cls_score.reset_parameters()
-        bbox_pred.reset_parameters()
-    else:
+    if how == "detectron2":
         init_normal(cls_score, std=0.01)
         init_normal(bbox_pred, std=0.001)
+        return
+    for layer in (cls_score, bbox_pred):
+        layer.reset_parameters()
+    if how == "fan_in":
+        _zero_bias(bbox_pred)
+        _zero_bias(cls_score)
+        with torch.no_grad():
+            cls_score.bias[0] = math.log(BACKGROUND / (1 - BACKGROUND) * (cls_score.out_features - 1))
 
 
 def _zero_bias(layer: Layer) -> None:

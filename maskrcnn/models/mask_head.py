@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.initialization import Initialization, init_linear, init_mask_convolutions, init_mask_logits
+from maskrcnn.models.initialization import Initialization, init_he, init_linear, init_mask_logits
 from maskrcnn.models.losses import Normalizer, sample_mean
 from maskrcnn.ops.roi import RoIConfig
 from maskrcnn.structures import ClassRows
@@ -199,7 +199,9 @@ class FCNMaskHead(MaskHead):
         self.convs = nn.ModuleList(convs)
         self.upsample = nn.ConvTranspose2d(width if depth else channels, width, 2, 2)
         self.logits: nn.Conv2d = nn.Conv2d(width, self.channels, 1)
-        init_mask_convolutions(convs, self.upsample, self.logits, how=initialization)
+        for layer in (*convs, self.upsample):
+            init_he(layer)
+        init_mask_logits(self.logits, how=initialization)
 
     def features(self, regions: Tensor) -> Tensor:
         """Return the input of the last layer: `(N, C, S, S) -> (N, width, M, M)`."""

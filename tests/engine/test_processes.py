@@ -49,6 +49,7 @@ IMAGES = STEPS * BATCH  # one epoch: each image is used once
 
 SIDE = 64  # px
 
+# The last layers start near zero, so that ten steps amplify no rounding.
 SMALL: dict[str, Any] = {
     "rpn": {
         "anchor_sizes": [[8], [16], [32], [48], [64]],
@@ -57,8 +58,7 @@ SMALL: dict[str, Any] = {
         "batch_size_per_image": 16,
     },
     "sampling": {"batch_size_per_image": 16},
-    "box_head": {"kind": "fc", "width": 16},
-    # Starts near zero, so that ten steps amplify no rounding.
+    "box_head": {"kind": "fc", "width": 16, "initialization": "detectron2"},
     "mask_head": {"kind": "fcn", "depth": 1, "width": 8, "initialization": "detectron2"},
     "detection": {"score_threshold": 0.0, "detections_per_image": 5},
 }
@@ -68,7 +68,7 @@ SYNC = {"backbone": {**FPN, "norm": "sync_bn", "fpn": {"channels": 32, "norm": "
 C4 = {
     "backbone": {**RESNET, "output": "c4", "norm": "sync_bn"},
     "rpn": {**SMALL["rpn"], "anchor_sizes": [[8, 16, 32, 48]]},
-    "box_head": {"kind": "mean"},
+    "box_head": {"kind": "mean", "initialization": "detectron2"},
     # With its own RoI layer, stage 5 and its norms run on the positives only, of which there may be none.
     "mask_head": {
         "kind": "fcn",

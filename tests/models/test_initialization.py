@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
@@ -43,20 +43,15 @@ def stds(layers: list[nn.Module]) -> list[float]:
     return [float(layer.weight.detach().std()) for layer in layers]
 
 
-def mean_square(values: Tensor) -> float:
-    return float(values.detach().square().mean())
-
-
-def test_layers_of_the_mask_head_keep_the_scale_of_their_inputs() -> None:
+def test_the_default_start() -> None:
     head = fcn("fan_in")
-    regions = torch.randn(4, WIDTH, 14, 14).relu()
-    hidden = regions
-    for conv in head.convs:
-        hidden = conv(hidden).relu()
-    # Zeros beyond the border take a little of each convolution's output.
-    assert mean_square(head.upsample(hidden).relu()) == pytest.approx(mean_square(hidden), rel=0.3)
-    logits = head.all_masks(regions)
-    assert 0.3 < float(logits.detach().std()) < 1.5
+    assert stds([head.logits]) == pytest.approx([4 / 16], rel=0.05)
+    assert 0.5 < float(head.all_masks(torch.randn(4, WIDTH, 14, 14).relu()).detach().std()) < 3
+    box = box_head("fan_in")
+    expected = [(64 * 49) ** -0.5, 1024**-0.5, (3 * 1024) ** -0.5, (3 * 1024) ** -0.5]
+    assert stds([box.trunk[1], box.trunk[3], box.cls_score, box.bbox_pred]) == pytest.approx(expected, rel=0.05)
+    assert box.cls_score.bias.softmax(0)[0].item() == pytest.approx(0.9)
+    assert not box.bbox_pred.bias.any()
 
 
 @pytest.mark.parametrize("config", [FCNMaskHeadConfig, MLPMaskHeadConfig])

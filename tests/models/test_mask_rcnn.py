@@ -374,12 +374,16 @@ def test_the_pixels_of_the_padding_do_not_matter(pyramid: MaskRCNN) -> None:
 
 
 def test_the_mask_of_a_detection_is_that_of_its_predicted_class(model: MaskRCNN) -> None:
-    before = {name: value.clone() for name, value in model.mask_head.logits.state_dict().items()}
+    layers = (model.mask_head.logits, model.box_head.cls_score)
+    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
     with torch.no_grad():
+        model.box_head.cls_score.weight.zero_()  # equal scores: detections of every class
+        model.box_head.cls_score.bias.zero_()
         model.mask_head.logits.weight.zero_()
         model.mask_head.logits.bias.copy_(torch.tensor([-2.0, -1, 1, 2]))
     detections = model.detect(batch(model, example()).images)
-    model.mask_head.logits.load_state_dict(before)
+    for layer, state in zip(layers, before, strict=True):
+        layer.load_state_dict(state)
     labels, masks = detections.labels[detections.valid], detections.masks[detections.valid]
     assert len(labels.unique()) > 1
     expected = torch.tensor([-2.0, -1, 1, 2]).sigmoid()[labels - 1]

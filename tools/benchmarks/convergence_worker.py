@@ -34,6 +34,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import DetectionDataset, evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
+from maskrcnn.engine.metrics import without_nan
 from maskrcnn.engine.optimizer import clip_gradients, set_learning_rate
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import evaluate
@@ -267,7 +268,7 @@ def main() -> None:
     config = load_config(Path(job.config), ExperimentConfig, overrides)
     record = train(config, job.side, job.marks, job.high)
     record |= {"job": asdict(job), "environment": environment(torch.device("cpu"))}
-    write_atomically(out, lambda file: file.write(json.dumps(record).encode()))
+    write_atomically(out, lambda file: file.write(json.dumps(without_nan(record)).encode()))
 
 
 if __name__ == "__main__":
