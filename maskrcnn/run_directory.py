@@ -4,7 +4,7 @@
 config.yaml      the resolved configuration        checkpoints/   last.pt to resume from, best.pt
 environment.txt  versions, hardware, command       evaluation/    metrics.json, results.json (COCO's format)
 train.log        the console log                   predictions/   pictures
-metrics.jsonl    one JSON object per record         tensorboard/   events
+metrics.jsonl    one JSON object per record        tensorboard/   events
 ```
 """
 
