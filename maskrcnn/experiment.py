@@ -1,23 +1,28 @@
-"""The configuration of an experiment: model, data, training and evaluation."""
+"""The configuration of an experiment: model, data, training and evaluation; and what is built from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
-from maskrcnn.config import Section
+from maskrcnn.config import Section, validate
 from maskrcnn.data import DatasetConfig
 from maskrcnn.data.coco import CocoConfig
 from maskrcnn.data.loader import DetectionDataset
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
+from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.loop import TrainingConfig
+from maskrcnn.engine.pictures import draw_predictions
+from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
-from maskrcnn.evaluation.average_precision import Backend
-from maskrcnn.models.mask_rcnn import MaskRCNNConfig
+from maskrcnn.evaluation.average_precision import Backend, Evaluation
+from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.structures import ClassTable
 
 Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
@@ -95,6 +100,84 @@ class ExperimentConfig(Section):
                 "training.ema_decay"
             )
         return self
+
+    def predictor(self, model: MaskRCNN, classes: ClassTable) -> Predictor:
+        """Return a predictor with the validation transforms and the paste convention."""
+        return Predictor(model, classes, self.data.validation_transforms.build(), self.model.mask_head.paste)
+
+    def evaluator(self, dataset: DetectionDataset) -> Evaluator:
+        """Return an evaluator of the dataset."""
+        return Evaluator(
+            dataset,
+            batch_size=self.evaluation.batch_size,
+            workers=self.training.workers,
+            backend=self.evaluation.backend,
+        )
+
+
+def load(
+    weights: Path | str, *, device: str = "auto", average: bool = False, overrides: Sequence[str] = ()
+) -> Predictor:
+    """Load a trained model. The checkpoint is enough: it holds the configuration and the classes.
+
+    Args:
+        weights: path of the checkpoint, such as `runs/NAME/checkpoints/best.pt`.
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        average: whether to use the averaged weights of the checkpoint.
+        overrides: `a.b.c=VALUE` changes to the stored configuration, such as `model.detection.score_threshold=0.3`.
+
+    Raises:
+        InputError: the file is not a checkpoint or has no averaged weights, an override is invalid, or the device does
+            not exist.
+    """
+    checkpoint = load_checkpoint(Path(weights))
+    config = validate(checkpoint.config, ExperimentConfig, source=str(weights), overrides=overrides)
+    return _predictor(config, checkpoint, str(weights), choose_device(device), average=average)
+
+
+def load_predictor(
+    config: ExperimentConfig, weights: Path, device: torch.device, *, average: bool = False
+) -> Predictor:
+    """Return the predictor of a checkpoint with another configuration than the one that it holds.
+
+    Args:
+        config: the experiment, whose model must match the checkpoint.
+        weights: path of the checkpoint.
+        device: where to run the model.
+        average: whether to use the averaged weights of the checkpoint.
+
+    Raises:
+        InputError: the file is not a checkpoint, does not match the model, or has no averaged weights.
+    """
+    return _predictor(config, load_checkpoint(weights), str(weights), device, average=average)
+
+
+def _predictor(
+    config: ExperimentConfig, checkpoint: Checkpoint, source: str, device: torch.device, *, average: bool
+) -> Predictor:
+    if average and not checkpoint.average:
+        raise InputError(f"{source}: it holds no averaged weights (training.ema_decay creates them); omit --ema")
+    model = config.model.build(len(checkpoint.classes), pretrained=False)
+    state = checkpoint.average if average else checkpoint.model
+    load_weights(model, state, source=source).require_complete()
+    return config.predictor(model.to(device), checkpoint.classes)
+
+
+def evaluate_checkpoint(
+    config: ExperimentConfig, weights: Path, out: Path, device: torch.device, *, average: bool = False
+) -> Evaluation:
+    """Evaluate a checkpoint on the validation set and write metrics, results and pictures to folder `out`.
+
+    Raises:
+        InputError: the checkpoint does not match the model or the classes of the validation set.
+    """
+    dataset = config.data.build_validation()
+    predictor = load_predictor(config, weights, device, average=average)
+    require_same_classes(predictor.classes, dataset.classes, str(weights), "data.validation")
+    evaluation = config.evaluator(dataset)(predictor, out)
+    settings = config.evaluation
+    draw_predictions(predictor, dataset, settings.pictures, out / "predictions", min_score=settings.picture_score)
+    return evaluation
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from maskrcnn.config import to_dict
+from maskrcnn.config import to_dict, validate
 from maskrcnn.data.loader import DetectionDataset, batches_per_epoch, training_loader
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
@@ -24,25 +23,20 @@ from maskrcnn.engine.checkpoint import (
     seed_generators,
 )
 from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.loop import train
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, SilentWriter, read_records
 from maskrcnn.engine.optimizer import clip_gradients
+from maskrcnn.engine.pictures import draw_predictions, preview_pictures
+from maskrcnn.engine.predictor import Predictor
 from maskrcnn.engine.profiler import Profiler
 from maskrcnn.engine.replay import Replay, save_replay
 from maskrcnn.engine.step import Precision, TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import (
-    Predictor,
-    draw_predictions,
-    evaluate_predictor,
-    preview_pictures,
-    validation_losses,
-)
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.runtime.console import setup_logging
-from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Losses
 
@@ -68,7 +62,6 @@ def train_experiment(
         InputError: the configuration, the data, the run directory or a checkpoint is invalid.
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
-    keep_freed_memory()
     if config.training.deterministic:
         make_deterministic()
     run = RunDirectory(out)
@@ -88,8 +81,8 @@ def train_experiment(
         metric=config.evaluation.best_metric,
         keep=config.training.keep_checkpoints,
     )
-    predictor = Predictor.of(config, model, validation.classes, processes.device)
-    evaluator = _Evaluator(config, run, predictor, state.average, validation, processes, checkpoints)
+    predictor = config.predictor(model, validation.classes)
+    evaluator = _Evaluations(config, run, predictor, state.average, validation, processes, checkpoints)
     with run.explaining_full_disks(), ExitStack() as stack:
         writer = stack.enter_context(MetricsWriter(run.root, start=start) if processes.is_main else SilentWriter())
         writer.last_evaluation = processes.broadcast(writer.last_evaluation)
@@ -109,7 +102,7 @@ def train_experiment(
             profiler=stack.enter_context(Profiler(run.root)) if use_profiler else None,
         )
     if processes.is_main:
-        draw_predictions(config, predictor, validation, run.predictions)
+        evaluator.draw(run.predictions)
         logger.info("%s", run.contents())
 
 
@@ -197,7 +190,7 @@ def _training_batches(
     )
 
 
-class _Evaluator:
+class _Evaluations:
     """Evaluates the model and its averaged weights, if any. The images are divided among the processes."""
 
     def __init__(
@@ -211,24 +204,32 @@ class _Evaluator:
         checkpoints: CheckpointFolder,
     ) -> None:
         self._predictor = predictor
+        self._evaluator: Evaluator = config.evaluator(validation)
         self._config, self._run, self._average = config, run, average
-        self._validation, self._processes, self._checkpoints = validation, processes, checkpoints
+        self._processes, self._checkpoints = processes, checkpoints
 
     def __call__(self, iteration: int) -> Measurement:
         """Evaluate the model after `iteration` training steps and update `best.pt`."""
-        logger.info("evaluating after iteration %d on %d images", iteration, len(self._validation))
+        dataset, settings = self._evaluator.dataset, self._config.evaluation
+        logger.info("evaluating after iteration %d on %d images", iteration, len(dataset))
         measurement = self._measure(self._run.evaluation)
-        if self._config.evaluation.losses:
-            losses = validation_losses(self._config, self._predictor, self._validation, self._processes)
-            measurement = measurement._replace(losses=losses)
+        if settings.losses:
+            measurement = measurement._replace(losses=self._evaluator.losses(self._predictor, self._processes))
         if self._average is not None:
             with self._average.applied():
                 measurement = measurement.with_average(self._measure(self._run.evaluation / "average"))
         if self._processes.is_main:
             self._checkpoints.keep_best(iteration, measurement.metrics)
-            pictures = preview_pictures(self._config, self._predictor, self._validation)
+            pictures = preview_pictures(self._predictor, dataset, settings.pictures, min_score=settings.picture_score)
             measurement = measurement._replace(pictures=pictures)
         return measurement
+
+    def draw(self, out: Path) -> None:
+        """Draw ground truth beside prediction to folder `out`."""
+        settings = self._config.evaluation
+        draw_predictions(
+            self._predictor, self._evaluator.dataset, settings.pictures, out, min_score=settings.picture_score
+        )
 
     def is_over(self) -> bool:
         """Return True after `patience` evaluations without improvement."""
@@ -243,9 +244,7 @@ class _Evaluator:
         return sum(record["kind"] == "evaluation" and record["iteration"] > best_iteration for record in records)
 
     def _measure(self, out: Path) -> Measurement:
-        evaluation, images_per_second = evaluate_predictor(
-            self._config, self._predictor, self._validation, out, self._processes
-        )
+        evaluation, images_per_second = self._evaluator.timed(self._predictor, out, self._processes)
         return Measurement(evaluation.summary(), images_per_second, evaluation.class_summary())
 
 
@@ -274,7 +273,7 @@ def repeat_step(replay: Replay, source: str, device: torch.device, *, precision:
     Raises:
         InputError: the stored weights do not match the model of the stored configuration.
     """
-    config = ExperimentConfig.model_validate_json(json.dumps(replay.config))
+    config = validate(replay.config, ExperimentConfig, source=source)
     model = config.model.build(len(replay.classes), pretrained=False).to(device)
     load_weights(model, replay.model, source=source).require_complete()
     optimizer = config.training.optimizer.build(model, batch_size=config.training.batch_size)

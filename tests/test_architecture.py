@@ -21,12 +21,11 @@ LAYERS = (
     {"structures", "config", "runtime"},
     {"ops"},
     {"data"},
-    {"engine"},
     {"models", "evaluation"},
     {"visualization", "resume_rules"},
+    {"engine"},
     {"run_directory"},
     {"experiment"},
-    {"inference"},
     {"training_run"},
     {"ablation"},
     {"cli"},
@@ -82,7 +81,8 @@ def breaks_layers(statement: Import) -> bool:
     return part(target) != part(source) and layer(target) >= layer(source)
 
 
-IMPORTS = [statement for name, tree in TREES.items() for statement in imports_of(name, tree)]
+# Without those of the package itself, which offers names of all layers.
+IMPORTS = [statement for name, tree in TREES.items() if name != "maskrcnn" for statement in imports_of(name, tree)]
 
 
 def module_of(name: str) -> str:

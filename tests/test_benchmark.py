@@ -19,9 +19,9 @@ from torch import nn
 
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import evaluation_loader
+from maskrcnn.engine.evaluator import coco_results
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import Predictor
 from maskrcnn.ops.mask_tables import full_masks
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -200,9 +200,10 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
     torch.nn.init.normal_(side.model.roi_heads.box_predictor.cls_score.weight, std=0.3)  # scores that differ
     ours = config.model.build(len(validation.classes), pretrained=False)
     copy_torchvision_weights(side.model, ours)
-    predictor = Predictor.of(config, ours, validation.classes, torch.device("cpu"))
+    predictor = config.predictor(ours, validation.classes)
     (batch, *_) = evaluation_loader(validation, predictor.transform, batch_size=2, workers=0, size_divisor=32)
-    own, other = (sorted(detect(batch), key=itemgetter("image_id", "bbox")) for detect in (predictor, side.detect))
+    both = (coco_results(predictor, batch), side.detect(batch))
+    own, other = (sorted(results, key=itemgetter("image_id", "bbox")) for results in both)
     assert len(own) == len(other) > 10
     for one, two in zip(own, other, strict=True):
         assert one["category_id"] == two["category_id"]
@@ -254,8 +255,8 @@ def test_a_model_that_torchvision_does_not_have_is_refused(convergence: ModuleTy
 
 def test_the_design_is_balanced(screening: ModuleType) -> None:
     levels = screening.design()
-    assert levels.shape == (12, len(screening.FACTORS))
-    assert np.array_equal(levels.T @ levels, 12 * np.eye(11))
+    assert levels.shape == (screening.TRAININGS, len(screening.FACTORS)) == (20, 19)
+    assert np.array_equal(levels.T @ levels, 20 * np.eye(19))
     assert (levels.sum(axis=0) == 0).all()
 
 
@@ -268,12 +269,17 @@ def test_effects_by_hand(convergence: ModuleType, screening: ModuleType) -> None
         figures = [{40: {"box/AP": ap, "mask/AP": ap / 2}} for ap in aps]
         blocks.append([convergence.Run("photos", "ours", seed, np.zeros((1, 5)), f, ["torch: 2.99"]) for f in figures])
     values = screening.effects(blocks, 40, "box/AP")
-    assert values[0] == pytest.approx([4.0 if i == 2 else -2.0 if i == 7 else 0.0 for i in range(11)])
+    assert values == pytest.approx([5.0 if i == 2 else -2.0 if i == 7 else 0.0 for i in range(19)])
     text = screening.report(blocks)
     assert text.index(f"| {names[2]} |") < text.index(f"| {names[7]} |")
     low, high = screening.FACTORS[names[2]][:2]
-    # Effects 4 and 6: mean 5, standard error 1, t = 12.706.
-    assert f"| {names[2]} | {low} | {high} | +5.0 [-7.7, +17.7]" in text
+    assert f"| {names[2]} | {low} | {high} | +5.0 | +2.5 |" in text
+
+
+def test_margin_of_error_by_hand(screening: ModuleType) -> None:
+    """Median 2: effects up to 7.5 count, whose median is 1.5: 2.25 times Student's t with 7/3 degrees of freedom."""
+    effect = np.array([1.0, -1.0, 2.0, -10.0, 1.0, 2.0, 3.0])
+    assert screening.margin_of_error(effect) == pytest.approx(2.25 * 3.764, rel=1e-3)
 
 
 def test_levels_change_what_they_name(screening: ModuleType) -> None:
@@ -287,18 +293,30 @@ def test_levels_change_what_they_name(screening: ModuleType) -> None:
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     low = weights()
-    changed = {
-        "background_prior": {"box_head.cls_score.bias"},
-        "objectness_prior": {"rpn.objectness_logits.bias"},
-        "last_stage": {f"backbone.body.layer4.{block}.conv2.weight" for block in (0, 1)},
+    rpn = ("conv", "objectness_logits", "anchor_deltas")
+    levels = [f"backbone.{part}.{level}.conv.weight" for part in ("lateral", "output") for level in range(4)]
+    scales = {  # of the deviation of the weights
+        "mask_logits": {"mask_head.logits.weight": 0.5**0.5 * 64**0.5 / 4},
+        "mask_upsample": {"mask_head.upsample.weight": 2.0},
+        "mask_layers": {f"mask_head.convs.{layer}.weight": 6**-0.5 for layer in range(4)},
+        "box_layers": {f"box_head.trunk.{layer}.weight": 3**-0.5 for layer in (1, 3)},
+        "box_predictors": {
+            "box_head.cls_score.weight": 0.01 * (3 * 256) ** 0.5,
+            "box_head.bbox_pred.weight": 0.001 * (3 * 256) ** 0.5,
+        },
+        "rpn_layers": {f"rpn.{layer}.weight": 100 * (3 * (64 * 9 if layer == "conv" else 64)) ** -0.5 for layer in rpn},
+        "pyramid": dict.fromkeys(levels, 3**-0.5),
+        "background_prior": {"box_head.cls_score.bias": None},
+        "objectness_prior": {"rpn.objectness_logits.bias": None},
+        "last_stage": {f"backbone.body.layer4.{block}.conv2.weight": 0.0 for block in (0, 1)},
     }
-    for name, expected in changed.items():
+    assert scales.keys() == {name for name, factor in screening.FACTORS.items() if factor.start is not None}
+    for name, expected in scales.items():
         high = weights(name)
-        assert {key for key in low if not torch.equal(low[key], high[key])} == expected
-    assert weights("box_predictors")["box_head.bbox_pred.weight"].std() > 10 * low["box_head.bbox_pred.weight"].std()
-    assert weights("mask_upsample")["mask_head.upsample.weight"].std() > 1.8 * low["mask_head.upsample.weight"].std()
-    assert weights("mask_logits")["mask_head.logits.weight"].std() > 2 * low["mask_head.logits.weight"].std()
-    assert weights("box_layers")["box_head.trunk.1.weight"].std() < 0.7 * low["box_head.trunk.1.weight"].std()
+        assert {key for key in low if not torch.equal(low[key], high[key])} == expected.keys(), name
+        for key, scale in expected.items():
+            if scale is not None:
+                assert (high[key].std() / low[key].std()).item() == pytest.approx(scale, rel=0.15, abs=1e-6), key
 
 
 def test_the_screening_trains_each_combination(
@@ -306,9 +324,9 @@ def test_the_screening_trains_each_combination(
 ) -> None:
     monkeypatch.setattr(screening, "train_missing", lambda wanted, runs, jobs: list(wanted.values()))
     (block,) = screening.run_all([CONFIGS / "shapes.yaml"], SMALL, [3], 10, tmp_path, 1)
-    assert len({tuple(job.high) for job in block}) == 12
+    assert len({tuple(job.high) for job in block}) == 20
     assert all(job.marks == [5, 10] and job.seed == 3 for job in block)
-    assert sum("model.loss_normalizer=batch" in job.overrides for job in block) == 6
+    assert sum("model.loss_normalizer=batch" in job.overrides for job in block) == 10
     job = dataclasses.replace(block[0], marks=[1])
     (run,) = load(TOOLS / "benchmarks" / "convergence.py").train_missing({tmp_path / "one.json": job}, tmp_path, 1)
     assert run.figures.keys() == {1}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from maskrcnn import training_run
 from maskrcnn.config import load_config
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint
+from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
+from maskrcnn.engine.pictures import predict_images
+from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig, choose_device
-from maskrcnn.inference import Predictor, evaluate_checkpoint, evaluate_predictor, load_predictor, predict_images
+from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, load_predictor
+from maskrcnn.experiment import load as load_weights
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import ClassTable
 from maskrcnn.training_run import train_experiment
@@ -153,7 +154,7 @@ def test_a_run_without_a_checkpoint_resumes_at_its_beginning(run: Path, tmp_path
 def test_a_finished_run_does_nothing_more(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    monkeypatch.setattr(training_run, "evaluate_predictor", None)  # a call raises TypeError
+    monkeypatch.setattr(Evaluator, "timed", None)  # a call raises TypeError
     train(load(tmp_path), other, resume=True)
     assert read_records(other / "metrics.jsonl") == read_records(run / "metrics.jsonl")
 
@@ -291,7 +292,7 @@ class Renumbered:
 def test_results_have_the_category_ids_of_the_annotations(run: Path, tmp_path: Path) -> None:
     """Only the class names must be the same as in the training set, not the category ids."""
     predictor = load_predictor(load(tmp_path), run / "checkpoints" / "last.pt", CPU)
-    evaluate_predictor(load(tmp_path), predictor, Renumbered(), tmp_path / "out")
+    Evaluator(Renumbered())(predictor, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results
     assert {result["category_id"] for result in results} <= {70, 80, 90}
@@ -358,16 +359,31 @@ def test_there_must_be_images(predictor: Predictor, tmp_path: Path) -> None:
 
 
 def test_detections_do_not_depend_on_the_batch_size(predictor: Predictor, tmp_path: Path) -> None:
-    config = load(tmp_path)
-    dataset = config.data.build_validation()
-    batched = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 3})})
-    for number, experiment in ((1, config), (3, batched)):
-        evaluate_predictor(experiment, replace(predictor), dataset, tmp_path / str(number))
+    dataset = load(tmp_path).data.build_validation()
+    for batch_size in (1, 3):
+        Evaluator(dataset, batch_size=batch_size)(predictor, tmp_path / str(batch_size))
     one, three = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (1, 3))
     assert [result["image_id"] for result in one] == [result["image_id"] for result in three]
     for single, batched_result in zip(one, three, strict=True):
         assert single["score"] == pytest.approx(batched_result["score"], abs=1e-4)
         assert single["bbox"] == pytest.approx(batched_result["bbox"], abs=1e-2)
+
+
+def test_a_checkpoint_is_enough(predictor: Predictor, run: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    instances = predictor(image)
+    same = load_weights(run / "checkpoints" / "last.pt")(image)
+    assert len(same) > 0
+    assert same.class_names == instances.class_names
+    assert torch.equal(same.boxes, instances.boxes)
+    assert torch.equal(same.masks, instances.masks)
+    fewer = load_weights(str(run / "checkpoints" / "last.pt"), overrides=["model.detection.detections_per_image=2"])
+    assert torch.equal(fewer(image).boxes, instances.boxes[:2])
+
+
+def test_a_wrong_override_of_a_checkpoint_is_refused(run: Path) -> None:
+    with pytest.raises(InputError, match=r"last\.pt: 1 problem\n  model\.detection\.detections: unknown key"):
+        load_weights(run / "checkpoints" / "last.pt", overrides=["model.detection.detections=2"])
 
 
 # Devices.

@@ -281,13 +281,10 @@ def test_the_metrics_of_cocoapi(tool: Run, shared_data: Path, tmp_path: Path, ki
     assert metrics == pytest.approx(EXPECTED[kind], abs=1e-6)
 
 
-def test_predicting_on_photographs(
-    tool: Run, shared_data: Path, dataset: Dataset, weights: Path, tmp_path: Path
-) -> None:
+def test_predicting_on_photographs(tool: Run, shared_data: Path, weights: Path, tmp_path: Path) -> None:
     photographs = sorted((shared_data / "coco_subset" / "val2017").glob("*.jpg"))[:2]
     outcome = tool(
         "predict",
-        dataset.config,
         photographs[0],
         photographs[1],
         "--weights",
@@ -325,7 +322,7 @@ def test_showing_a_configuration(tool: Run, dataset: Dataset) -> None:
         ["eval", "a.yaml"],
         ["eval", "--annotations", "a.json"],
         ["eval", "a.yaml", "--weights", "b.pt", "--annotations", "a.json", "--predictions", "c.json"],
-        ["predict", "a.yaml", "b.jpg", "--out", "c"],
+        ["predict", "b.jpg", "--out", "c"],
         ["show_config"],
         ["show_config", "a.yaml", "--schema"],
     ],
@@ -510,9 +507,7 @@ def test_a_wrong_number_of_classes(tool: Run, dataset: Dataset, tmp_path: Path) 
 def test_no_checkpoint(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
     absent = tmp_path / "absent.pt"
     assert_refused(tool("eval", dataset.config, "--weights", absent), str(absent))
-    assert_refused(
-        tool("predict", dataset.config, dataset.image(1), "--weights", absent, "--out", tmp_path), str(absent)
-    )
+    assert_refused(tool("predict", dataset.image(1), "--weights", absent, "--out", tmp_path), str(absent))
     assert_refused(tool("train", dataset.config, "--out", tmp_path / "run", "--init", absent), str(absent))
 
 
@@ -555,7 +550,7 @@ def test_weights_of_other_classes_cannot_be_evaluated(tool: Run, dataset: Datase
 
 def test_images_that_cannot_be_predicted(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
     dataset.image(2).write_bytes(b"no image")
-    predict = ["predict", dataset.config, "--weights", weights, "--out", tmp_path / "out"]
+    predict = ["predict", "--weights", weights, "--out", tmp_path / "out"]
     assert_refused(tool(*predict, tmp_path / "absent.jpg"), str(tmp_path / "absent.jpg"))
     assert_refused(tool(*predict, dataset.image(2)), str(dataset.image(2)))
     assert_refused(tool(*predict[:-1], dataset.folder / "images", dataset.image(1)), "the pictures would replace")

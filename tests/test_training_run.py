@@ -19,8 +19,7 @@ from maskrcnn.engine.metrics import TIMING_KEYS, read_records, without_nan
 from maskrcnn.engine.replay import load_replay
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import evaluate_checkpoint, load_predictor
+from maskrcnn.experiment import ExperimentConfig, evaluate_checkpoint, load_predictor
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
 from maskrcnn.training_run import train_experiment

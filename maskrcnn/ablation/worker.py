@@ -20,6 +20,7 @@ from maskrcnn.engine.loop import Interrupted
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.runtime.console import run_main
+from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.training_run import train_experiment
 
@@ -33,6 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     config = load_config(args.config, ExperimentConfig)
     resume = RunDirectory(args.out).started
     try:

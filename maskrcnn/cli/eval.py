@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give either CONFIG and --weights, or --annotations and --predictions")
 
     from maskrcnn.config import load_config
+    from maskrcnn.engine.evaluator import report
     from maskrcnn.evaluation.results import read_results
-    from maskrcnn.experiment import ExperimentConfig, choose_device
-    from maskrcnn.inference import evaluate_checkpoint, report
+    from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint
+    from maskrcnn.runtime.memory import keep_freed_memory
 
     setup_logging()
+    keep_freed_memory()
     if from_files:
         report(args.annotations, read_results(args.predictions), args.out, backend=args.backend or "faster")
         return

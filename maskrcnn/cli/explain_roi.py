@@ -170,8 +170,7 @@ def _load_model(config_file: Path, overrides: list[str], weights: Path | None) -
     import torch
 
     from maskrcnn.config import load_config
-    from maskrcnn.experiment import ExperimentConfig
-    from maskrcnn.inference import load_predictor
+    from maskrcnn.experiment import ExperimentConfig, load_predictor
 
     config = load_config(config_file, ExperimentConfig, overrides)
     if weights is not None:

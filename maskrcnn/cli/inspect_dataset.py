@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
 
     from maskrcnn.config import load_config
     from maskrcnn.data.statistics import summarize
+    from maskrcnn.engine.pictures import draw_ground_truth
     from maskrcnn.experiment import ExperimentConfig
-    from maskrcnn.inference import draw_ground_truth
 
     setup_logging()
     data = load_config(args.config, ExperimentConfig, args.overrides).data

@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> None:
     from maskrcnn.config import load_config
     from maskrcnn.engine.loop import Interrupted
     from maskrcnn.experiment import ExperimentConfig, choose_device
+    from maskrcnn.runtime.memory import keep_freed_memory
     from maskrcnn.runtime.processes import processes
     from maskrcnn.training_run import train_experiment
 
     out = args.out or Path("runs") / args.config.stem
     setup_logging()
+    keep_freed_memory()
     config = load_config(args.config, ExperimentConfig, args.overrides)
     try:
         with processes(choose_device(args.device)) as group:

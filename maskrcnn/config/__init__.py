@@ -20,7 +20,7 @@ from pydantic_core import core_schema
 from maskrcnn.config.composition import compose, merge, read_overrides
 from maskrcnn.config.explanation import explain
 from maskrcnn.config.recipes import find_config
-from maskrcnn.config.yaml_text import dump
+from maskrcnn.config.yaml_text import TracedMapping, dump, traced
 from maskrcnn.errors import InputError
 
 
@@ -51,7 +51,27 @@ def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()
             the file and line of its origin.
     """
     problems: list[str] = []
-    data = merge(compose(find_config(Path(path)), problems), read_overrides(overrides, problems))
+    data = compose(find_config(Path(path)), problems)
+    return _validate(data, schema, str(path), overrides, problems)
+
+
+def validate(data: Mapping[str, Any], schema: type[S], *, source: str, overrides: Sequence[str] = ()) -> S:
+    """Validate a configuration that `to_dict` returned, with `overrides` applied; new keys have their defaults.
+
+    Args:
+        data: the configuration in plain types.
+        schema: its section class.
+        source: name of its file in error messages.
+        overrides: as for `load_config`.
+
+    Raises:
+        InputError: the configuration is invalid; the message has one line per problem.
+    """
+    return _validate(traced(data, source), schema, source, overrides, [])
+
+
+def _validate(data: TracedMapping, schema: type[S], source: str, overrides: Sequence[str], problems: list[str]) -> S:
+    data = merge(data, read_overrides(overrides, problems))
     try:
         # Strict, so that `true` is not a number. As JSON, because strict validation of JSON accepts a list as a tuple.
         config = schema.model_validate_json(json.dumps(data), strict=True)
@@ -59,7 +79,7 @@ def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()
         problems += explain(error, schema, data)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise InputError("\n  ".join([f"{path}: {count}", *problems]))
+        raise InputError("\n  ".join([f"{source}: {count}", *problems]))
     return config
 
 

@@ -22,6 +22,12 @@ class TracedMapping(dict[str, Any]):
         self.origins = origins
 
 
+def traced(data: Mapping[str, Any], origin: str) -> TracedMapping:
+    """Return nested mappings as traced mappings, all with the same origin."""
+    items = {key: traced(value, origin) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return TracedMapping(items, dict.fromkeys(items, origin))
+
+
 class _Loader(yaml.SafeLoader):
     """Loads the types of JSON, and reports duplicate keys and keys that are not text."""
 

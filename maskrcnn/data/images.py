@@ -1,4 +1,4 @@
-"""Reading image files."""
+"""Reading images: files, and images in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from maskrcnn.errors import InputError
+
+
+def to_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """Return an image as (3, H, W) uint8 RGB.
+
+    Args:
+        image: a path (see `read_image`), a PIL image, an array (H, W, 3) or a tensor (3, H, W), both uint8 RGB.
+
+    Raises:
+        InputError: a file cannot be read, or an array or tensor has another shape or type.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(_as_rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8 or not pixels.numel():
+        raise InputError(
+            f"expected an image as a tensor (3, H, W) or an array (H, W, 3) of uint8 RGB values, not "
+            f"{type(image).__name__} {tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
+        )
+    return pixels.cpu()
 
 
 def read_image(path: Path) -> Tensor:

@@ -1,7 +1,4 @@
-"""COCO results: conversion of detections to original image coordinates, and reading and writing of results files.
-
-Shapes: B images, D detections, M mask side.
-"""
+"""COCO results files."""
 
 from __future__ import annotations
 
@@ -12,21 +9,18 @@ from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from maskrcnn.data.coco_file import Rle
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError, first_of
-from maskrcnn.ops.masks import PasteConvention, encode_masks
 from maskrcnn.runtime.files import write_atomically
-from maskrcnn.structures import Batch, ClassTable, Detections
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CocoResult(TypedDict):
-    """One detection. The box is `(x, y, width, height)`; `coco_results` returns both box and mask."""
+    """One detection. The box is `(x, y, width, height)`."""
 
     image_id: int
     category_id: int
@@ -36,63 +30,6 @@ class CocoResult(TypedDict):
 
 
 _SCHEMA = TypeAdapter(list[CocoResult])
-
-
-def coco_results(
-    detections: Detections, batch: Batch, classes: ClassTable, paste: PasteConvention = "exact"
-) -> list[dict[str, Any]]:
-    """Convert the detections of a batch to COCO results, in pixels of the original images.
-
-    Boxes are divided by the scale of the image and clipped to the original image. Masks are pasted into their boxes.
-
-    Args:
-        detections: in pixels of the resized images.
-        batch: the batch of the detections.
-        classes: gives the category ids of the labels.
-        paste: the paste convention; see `maskrcnn.ops.masks.paste_probabilities`.
-
-    Returns:
-        A list of `{"image_id", "category_id", "bbox", "score", "segmentation"}`, by image and then by descending score.
-    """
-    # `Tensor.cpu` waits for the copy from a GPU; `Detections.to` does not.
-    boxes, scores, labels, masks = (
-        tensor.cpu() for tensor in (detections.boxes, detections.scores, detections.labels, detections.masks)
-    )
-    results = []
-    for b, image_id in enumerate(batch.image_ids):
-        valid = labels[b] > 0
-        height, width = batch.original_sizes[b]
-        original = _original_boxes(boxes[b][valid], batch.scales[b], height, width)
-        columns = zip(
-            labels[b][valid].tolist(),
-            _xyxy_to_xywh(original).tolist(),
-            scores[b][valid].tolist(),
-            encode_masks(masks[b][valid], original, height, width, convention=paste),
-            strict=True,
-        )
-        results += [
-            {
-                "image_id": image_id,
-                "category_id": classes.category_ids[label - 1],
-                "bbox": box,
-                "score": score,
-                "segmentation": mask,
-            }
-            for label, box, score, mask in columns
-        ]
-    return results
-
-
-def _original_boxes(boxes: Tensor, scale: tuple[float, float], height: int, width: int) -> Tensor:
-    return (boxes / boxes.new_tensor([*scale, *scale])).clamp(
-        min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height])
-    )
-
-
-def _xyxy_to_xywh(boxes: Tensor) -> Tensor:
-    xywh = boxes.clone()
-    xywh[:, 2:] -= boxes[:, :2]
-    return xywh
 
 
 def write_results(path: Path, results: Iterable[dict[str, Any]]) -> None:

@@ -34,7 +34,6 @@ from maskrcnn.engine.optimizer import SGDConfig, set_learning_rate
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import Predictor, evaluate_predictor
 from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 from maskrcnn.models.norms import SyncBatchNorm, build_norm
 from maskrcnn.runtime.processes import Processes, is_shared, processes, sum_over_processes
@@ -179,8 +178,7 @@ def evaluation(group: Processes, out: Path) -> dict[str, Any]:
     if not group.is_main:  # as running statistics differ between processes
         for buffer in model.buffers():
             buffer += 1
-    predictor = Predictor.of(config, model, dataset.classes, CPU)
-    metrics, _ = evaluate_predictor(config, predictor, dataset, out, group)
+    metrics, _ = config.evaluator(dataset).timed(config.predictor(model, dataset.classes), out, group)
     return {"all": group.gather(json.dumps(metrics.summary()))}
 
 

@@ -34,12 +34,12 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import DetectionDataset, evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
+from maskrcnn.engine.evaluator import coco_results
 from maskrcnn.engine.metrics import without_nan
 from maskrcnn.engine.optimizer import clip_gradients, set_learning_rate
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import Predictor
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import full_masks
 from maskrcnn.run_directory import environment
@@ -70,8 +70,12 @@ class Side:
 def our_side(config: ExperimentConfig, dataset: DetectionDataset) -> Side:
     """Our model, as the configuration builds it."""
     model = config.model.build(len(dataset.classes))
-    predictor = Predictor.of(config, model, dataset.classes, torch.device("cpu"))
-    return Side(model, lambda batch: torch.stack(tuple(model(batch.images, batch.targets))), predictor)
+    predictor = config.predictor(model, dataset.classes)
+    return Side(
+        model,
+        lambda batch: torch.stack(tuple(model(batch.images, batch.targets))),
+        lambda batch: coco_results(predictor, batch),
+    )
 
 
 # ---- torchvision's

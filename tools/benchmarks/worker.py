@@ -28,10 +28,10 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from maskrcnn.config import load_config
 from maskrcnn.data.loader import collate
 from maskrcnn.engine.checkpoint import TrainingState
+from maskrcnn.engine.instances import Instances
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.evaluation.bootstrap import draw_counts, resampled_figures
 from maskrcnn.evaluation.matches import EVERY, Matches
-from maskrcnn.evaluation.results import coco_results
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import encode_masks
@@ -219,7 +219,8 @@ def our_inference(job: Job, device: torch.device) -> Step:
     def step() -> dict[str, float]:
         with _autocast(job, device):
             detections = model.detect(batch.images.to(device))
-        return counts | {"detections": len(coco_results(detections, batch, classes))}
+        (instances,) = Instances.of_batch(detections, batch, classes)
+        return counts | {"detections": len(instances.to_coco(image_id=0))}
 
     return step
 

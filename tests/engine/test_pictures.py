@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from maskrcnn import inference
+from maskrcnn.engine import pictures
+from maskrcnn.engine.pictures import PREVIEW_IMAGES, draw_predictions, preview_pictures
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.inference import PREVIEW_IMAGES, Predictor, draw_predictions, preview_pictures
 
 SHAPES = {"kind": "shapes", "length": 6, "height": 64, "width": 64, "classes": ["disc", "cross"]}
 
 
-def experiment(pictures: int) -> ExperimentConfig:
+def experiment() -> ExperimentConfig:
     sizes: dict[str, Any] = {"short_side": [64], "long_side": 64}
     return ExperimentConfig.model_validate(
         {
@@ -29,19 +28,17 @@ def experiment(pictures: int) -> ExperimentConfig:
                 "detection": {"score_threshold": 0.0, "detections_per_image": 5},
             },
             "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": {**sizes, "flip": 0}},
-            "evaluation": {"pictures": pictures, "picture_score": 0},
         }
     )
 
 
-def previews(pictures: int, out: Path) -> dict[str, np.ndarray]:
+def previews(count: int, out: Path) -> dict[str, np.ndarray]:
     """Write the pictures of predictions to `out` and return the preview pictures of an evaluation."""
-    config = experiment(pictures)
+    config = experiment()
     dataset = config.data.build_validation()
-    model = config.model.build(len(dataset.classes))
-    predictor = Predictor.of(config, model, dataset.classes, torch.device("cpu"))
-    draw_predictions(config, predictor, dataset, out)
-    return preview_pictures(config, predictor, dataset)
+    predictor = config.predictor(config.model.build(len(dataset.classes)), dataset.classes)
+    draw_predictions(predictor, dataset, count, out, min_score=0)
+    return preview_pictures(predictor, dataset, count, min_score=0)
 
 
 def test_previews_are_the_first_pictures(tmp_path: Path) -> None:
@@ -53,7 +50,7 @@ def test_previews_are_the_first_pictures(tmp_path: Path) -> None:
 
 
 def test_previews_are_shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "PREVIEW_SIDE", 100)
+    monkeypatch.setattr(pictures, "PREVIEW_SIDE", 100)
     (picture,) = previews(1, tmp_path).values()
     assert picture.shape[1] == 100
     assert previews(0, tmp_path) == {}

@@ -1,0 +1,132 @@
+"""Evaluation of a predictor on a dataset with ground truth."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from maskrcnn.data.loader import DetectionDataset, evaluation_loader
+from maskrcnn.engine.instances import Result
+from maskrcnn.engine.predictor import Predictor
+from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate
+from maskrcnn.evaluation.results import write_results
+from maskrcnn.runtime.processes import Processes
+from maskrcnn.structures import Batch, Losses
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Computes COCO box and mask AP of a predictor on a dataset."""
+
+    dataset: DetectionDataset
+    batch_size: int = 1
+    workers: int = 0  # data loader processes; 0 loads in this process
+    backend: Backend = "faster"  # library that computes the metrics
+
+    def __call__(self, predictor: Predictor, out: Path | None = None) -> Evaluation:
+        """Evaluate `predictor` and log the tables; write `results.json` and `metrics.json` to folder `out`, if given.
+
+        The predictor must have the class names of the dataset; the category ids may differ.
+        """
+        evaluation, _ = self.timed(predictor, out, Processes(predictor.device))
+        return evaluation
+
+    def timed(self, predictor: Predictor, out: Path | None, processes: Processes) -> tuple[Evaluation, float]:
+        """Evaluate on several processes. Every process must call this function.
+
+        The images are divided among the processes; the main process computes the metrics and writes the files. With
+        the same number of threads and kind of device, the results equal those of a single process.
+
+        Returns:
+            The evaluation, which is the same on every process, and the images per second of inference, without the
+            computation of the metrics.
+        """
+        processes.share_buffers(predictor.model)
+        # The class names are the same, but results need the category ids of this dataset.
+        predictor = replace(predictor, classes=self.dataset.classes)
+        started_at = time.perf_counter()
+        results = self._predict(predictor, processes)
+        images_per_second = len(self.dataset) / (time.perf_counter() - started_at)
+
+        def compute_metrics() -> Evaluation:
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                write_results(out / "results.json", results)
+            return report(self.dataset.ground_truth(), results, out, backend=self.backend)
+
+        return processes.from_main(compute_metrics), images_per_second
+
+    @torch.no_grad()
+    def losses(self, predictor: Predictor, processes: Processes | None = None) -> dict[str, float]:
+        """Return each loss term by name, mean over the images of the dataset, with the model in eval mode.
+
+        The images are divided among the processes. Every process must call this function and gets the same result.
+        """
+        processes = processes or Processes(predictor.device)
+        processes.share_buffers(predictor.model)
+        predictor.model.eval()
+        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
+        for batch in self._batches(predictor, processes):
+            losses = predictor.model(batch.images.to(predictor.device), batch.targets.to(predictor.device))
+            sums += torch.stack(tuple(losses)).double().cpu() * len(batch.images)
+        sums_by_rank = processes.gather(sums)
+        means = processes.broadcast((torch.stack(sums_by_rank or [sums]).sum(dim=0) / len(self.dataset)).tolist())
+        return dict(zip(Losses._fields, means, strict=True))
+
+    def _predict(self, predictor: Predictor, processes: Processes) -> list[Result]:
+        """Return the results of all images in dataset order on the main process, and an empty list on the others."""
+        disable = None if processes.is_main else True  # None: disabled if stderr is not a terminal
+        batches = tqdm(self._batches(predictor, processes), desc="evaluating", leave=False, disable=disable)
+        results_by_rank = processes.gather([coco_results(predictor, batch) for batch in batches]) or []
+        # Batch i of the dataset is on process i % world.
+        rounds = zip_longest(*results_by_rank, fillvalue=[])
+        return [result for batches_of_round in rounds for results in batches_of_round for result in results]
+
+    def _batches(self, predictor: Predictor, processes: Processes) -> Iterable[Batch]:
+        return evaluation_loader(
+            self.dataset,
+            predictor.transform,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            size_divisor=predictor.model.size_divisor,
+            rank=processes.rank,
+            world=processes.world,
+        )
+
+
+def coco_results(predictor: Predictor, batch: Batch) -> list[Result]:
+    """Return the COCO results of a batch, by image and then by descending score."""
+    instances = zip(batch.image_ids, predictor.detect(batch), strict=True)
+    return [result for image_id, detections in instances for result in detections.to_coco(image_id)]
+
+
+def report(
+    ground_truth: dict[str, Any] | Path, results: Sequence[Result], out: Path | None, *, backend: Backend
+) -> Evaluation:
+    """Compute box and mask AP, log the tables, and write `metrics.json`.
+
+    Args:
+        ground_truth: COCO annotations, or the path of an annotation file.
+        results: detections in COCO's results format.
+        out: folder of `metrics.json`; None writes no file.
+        backend: implementation of the COCO evaluation.
+    """
+    evaluation = evaluate(ground_truth, results, backend=backend)
+    logger.info("%s\n\n%s", evaluation.format_class_table(), evaluation.format_table())
+    if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
+        logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return evaluation

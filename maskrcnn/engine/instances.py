@@ -1,0 +1,150 @@
+"""Detections of one image in original pixels: masks, COCO results and pictures of them.
+
+Shapes: N detections, H x W pixels of the original image, M mask side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskrcnn.ops.masks import PasteConvention, encode_masks, paste_masks
+from maskrcnn.structures import Batch, ClassTable, Detections
+from maskrcnn.visualization.drawing import draw_objects
+
+Result = dict[str, Any]  # one detection in COCO's results format
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The detections of one image, by descending score. Tensors are on the CPU.
+
+    `instances[index]` selects detections by an integer, a slice, a list of integers or a bool tensor (N,):
+    `instances[instances.scores >= 0.5]`.
+    """
+
+    boxes: Tensor  # (N, 4) float32 (x1, y1, x2, y2) in pixels of the original image, clipped to it
+    scores: Tensor  # (N,) class probability
+    labels: Tensor  # (N,) int64, 1..K
+    mask_probabilities: Tensor  # (N, M, M) in the cells of the box
+    height: int  # of the original image
+    width: int
+    classes: ClassTable
+    paste: PasteConvention = "exact"
+    image: Tensor | None = None  # (3, H, W) uint8 RGB, the original image; only `draw` uses it
+
+    @classmethod
+    def of_batch(
+        cls, detections: Detections, batch: Batch, classes: ClassTable, paste: PasteConvention = "exact"
+    ) -> list[Instances]:
+        """Return the detections of each image of a batch, mapped from resized to original pixels.
+
+        Args:
+            detections: in pixels of the resized images.
+            batch: the batch of the detections.
+            classes: names and category ids of the labels.
+            paste: the paste convention; see `maskrcnn.ops.masks.paste_probabilities`.
+        """
+        # `Tensor.cpu` waits for the copy from a GPU; `Detections.to` does not.
+        boxes, scores, labels, masks = (
+            tensor.cpu() for tensor in (detections.boxes, detections.scores, detections.labels, detections.masks)
+        )
+        valid = labels > 0
+        return [
+            cls(
+                _original_boxes(boxes[b][valid[b]], batch.scales[b], height, width),
+                scores[b][valid[b]],
+                labels[b][valid[b]],
+                masks[b][valid[b]],
+                height,
+                width,
+                classes,
+                paste,
+            )
+            for b, (height, width) in enumerate(batch.original_sizes)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Instances:
+        """Return the selected detections of the image."""
+        selection = [index] if isinstance(index, int) else index
+        fields = ("boxes", "scores", "labels", "mask_probabilities")
+        return dataclasses.replace(self, **{name: getattr(self, name)[selection] for name in fields})
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class name of each detection."""
+        return tuple(self.classes.names[label - 1] for label in self.labels.tolist())
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) bool: the masks, computed at each access; `to_coco` encodes the same masks."""
+        masks = torch.zeros((len(self), self.height, self.width), dtype=torch.bool)
+        for n in range(len(self)):  # one at a time: the probabilities of a mask take four times its memory
+            one = slice(n, n + 1)
+            masks[n] = paste_masks(
+                self.mask_probabilities[one], self.boxes[one], self.height, self.width, convention=self.paste
+            )[0]
+        return masks
+
+    def to_coco(self, image_id: int) -> list[Result]:
+        """Return one COCO result for each detection.
+
+        A result is `{"image_id", "category_id", "bbox", "score", "segmentation"}`, with the box as `(x, y, width,
+        height)` and the mask as compressed run lengths, both in pixels of the original image.
+        """
+        xywh = self.boxes.clone()
+        xywh[:, 2:] -= self.boxes[:, :2]
+        columns = zip(
+            self.labels.tolist(),
+            xywh.tolist(),
+            self.scores.tolist(),
+            encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste),
+            strict=True,
+        )
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.classes.category_ids[label - 1],
+                "bbox": box,
+                "score": score,
+                "segmentation": mask,
+            }
+            for label, box, score, mask in columns
+        ]
+
+    def draw(self, *, min_score: float = 0.5) -> Image.Image:
+        """Return a picture of the image with the detections whose score is at least `min_score`.
+
+        Small images are enlarged; see `maskrcnn.visualization.drawing.draw_objects`.
+
+        Raises:
+            ValueError: `image` is None.
+        """
+        return Image.fromarray(self.picture(min_score=min_score))
+
+    def picture(self, *, min_score: float) -> np.ndarray:
+        """Return the picture of `draw` as an (H, W, 3) uint8 RGB array."""
+        if self.image is None:
+            raise ValueError(
+                "these instances have no image to draw on; set it with dataclasses.replace(..., image=...)"
+            )
+        chosen = self[self.scores >= min_score]
+        background = self.image.permute(1, 2, 0).contiguous().numpy()
+        masks = list(chosen.masks.numpy())
+        return draw_objects(background, chosen.boxes, chosen.labels, masks, self.classes.names, chosen.scores)
+
+
+def _original_boxes(boxes: Tensor, scale: tuple[float, float], height: int, width: int) -> Tensor:
+    return (boxes / boxes.new_tensor([*scale, *scale])).clamp(
+        min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height])
+    )
