@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
+import maskrcnn.data.coco
+import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
 from maskrcnn.config import Section, validate
-from maskrcnn.data import DatasetConfig
-from maskrcnn.data.coco import CocoConfig
-from maskrcnn.data.loader import DetectionDataset
-from maskrcnn.data.shapes import ShapesConfig
+from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import TransformsConfig
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
 from maskrcnn.engine.evaluator import Evaluator
@@ -61,16 +60,11 @@ class DataConfig(Section):
 
     def build_train(self) -> DetectionDataset:
         """Return the training dataset. Raises InputError if it is invalid."""
-        return self._with_root(self.train).build()
+        return self.train.with_root(self.root).build()
 
     def build_validation(self) -> DetectionDataset:
         """Return the validation dataset. Raises InputError if it is invalid."""
-        return self._with_root(self.validation).build()
-
-    def _with_root(self, dataset: CocoConfig | ShapesConfig) -> CocoConfig | ShapesConfig:
-        if isinstance(dataset, CocoConfig) and dataset.root is None:
-            return dataset.model_copy(update={"root": self.root})
-        return dataset
+        return self.validation.with_root(self.root).build()
 
 
 class EvaluationConfig(Section):
@@ -87,6 +81,7 @@ class EvaluationConfig(Section):
 class ExperimentConfig(Section):
     """The configuration of one experiment."""
 
+    imports: tuple[str, ...] = ()  # modules with further kinds of parts (`maskrcnn.config.parts`)
     model: MaskRCNNConfig = MaskRCNNConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()

@@ -31,6 +31,7 @@ _PLACE = Rule("harmless", "location of the files, not their content")
 
 # A rule applies to a key and all keys below it. The rule of the longest matching key applies.
 RULES: Mapping[str, Rule] = {
+    "imports": Rule("harmless", "names modules, whose kinds the other keys select"),
     "model": Rule("refused", "the stored weights belong to another model, or have another meaning in it"),
     "model.backbone.weights": _START,
     "model.box_head.initialization": _START,
@@ -79,6 +80,7 @@ RULES: Mapping[str, Rule] = {
     "training.checkpoint_every": _WHEN,
     "training.keep_checkpoints": _WHEN,
     "training.log_every": _WHEN,
+    "training.loggers": _WHEN,
     "evaluation": Rule("harmless", "evaluation does not affect the training steps"),
     "evaluation.best_metric": Rule("warned", "the current best.pt was selected by the old metric"),
 }

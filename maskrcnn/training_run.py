@@ -7,13 +7,15 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from maskrcnn.config import to_dict, validate
-from maskrcnn.data.loader import DetectionDataset, batches_per_epoch, training_loader
+from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.loader import batches_per_epoch, training_loader
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
     TrainingState,
@@ -84,7 +86,8 @@ def train_experiment(
     predictor = config.predictor(model, validation.classes)
     evaluator = _Evaluations(config, run, predictor, state.average, validation, processes, checkpoints)
     with run.explaining_full_disks(), ExitStack() as stack:
-        writer = stack.enter_context(MetricsWriter(run.root, start=start) if processes.is_main else SilentWriter())
+        metrics = partial(MetricsWriter, run.root, start=start, loggers=config.training.loggers)
+        writer = stack.enter_context(metrics() if processes.is_main else SilentWriter())
         writer.last_evaluation = processes.broadcast(writer.last_evaluation)
         writer.log_config(config)
         use_profiler = config.training.profile and processes.is_main

@@ -6,10 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import create_model
 from torch import nn
+
+from maskrcnn.config import Part, Section
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -42,6 +46,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared test data is absent: no folder {folder}")
     return folder
+
+
+@pytest.fixture
+def choose() -> Callable[[type[Part], dict[str, Any]], Part]:
+    """Validates the value of a field whose type is an extension point."""
+
+    def choose(point: type[Part], values: dict[str, Any]) -> Part:
+        return create_model("Holder", __base__=Section, part=(point, ...)).model_validate({"part": values}).part
+
+    return choose
 
 
 RENAMED = {

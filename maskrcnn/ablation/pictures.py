@@ -15,7 +15,7 @@ from pycocotools import mask as cocoapi
 from maskrcnn.ablation.comparison import signed_points
 from maskrcnn.ablation.measurement import RunResult, results_file
 from maskrcnn.ablation.results import AblationResults, VariantResult
-from maskrcnn.data.loader import DetectionDataset
+from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
 from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects

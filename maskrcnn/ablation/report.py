@@ -40,7 +40,8 @@ from maskrcnn.ablation.pictures import galleries
 from maskrcnn.ablation.plan import Plan
 from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.ablation.tables import report_tables
-from maskrcnn.engine.metrics import TENSORBOARD_FOLDER, without_nan
+from maskrcnn.engine.loggers import TENSORBOARD_FOLDER
+from maskrcnn.engine.metrics import without_nan
 
 OF_ONE_RUN = ("command:", "seed:")  # lines of `environment.txt` that the report replaces with its own command
 

@@ -3,7 +3,7 @@
 A file may name base files with `base:` (one path or a list, relative to the file itself). The bases are merged in
 order, then the file, then the overrides. Mappings merge key by key; other values are replaced. A mapping with a
 different `kind` replaces the mapping that it would merge with. The result is validated against a schema of `Section`
-classes.
+classes, after the modules that the key `imports` lists have been imported (`maskrcnn.config.parts`).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from maskrcnn.config.composition import compose, merge, read_overrides
 from maskrcnn.config.explanation import explain
+from maskrcnn.config.parts import Part, Section, import_parts, rebuild_if_parts_changed
 from maskrcnn.config.recipes import find_config
 from maskrcnn.config.yaml_text import TracedMapping, dump, traced
 from maskrcnn.errors import InputError
 
-
-class Section(BaseModel):
-    """Base class of every section of a configuration: immutable, and unknown keys are errors.
-
-    A section that is one of several alternatives has a field `kind: Literal["name"]`. The union of the alternatives is
-    `Annotated[A | B, Field(discriminator="kind")]`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+__all__ = [
+    "Part",
+    "Section",
+    "differences",
+    "json_schema",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]
 
 S = TypeVar("S", bound=Section)
 
@@ -72,11 +73,15 @@ def validate(data: Mapping[str, Any], schema: type[S], *, source: str, overrides
 
 def _validate(data: TracedMapping, schema: type[S], source: str, overrides: Sequence[str], problems: list[str]) -> S:
     data = merge(data, read_overrides(overrides, problems))
-    try:
-        # Strict, so that `true` is not a number. As JSON, because strict validation of JSON accepts a list as a tuple.
-        config = schema.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        problems += explain(error, schema, data)
+    failed_imports = import_parts(data)
+    problems += failed_imports
+    if not failed_imports:  # else each of their kinds would be a problem, too
+        rebuild_if_parts_changed(schema)
+        try:
+            # Strict, so that `true` is not a number. As JSON, since its strict validation accepts a list as a tuple.
+            config = schema.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            problems += explain(error, schema, data)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError("\n  ".join([f"{source}: {count}", *problems]))
@@ -98,6 +103,7 @@ def json_schema(schema: type[Section]) -> dict[str, Any]:
 
     No key is required, because a base file may contain it. The key `base` is included.
     """
+    rebuild_if_parts_changed(schema)
     generated = schema.model_json_schema(schema_generator=_EditorSchema)
     text = {"type": "string"}
     base = {"description": "files to start from, merged in order", "anyOf": [text, {"type": "array", "items": text}]}

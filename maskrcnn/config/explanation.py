@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from maskrcnn.config.parts import alternatives, is_section, kinds_of
 from maskrcnn.config.yaml_text import TracedMapping, show
 
 _EXPECTED = {
@@ -87,29 +87,20 @@ def _locate(parts: Sequence[str | int], schema: type[BaseModel], value: Any) -> 
     union = None
     for part in parts:
         if len(choices) > 1:  # a union: the part names one of its members
-            tagged = [choice for choice in choices if part in _kinds(choice)]
+            tagged = [choice for choice in choices if part in kinds_of(choice)]
             union = union if tagged else tuple(path)
             choices = tagged or _fitting(choices, value)
             continue
         owner = choices[0] if choices else Any
-        choices = _alternatives(_annotation(owner, part))
+        choices = alternatives(_annotation(owner, part))
         path.append(part)
         value = _child(value, part)
     return _Place(tuple(path), owner, choices, union)
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    """Return the members of a union annotation without None, or the annotation itself."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [choice for member in get_args(annotation) for choice in _alternatives(member)]
-    return [] if annotation is NoneType else [annotation]
-
-
 def _annotation(owner: Any, part: str | int) -> Any:
     """Return the type of a section's field, or of a container's item."""
-    if _is_section(owner):
+    if is_section(owner):
         field = owner.model_fields.get(part)
         return field.annotation if field else Any
     arguments = get_args(owner)
@@ -120,25 +111,17 @@ def _annotation(owner: Any, part: str | int) -> Any:
     return arguments[0] if arguments else Any
 
 
-def _is_section(choice: Any) -> bool:
-    return get_origin(choice) is None and isinstance(choice, type) and issubclass(choice, BaseModel)
-
-
-def _kinds(choice: Any) -> tuple[Any, ...]:
-    return get_args(_annotation(choice, "kind")) if _is_section(choice) else ()
-
-
 def _fitting(choices: list[Any], value: Any) -> list[Any]:
     """Return the members of a union that have the shape of the value: all sections, or the first container type."""
     if isinstance(value, dict):
         containers = [choice for choice in choices if get_origin(choice) is dict]
-        return [choice for choice in choices if _is_section(choice)] or containers[:1]
+        return [choice for choice in choices if is_section(choice)] or containers[:1]
     return [choice for choice in choices if get_origin(choice) in (list, tuple)][:1]
 
 
 def _message(place: _Place, details: ErrorDetails) -> str:
     value = details["input"]
-    kinds = [kind for choice in place.choices for kind in _kinds(choice)]
+    kinds = [kind for choice in place.choices for kind in kinds_of(choice)]
     match details["type"]:
         case "missing":
             return "missing"
@@ -157,7 +140,7 @@ def _message(place: _Place, details: ErrorDetails) -> str:
 
 def _unknown_key(key: str, owner: Any) -> str:
     known = list(owner.model_fields)
-    kinds = _kinds(owner)
+    kinds = kinds_of(owner)
     unknown = f"unknown key for kind {kinds[0]}" if kinds else "unknown key"
     return unknown + (_suggest(key, known) or f"; known are {', '.join(known)}")
 

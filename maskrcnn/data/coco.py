@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
-from maskrcnn.config import Section
 from maskrcnn.data.coco_file import (
     Annotation,
     Image,
@@ -29,6 +29,7 @@ from maskrcnn.data.coco_file import (
     refuse,
     run_lengths,
 )
+from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.data.images import read_image
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError
@@ -37,7 +38,7 @@ from maskrcnn.structures import ClassTable, Example, MaskCrop
 logger = logging.getLogger(__name__)
 
 
-class CocoConfig(Section):
+class CocoConfig(DatasetConfig):
     """A dataset in COCO format. Paths are relative to `root`, which defaults to `data.root` in an experiment."""
 
     kind: Literal["coco"] = "coco"
@@ -66,6 +67,10 @@ class CocoConfig(Section):
             image_ids=self.image_ids,
             classes=self.classes,
         )
+
+    def with_root(self, root: Path) -> Self:
+        """Return the config with the folder `root`, unless it has one."""
+        return self.model_copy(update={"root": root}) if self.root is None else self
 
 
 # Parsing of annotations.

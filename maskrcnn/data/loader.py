@@ -14,39 +14,19 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.transforms import Transform
 from maskrcnn.errors import InputError
 from maskrcnn.ops.mask_tables import tabulate
-from maskrcnn.structures import Batch, ClassTable, Example, ImageBatch, Targets
+from maskrcnn.structures import Batch, Example, ImageBatch, Targets
 
 ENOUGH_OPEN_FILES = 4096  # each tensor from a worker keeps a file open; the usual soft limit is 1024, on macOS 256
-
-
-class DetectionDataset(Protocol):
-    """The interface of a dataset."""
-
-    @property
-    def classes(self) -> ClassTable:
-        """The class names and category ids, in the order of the labels."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
-
-    def image_id(self, index: int) -> int:
-        """Return the `image_id` of an image in COCO results."""
-
-    def image_sizes(self) -> np.ndarray:
-        """Return height and width of each image, (N, 2), without opening the images."""
-
-    def ground_truth(self) -> dict[str, Any]:
-        """Return images, annotations and categories in COCO format, for evaluation."""
 
 
 class Draw(NamedTuple):

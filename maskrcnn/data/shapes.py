@@ -24,7 +24,7 @@ from numpy.random import PCG64, Generator, SeedSequence
 from pycocotools import mask as rle
 from pydantic import Field, field_validator
 
-from maskrcnn.config import Section
+from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 Array = np.ndarray
@@ -275,7 +275,7 @@ class Layout(NamedTuple):
         return MaskCrop(window.columns.start + left, window.rows.start + top, pixels)
 
 
-class ShapesConfig(Section):
+class ShapesConfig(DatasetConfig):
     """Synthetic scenes; no download is needed. Use different seeds for training and validation."""
 
     kind: Literal["shapes"] = "shapes"

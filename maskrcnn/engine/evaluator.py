@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from maskrcnn.data.loader import DetectionDataset, evaluation_loader
+from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate

@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from maskrcnn.config import Section
+from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.engine.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
 from maskrcnn.engine.profiler import Profiler
@@ -81,6 +82,9 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt = Field(5000, description="iterations between checkpoints")
     keep_checkpoints: NonNegativeInt = Field(0, description="number of checkpoints to keep besides last.pt and best.pt")
     log_every: PositiveInt = Field(20, description="iterations between records in metrics.jsonl")
+    loggers: tuple[LoggerConfig, ...] = Field(
+        (TensorBoardConfig(),), description="where the records go besides metrics.jsonl"
+    )
 
     @property
     def intervals(self) -> Intervals:

@@ -1,7 +1,7 @@
-"""The metrics of a run: `metrics.jsonl` and TensorBoard events (docs/metrics.md explains the curves).
+"""The metrics of a run: `metrics.jsonl`, and numbers for the loggers (docs/metrics.md explains the curves).
 
 `metrics.jsonl` holds one JSON object per line. Each has `kind` and `iteration`, the number of finished training steps.
-A number that is not finite is stored as null and has no point in TensorBoard.
+A number that is not finite is stored as null, and loggers do not get it.
 
 `"kind": "train"`, every `log_every` iterations. Except for the speed, the values are those of the last step, not means
 over several steps, so that a resumed run writes the same records:
@@ -26,9 +26,9 @@ over several steps, so that a resumed run writes the same records:
 
 `"kind": "end"` is the last record of a finished training, at the end of the schedule or after early stopping.
 
-TensorBoard has each number under its path, such as `train/losses/loss_mask` or `evaluation/mask/AP`, and the AP of each
-class as `class_AP/mask/NAME`. It also has pictures of some validation images at each evaluation, `pictures/IMAGE_ID`,
-and the resolved configuration of each start as text, `config`.
+A logger, such as TensorBoard, gets each number under its path, such as `train/losses/loss_mask` or
+`evaluation/mask/AP`, and the AP of each class as `class_AP/mask/NAME`. It also gets pictures of some validation images
+at each evaluation, and the resolved configuration of each start.
 
 A resumed run drops the records of the steps that it repeats, so that its file equals that of an uninterrupted run
 except for `TIMING_KEYS`.
@@ -38,20 +38,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from maskrcnn.config import Section, to_yaml
+from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.runtime.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 LONGEST_RECORD = 2**20  # bytes; an evaluation with the 1203 classes of LVIS and averaged weights takes a fifth of it
 TIMING_KEYS = frozenset({"images_per_second", "data_share", "peak_memory"})
 
@@ -108,7 +107,7 @@ class Measurement(NamedTuple):
     images_per_second: float
     classes: Mapping[str, Mapping[str, float]] = {}
     losses: Mapping[str, float] = {}  # empty if not measured
-    pictures: Mapping[str, np.ndarray] = {}  # for TensorBoard only: (H, W, 3) uint8 RGB by image id
+    pictures: Mapping[str, np.ndarray] = {}  # for the loggers only: (H, W, 3) uint8 RGB by image id
 
     def with_average(self, average: Measurement) -> Measurement:
         """Return this measurement with the metrics of the averaged weights added under names with the prefix `ema/`."""
@@ -128,7 +127,7 @@ class Measurement(NamedTuple):
         return fields | ({"loss": sum(self.losses.values()), "losses": dict(self.losses)} if self.losses else {})
 
     def curves(self) -> dict[str, float]:
-        """Return each number by its name in TensorBoard."""
+        """Return each number by its name for the loggers."""
         classes = {
             f"class_AP/{metric.removesuffix('/AP')}/{name}": value
             for name, metrics in self.classes.items()
@@ -139,12 +138,14 @@ class Measurement(NamedTuple):
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and the TensorBoard events in `tensorboard/`. Use it in a `with` statement."""
+    """Writes `metrics.jsonl`, and passes numbers and pictures to loggers. Use it in a `with` statement."""
 
     last_evaluation: int | None
     """Iteration of the newest recorded evaluation, None if there is none."""
 
-    def __init__(self, run_dir: Path, *, start: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, *, start: int = 0, loggers: Sequence[LoggerConfig] = (TensorBoardConfig(),)
+    ) -> None:
         """Open the files of a run that continues after iteration `start`. Records of later iterations are dropped."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
@@ -157,26 +158,25 @@ class MetricsWriter:
         # Line-buffered, so that records survive a kill of the process.
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._start = start
-        self._events = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=start + 1)
+        self._loggers = [config.build(run_dir, start=start) for config in loggers]
 
     def log_config(self, config: Section) -> None:
-        """Add the resolved configuration to TensorBoard, so that the events can be read without the run directory."""
-        # Not `add_hparams`, which creates another TensorBoard run each time that training resumes.
-        self._events.add_text("config", f"```yaml\n{to_yaml(config)}```", self._start)
+        """Pass the resolved configuration to the loggers."""
+        for logger in self._loggers:
+            logger.log_config(to_yaml(config), self._start)
 
     def log_step(self, step: Step) -> None:
         """Record one training step."""
         fields = step.measured()
         self._append({"kind": "train", "iteration": step.iteration, **fields})
-        self._add_scalars(_prefixed("train/", _flat(fields)), step.iteration)
+        self._log_numbers(_prefixed("train/", _flat(fields)), step.iteration)
 
-    def log_evaluation(self, iteration: int, found: Measurement) -> None:
-        """Record one evaluation and flush the TensorBoard events."""
-        self._append({"kind": "evaluation", "iteration": iteration, **found.measured()})
-        self._add_scalars(found.curves(), iteration)
-        for name, picture in found.pictures.items():
-            self._events.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
-        self._events.flush()
+    def log_evaluation(self, iteration: int, measurement: Measurement) -> None:
+        """Record one evaluation."""
+        self._append({"kind": "evaluation", "iteration": iteration, **measurement.measured()})
+        self._log_numbers(measurement.curves(), iteration)
+        for logger in self._loggers:
+            logger.log_pictures(measurement.pictures, iteration)
         self.last_evaluation = iteration
 
     def log_end(self) -> None:
@@ -184,9 +184,10 @@ class MetricsWriter:
         self._append({"kind": "end", "iteration": self.last_evaluation})
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the file and the loggers."""
         self._file.close()
-        self._events.close()
+        for logger in self._loggers:
+            logger.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -199,11 +200,11 @@ class MetricsWriter:
     def _append(self, record: Record) -> None:
         self._file.write(_line(record))
 
-    def _add_scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Add the finite values to TensorBoard."""
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, value, iteration)
+    def _log_numbers(self, values: Mapping[str, float], iteration: int) -> None:
+        """Pass the finite values to the loggers."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for logger in self._loggers:
+            logger.log_numbers(finite, iteration)
 
 
 class SilentWriter(MetricsWriter):
@@ -218,7 +219,7 @@ class SilentWriter(MetricsWriter):
     def log_step(self, step: Step) -> None:
         """Do nothing."""
 
-    def log_evaluation(self, iteration: int, found: Measurement) -> None:
+    def log_evaluation(self, iteration: int, measurement: Measurement) -> None:
         """Update `last_evaluation`."""
         self.last_evaluation = iteration
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 from maskrcnn.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ _NORM_LAYERS = (
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
-class _OptimizerConfig(Section):
-    """Settings of all optimizers: learning rate scaling and parameter groups."""
+class OptimizerConfig(Part):
+    """Base class of the configs of optimizers, an extension point: learning rate scaling and parameter groups."""
 
     lr: PositiveFloat
     base_batch: PositiveInt = Field(
@@ -46,6 +47,10 @@ class _OptimizerConfig(Section):
         1.0, description="learning rate factor from each backbone stage to the one before it; 1 for neck and heads"
     )
 
+    @abstractmethod
+    def build(self, model: nn.Module, *, batch_size: int) -> Optimizer:
+        """Return the optimizer of the trainable parameters for training steps of `batch_size` images."""
+
     def groups(self, model: nn.Module, *, lr: float) -> list[dict[str, Any]]:
         """Return the `parameter_groups` of `model` with these settings and the base learning rate `lr`."""
         return parameter_groups(
@@ -59,7 +64,7 @@ class _OptimizerConfig(Section):
         )
 
 
-class SGDConfig(_OptimizerConfig):
+class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with momentum. The defaults are those of Detectron2."""
 
     kind: Literal["sgd"] = "sgd"
@@ -73,7 +78,7 @@ class SGDConfig(_OptimizerConfig):
         return SGD(self.groups(model, lr=lr), lr=lr, momentum=self.momentum, fused=_can_fuse(model))
 
 
-class AdamWConfig(_OptimizerConfig):
+class AdamWConfig(OptimizerConfig):
     """Adam with decoupled weight decay."""
 
     kind: Literal["adamw"] = "adamw"
@@ -85,9 +90,6 @@ class AdamWConfig(_OptimizerConfig):
         """Return the optimizer of the trainable parameters for training steps of `batch_size` images."""
         lr = scaled_lr(self.lr, base_batch=self.base_batch, batch_size=batch_size)
         return AdamW(self.groups(model, lr=lr), lr=lr, betas=self.betas, fused=_can_fuse(model))
-
-
-OptimizerConfig = Annotated[SGDConfig | AdamWConfig, Field(discriminator="kind")]
 
 
 def scaled_lr(lr: float, *, base_batch: int, batch_size: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from maskrcnn.data.loader import DetectionDataset
+from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError

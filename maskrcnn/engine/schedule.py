@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -27,7 +28,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 from maskrcnn.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,10 @@ Length = Annotated[
 DEFAULT_ITERATIONS = 90_000  # the reference 1x schedule
 
 
-class _WarmUpConfig(Section):
-    """Settings of all schedules: the length and a linear warm-up (Detectron2's defaults).
+class ScheduleConfig(Part):
+    """Base class of the configs of schedules, an extension point: the length and a linear warm-up.
+
+    The defaults are Detectron2's.
 
     The length is in `iterations` or in `epochs`, and `steps` are in the same unit. The warm-up is always in iterations.
     `resolve` converts epochs to iterations for the size of a dataset.
@@ -78,6 +81,10 @@ class _WarmUpConfig(Section):
         if iterations is not None:
             raise ValueError(f"iterations is {iterations}, and epochs is {epochs}: set one of the two to null")
         return None
+
+    @abstractmethod
+    def build(self) -> Schedule:
+        """Return the learning rate factor as a function of the iteration. The schedule must be in iterations."""
 
     @property
     def num_iterations(self) -> int:
@@ -128,7 +135,7 @@ class _WarmUpConfig(Section):
         return {"iterations": max(1, round(self.epochs * iterations_per_epoch))}
 
 
-class MultiStepConfig(_WarmUpConfig):
+class MultiStepConfig(ScheduleConfig):
     """The learning rate is multiplied by `gamma` at each of `steps`. The defaults are the 1x schedule of Detectron2."""
 
     kind: Literal["multi_step"] = "multi_step"
@@ -163,7 +170,7 @@ class MultiStepConfig(_WarmUpConfig):
         )
 
 
-class CosineConfig(_WarmUpConfig):
+class CosineConfig(ScheduleConfig):
     """Cosine decay of the learning rate factor, from 1 at the first iteration to `final_factor` after the last."""
 
     kind: Literal["cosine"] = "cosine"
@@ -178,9 +185,6 @@ class CosineConfig(_WarmUpConfig):
             warmup_iterations=self.effective_warmup(),
             warmup_factor=self.warmup_factor,
         )
-
-
-ScheduleConfig = Annotated[MultiStepConfig | CosineConfig, Field(discriminator="kind")]
 
 
 def warmup(iteration: int, *, iterations: int, factor: float) -> float:

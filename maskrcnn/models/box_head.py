@@ -7,34 +7,39 @@ Shapes: N regions, C channels, S cells along a region's side, D features, K clas
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from abc import abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 from maskrcnn.models.initialization import Initialization, init_box_predictors, init_linear
 from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
-from maskrcnn.ops.roi import RoIConfig
+from maskrcnn.ops.roi import RoILayerConfig
 
 
-class _TrunkConfig(Section):
-    """Settings of all box heads."""
+class BoxHeadConfig(Part):
+    """Base class of the configs of box heads, an extension point: the trunk before the two predictors."""
 
-    roi: RoIConfig | None = None  # RoI layer of the box head; null uses `model.roi`
+    roi: RoILayerConfig | None = None  # RoI layer of the box head; null uses `model.roi`
     initialization: Initialization = "fan_in"  # see `maskrcnn.models.initialization`
     bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # factors of the box deltas (dx, dy, dw, dh)
     smooth_l1_beta: NonNegativeFloat = 0.0  # absolute error from which smooth L1 is linear; 0 is L1
+    pool_size: int = Field(7, ge=1)  # cells along a region's side
+
+    @abstractmethod
+    def build(self, *, channels: int, side: int) -> BoxTrunk:
+        """Return the trunk for regions `(N, channels, side, side)`."""
 
 
-class FCTrunkConfig(_TrunkConfig):
+class FCTrunkConfig(BoxHeadConfig):
     """`depth` fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
 
     kind: Literal["fc"] = "fc"
-    pool_size: PositiveInt = 7
     width: PositiveInt = 1024
     depth: int = Field(2, ge=1)
 
@@ -44,7 +49,7 @@ class FCTrunkConfig(_TrunkConfig):
         return FullyConnected(inputs, width=self.width, depth=self.depth, initialization=self.initialization)
 
 
-class VGGTrunkConfig(_TrunkConfig):
+class VGGTrunkConfig(BoxHeadConfig):
     """fc6 and fc7 of VGG, with ImageNet weights if the backbone loads them (Fast R-CNN, section 2)."""
 
     kind: Literal["vgg_fc"] = "vgg_fc"
@@ -55,21 +60,28 @@ class VGGTrunkConfig(_TrunkConfig):
         return VGGFullyConnected(channels * side * side)
 
 
-class MeanTrunkConfig(_TrunkConfig):
+class MeanTrunkConfig(BoxHeadConfig):
     """Global average pooling, as after stage 5 in a ResNet; for C4 backbones."""
 
     kind: Literal["mean"] = "mean"
-    pool_size: PositiveInt = 14
+    pool_size: int = Field(14, ge=1)
 
     def build(self, *, channels: int, side: int) -> Mean:
         """Return the trunk for regions `(N, channels, side, side)`."""
         return Mean(channels)
 
 
-BoxTrunkConfig = Annotated[FCTrunkConfig | VGGTrunkConfig | MeanTrunkConfig, Field(discriminator="kind")]
+class BoxTrunk(nn.Module):
+    """Base class of trunks: layers `(N, C, S, S) -> (N, D)` before the two predictors of the box head.
+
+    Attributes:
+        features: D, the number of outputs.
+    """
+
+    features: int
 
 
-class FullyConnected(nn.Sequential):
+class FullyConnected(BoxTrunk, nn.Sequential):
     """`depth` linear layers with ReLUs: `(N, C, S, S) -> (N, width)`."""
 
     def __init__(self, inputs: int, *, width: int, depth: int, initialization: Initialization = "fan_in") -> None:
@@ -82,7 +94,7 @@ class FullyConnected(nn.Sequential):
         self.features = width
 
 
-class VGGFullyConnected(nn.Module):
+class VGGFullyConnected(BoxTrunk):
     """fc6 and fc7, named as in torchvision's VGG: `(N, C, S, S) -> (N, 4096)`.
 
     VGG's dropout is omitted: it would make the loss of an image depend on the rest of its batch.
@@ -100,7 +112,7 @@ class VGGFullyConnected(nn.Module):
         return self.classifier(regions.flatten(1))
 
 
-class Mean(nn.Module):
+class Mean(BoxTrunk):
     """Global average pooling: `(N, C, S, S) -> (N, C)`."""
 
     def __init__(self, channels: int) -> None:

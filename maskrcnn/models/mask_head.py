@@ -12,25 +12,25 @@ Shapes: N regions, C channels, S cells along a region's side, M mask side, K cla
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 from maskrcnn.models.initialization import Initialization, init_he, init_linear, init_mask_logits
 from maskrcnn.models.losses import Normalizer, sample_mean
-from maskrcnn.ops.roi import RoIConfig
+from maskrcnn.ops.roi import RoILayerConfig
 from maskrcnn.structures import ClassRows
 
 MaskOutput = Literal["sigmoid", "softmax"]
 MaskTarget = Literal["coverage", "torchvision"]
 
 
-class _MaskHeadConfig(Section):
-    """Settings of all mask heads.
+class MaskHeadConfig(Part):
+    """Base class of the configs of mask heads, an extension point.
 
     `roi`: the RoI layer of this head; null uses `model.roi`.
     `output`: `sigmoid` (independent binary masks) or `softmax` (classes and background compete for each cell).
@@ -43,15 +43,19 @@ class _MaskHeadConfig(Section):
     """
 
     pool_size: PositiveInt = 14
-    roi: RoIConfig | None = None
+    roi: RoILayerConfig | None = None
     output: MaskOutput = "sigmoid"
     class_agnostic: bool = False
     target: MaskTarget = "coverage"
     paste: Literal["exact", "torchvision"] = "exact"
     initialization: Initialization = "fan_in"
 
+    @abstractmethod
+    def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> MaskHead:
+        """Return the head for regions `(N, channels, side, side)`."""
 
-class FCNMaskHeadConfig(_MaskHeadConfig):
+
+class FCNMaskHeadConfig(MaskHeadConfig):
     """Fully convolutional head: `depth` 3x3 convolutions and a transposed convolution that doubles the side."""
 
     kind: Literal["fcn"] = "fcn"
@@ -73,7 +77,7 @@ class FCNMaskHeadConfig(_MaskHeadConfig):
         )
 
 
-class MLPMaskHeadConfig(_MaskHeadConfig):
+class MLPMaskHeadConfig(MaskHeadConfig):
     """Fully connected head: `depth` hidden layers and one layer for all mask cells (Mask R-CNN, table 2e)."""
 
     kind: Literal["mlp"] = "mlp"
@@ -94,9 +98,6 @@ class MLPMaskHeadConfig(_MaskHeadConfig):
             normalizer=normalizer,
             initialization=self.initialization,
         )
-
-
-MaskHeadConfig = Annotated[FCNMaskHeadConfig | MLPMaskHeadConfig, Field(discriminator="kind")]
 
 
 class MaskOutputs(NamedTuple):

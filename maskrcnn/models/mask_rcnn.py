@@ -15,18 +15,17 @@ import torch
 from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
+import maskrcnn.models.backbones.vgg  # noqa: F401 (defines a kind of backbone)
 from maskrcnn.config import Section
-from maskrcnn.models.backbones import BackboneConfig
-from maskrcnn.models.backbones.parts import Backbone
+from maskrcnn.models.backbones.parts import Backbone, BackboneConfig
 from maskrcnn.models.backbones.resnet import ResNetConfig
-from maskrcnn.models.box_head import BoxHead, BoxTrunkConfig, FCTrunkConfig
+from maskrcnn.models.box_head import BoxHead, BoxHeadConfig, FCTrunkConfig
 from maskrcnn.models.losses import Normalizer
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfig, MaskTarget
-from maskrcnn.models.pretrained import load_pretrained
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPooler
+from maskrcnn.ops.roi import RoIAlignConfig, RoILayerConfig, RoIPooler
 from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
 
 
@@ -47,35 +46,35 @@ class MaskRCNNConfig(Section):
     pixels: PixelConfig = PixelConfig()
     backbone: BackboneConfig = ResNetConfig()
     rpn: RPNConfig = RPNConfig()
-    roi: RoIConfig = RoIAlignConfig()
+    roi: RoILayerConfig = RoIAlignConfig()
     sampling: SamplingConfig = SamplingConfig()
-    box_head: BoxTrunkConfig = FCTrunkConfig()
+    box_head: BoxHeadConfig = FCTrunkConfig()
     mask_head: MaskHeadConfig = FCNMaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
 
     @model_validator(mode="after")
     def _sections_match(self) -> MaskRCNNConfig:
-        levels, output = self.backbone.levels, self.backbone.output
+        levels, stride = self.backbone.levels, self.backbone.region_stride
         if len(self.rpn.anchor_sizes) != levels:
+            raise ValueError(f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but the backbone has {levels}")
+        if self.box_head.pool_size % stride or self.mask_head.pool_size % stride:
             raise ValueError(
-                f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but backbone.output '{output}' has {levels}"
+                f"the pool_size of both heads must be a multiple of {stride}: the backbone's last stage runs on the "
+                "regions and reduces them by that factor"
             )
-        if output == "c4" and (self.box_head.pool_size % 2 or self.mask_head.pool_size % 2):
-            raise ValueError("backbone.output 'c4' needs an even pool_size in both heads: stage 5 halves the regions")
         return self
 
     def build(self, num_classes: int, *, pretrained: bool = True) -> MaskRCNN:
         """Return the model for labels 1..`num_classes`; `pretrained` loads the weights of `backbone.weights`."""
-        backbone, body, res5 = self.backbone.build()
-        strides = backbone.strides[:-1] if self.backbone.output == "fpn" else backbone.strides
+        parts = self.backbone.build()
+        backbone, res5 = parts.backbone, parts.res5
         channels = backbone.channels[0] if res5 is None else res5.channels
         shrink = 1 if res5 is None else res5.stride
         trunk = self.box_head.build(channels=channels, side=self.box_head.pool_size // shrink)
-        if pretrained and self.backbone.weights != "none":
-            classifier = trunk if self.box_head.kind == "vgg_fc" else None  # fc6 and fc7
-            load_pretrained([body, res5, classifier], self.backbone.weights, architecture=self.backbone.architecture)
-        box_pooler, mask_pooler = self._poolers(strides)
+        if pretrained:
+            self.backbone.load_pretrained(parts, trunk if self.box_head.kind == "vgg_fc" else None)  # fc6 and fc7
+        box_pooler, mask_pooler = self._poolers(backbone.strides[: backbone.roi_levels])
         normalizer = self.loss_normalizer
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),

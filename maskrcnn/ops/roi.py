@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 
 Aggregate = Literal["average", "maximum"]
 Rounding = Literal["round", "floor"]
@@ -169,7 +170,15 @@ def cut_bins(starts: Tensor, ends: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return first, torch.maximum(borders[:, 1:], first + 1)
 
 
-class RoIPoolConfig(Section):
+class RoILayerConfig(Part):
+    """Base class of the configs of RoI layers, an extension point."""
+
+    @abstractmethod
+    def build(self) -> RoILayer:
+        """Return the layer."""
+
+
+class RoIPoolConfig(RoILayerConfig):
     """RoIPool: quantised boxes, maximum of the cells of a bin."""
 
     kind: Literal["roi_pool"] = "roi_pool"
@@ -180,10 +189,9 @@ class RoIPoolConfig(Section):
         return roi_pool if self.rounding == "round" else functools.partial(roi_pool, rounding=self.rounding)
 
 
-class SamplingLayerConfig(Section):
+class SamplingLayerConfig(RoILayerConfig):
     """Settings of the layers that interpolate bilinearly at N x N points per bin."""
 
-    kind: str
     aggregate: Aggregate = "average"
     sampling_ratio: int = Field(2, ge=0)
 
@@ -215,9 +223,6 @@ class RoIAlignConfig(SamplingLayerConfig):
         return functools.partial(
             roi_align, aggregate=self.aggregate, sampling_ratio=self.sampling_ratio, aligned=self.aligned
         )
-
-
-RoIConfig = Annotated[RoIPoolConfig | RoIWarpConfig | RoIAlignConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

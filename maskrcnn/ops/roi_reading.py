@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPoolConfig, cut_bins, cut_cells, rounded_cells
+from maskrcnn.ops.roi import RoIAlignConfig, RoIPoolConfig, SamplingLayerConfig, cut_bins, cut_cells, rounded_cells
 
 Span = tuple[float, float]  # start and end
 
@@ -37,7 +37,12 @@ class RoIReading:
 
 
 def read_box(
-    config: RoIConfig, features: Tensor, box: tuple[float, float, float, float], *, stride: float, size: int
+    config: RoIPoolConfig | SamplingLayerConfig,
+    features: Tensor,
+    box: tuple[float, float, float, float],
+    *,
+    stride: float,
+    size: int,
 ) -> RoIReading:
     """Return the region, bins and sample points that a RoI layer reads for a box, and its output.
 
@@ -55,7 +60,7 @@ def read_box(
     return RoIReading(_read_axis(config, (x1, x2), size), _read_axis(config, (y1, y2), size), pooled)
 
 
-def _region(config: RoIConfig, boxes: Tensor, stride: float) -> list[float]:
+def _region(config: RoIPoolConfig | SamplingLayerConfig, boxes: Tensor, stride: float) -> list[float]:
     """Return x1, y1, x2, y2 of the region that the layer reads for the box (1, 4), in cells."""
     if isinstance(config, RoIPoolConfig) and config.rounding == "floor":
         return cut_cells(boxes, stride)[0].tolist()
@@ -68,7 +73,7 @@ def _region(config: RoIConfig, boxes: Tensor, stride: float) -> list[float]:
     return [x1 + 0.5, y1 + 0.5, max(x2, x1 + 1) + 0.5, max(y2, y1 + 1) + 0.5]
 
 
-def _read_axis(config: RoIConfig, region: Span, size: int) -> AxisReading:
+def _read_axis(config: RoIPoolConfig | SamplingLayerConfig, region: Span, size: int) -> AxisReading:
     if isinstance(config, RoIPoolConfig):
         bins = _rounded_bins(region, size) if config.rounding == "round" else _cut_bins(region, size)
         return AxisReading(region, bins, ((),) * size)

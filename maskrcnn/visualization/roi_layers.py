@@ -18,11 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPoolConfig, RoIWarpConfig
+from maskrcnn.ops.roi import RoIAlignConfig, RoIPoolConfig, RoIWarpConfig, SamplingLayerConfig
 from maskrcnn.ops.roi_reading import AxisReading, RoIReading, Span, read_box
 from maskrcnn.visualization.drawing import BLACK, WHITE, Colour, Rectangle, contact_sheet
 
-LAYERS: tuple[tuple[str, str, RoIConfig], ...] = (
+LAYERS: tuple[tuple[str, str, RoIPoolConfig | SamplingLayerConfig], ...] = (
     ("RoIPool, rounding: round", "box to the nearest whole cells, last one included; maximum", RoIPoolConfig()),
     ("RoIPool, rounding: floor", "box and bins cut to whole cells; maximum", RoIPoolConfig(rounding="floor")),
     ("RoIWarp", "RoIPool's rounded box, read bilinearly; average of 2 x 2 points", RoIWarpConfig()),

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from maskrcnn.engine.optimizer import (
@@ -172,8 +172,7 @@ def test_state_of_another_optimizer_is_refused(model):
         load_optimizer_state(AdamWConfig().build(model, batch_size=16), state, source="last.pt")
 
 
-def test_kind_chooses_the_optimizer():
-    adapter = TypeAdapter(OptimizerConfig)
-    assert adapter.validate_python({"kind": "adamw", "lr": 0.001}) == AdamWConfig(lr=0.001)
+def test_kind_chooses_the_optimizer(choose):
+    assert choose(OptimizerConfig, {"kind": "adamw", "lr": 0.001}) == AdamWConfig(lr=0.001)
     with pytest.raises(ValidationError):
-        adapter.validate_python({"kind": "adamw", "momentum": 0.9})
+        choose(OptimizerConfig, {"kind": "adamw", "momentum": 0.9})

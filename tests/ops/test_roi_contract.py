@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoILayer, RoIPoolConfig, RoIPooler, RoIWarpConfig
+from maskrcnn.ops.roi import RoIAlignConfig, RoILayer, RoILayerConfig, RoIPoolConfig, RoIPooler, RoIWarpConfig
 
-CHOICES: list[RoIConfig] = [
+CHOICES: list[RoILayerConfig] = [
     RoIPoolConfig(),
     RoIPoolConfig(rounding="floor"),
     RoIWarpConfig(),
@@ -56,7 +56,7 @@ BOXES = [
 ]
 
 
-def name(config: RoIConfig) -> str:
+def name(config: RoILayerConfig) -> str:
     return "-".join(f"{key}:{value}" if key != "kind" else value for key, value in config.model_dump().items())
 
 
@@ -69,7 +69,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 # The slow loops
 
 
-def loop(config: RoIConfig) -> RoILayer:
+def loop(config: RoILayerConfig) -> RoILayer:
     """Return the reference implementation of a layer, differentiable with respect to the map."""
     if isinstance(config, RoIPoolConfig):
         return functools.partial(loop_over_cells, rounding=config.rounding)
@@ -186,7 +186,7 @@ def pooler(layer: RoILayer, strides: tuple[int, ...]) -> RoIPooler:
     return RoIPooler(layer, strides, SIZE, canonical_box=16.0, canonical_stride=8.0)
 
 
-def case(config: RoIConfig, strides: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+def case(config: RoILayerConfig, strides: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return maps of two images, boxes, and image indices. Values are integers below 256, exact in all precisions."""
     generator = torch.Generator().manual_seed(0)
     maps = []
@@ -210,7 +210,7 @@ def with_gradients(layer: RoIPooler, maps: list[Tensor], boxes: Tensor, images: 
 
 
 @functools.cache
-def expected(config: RoIConfig, strides: tuple[int, ...]) -> list[Tensor]:
+def expected(config: RoILayerConfig, strides: tuple[int, ...]) -> list[Tensor]:
     return with_gradients(pooler(loop(config), strides), *case(config, strides))
 
 
@@ -227,7 +227,7 @@ def autocast(precision: str, device: str) -> contextlib.AbstractContextManager[A
 @every_precision
 @every_output
 @every_choice
-def test_contract(config: RoIConfig, strides: tuple[int, ...], precision: str, device: str):
+def test_contract(config: RoILayerConfig, strides: tuple[int, ...], precision: str, device: str):
     maps, boxes, images = case(config, strides)
     maps = in_precision(maps, precision, device)
     with autocast(precision, device):
@@ -247,7 +247,7 @@ def test_contract(config: RoIConfig, strides: tuple[int, ...], precision: str, d
 @every_output
 @every_choice
 def test_no_boxes_give_an_empty_result_in_the_graph(
-    config: RoIConfig, strides: tuple[int, ...], precision: str, device: str
+    config: RoILayerConfig, strides: tuple[int, ...], precision: str, device: str
 ):
     maps, boxes, images = case(config, strides)
     maps = in_precision(maps, precision, device)
@@ -270,7 +270,7 @@ Case = tuple[Tensor, Tensor, Tensor]  # feature map, boxes, image index of each 
 
 
 @every_choice
-def test_memory_format_changes_nothing(config: RoIConfig, random_case: Case):
+def test_memory_format_changes_nothing(config: RoILayerConfig, random_case: Case):
     features, boxes, images = random_case
     layer = RoIPooler(config.build(), (4,), size=4)
     contiguous = with_gradients(layer, [features], boxes, images)
@@ -279,7 +279,7 @@ def test_memory_format_changes_nothing(config: RoIConfig, random_case: Case):
 
 
 @every_choice
-def test_each_box_reads_its_own_image_and_order_does_not_matter(config: RoIConfig, random_case: Case):
+def test_each_box_reads_its_own_image_and_order_does_not_matter(config: RoILayerConfig, random_case: Case):
     features, boxes, images = random_case
     layer = functools.partial(config.build(), stride=4, size=4)
     pooled = layer(features, boxes, images)
@@ -292,7 +292,7 @@ def test_each_box_reads_its_own_image_and_order_does_not_matter(config: RoIConfi
 
 
 @every_choice
-def test_gradcheck(config: RoIConfig):
+def test_gradcheck(config: RoILayerConfig):
     features = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
     boxes = torch.tensor([[1.0, 2.0, 14.0, 11.0], [5.0, 6.0, 6.0, 7.0], [-3.0, -3.0, 5.0, 20.0]])
     images = torch.tensor([0, 1, 1])
@@ -301,7 +301,7 @@ def test_gradcheck(config: RoIConfig):
 
 
 @every_choice
-def test_boxes_have_no_gradient(config: RoIConfig, random_case: Case):
+def test_boxes_have_no_gradient(config: RoILayerConfig, random_case: Case):
     features, boxes, images = random_case
     pooled = config.build()(features.requires_grad_(), boxes.requires_grad_(), images, stride=4, size=4)
     pooled.sum().backward()
@@ -309,7 +309,7 @@ def test_boxes_have_no_gradient(config: RoIConfig, random_case: Case):
 
 
 @every_choice
-def test_a_constant_map_pools_to_the_constant_inside(config: RoIConfig):
+def test_a_constant_map_pools_to_the_constant_inside(config: RoILayerConfig):
     boxes = torch.tensor([[4.0, 4.0, 20.0, 12.0], [3.3, 5.1, 27.9, 26.7]])
     images = torch.zeros(2, dtype=torch.int64)
     pooled = config.build()(torch.full((1, 2, 8, 8), 0.7), boxes, images, stride=4, size=3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskrcnn.ops.roi import RoIAlignConfig, RoIConfig, RoIPoolConfig, RoIWarpConfig
+from maskrcnn.ops.roi import RoIAlignConfig, RoILayerConfig, RoIPoolConfig, RoIWarpConfig
 from maskrcnn.ops.roi_reading import RoIReading, read_box
 
 CHOICES = [
@@ -25,7 +25,7 @@ CHOICES = [
 ]
 
 
-def pool_by_reading(config: RoIConfig, features: Tensor, reading: RoIReading) -> list[list[float]]:
+def pool_by_reading(config: RoILayerConfig, features: Tensor, reading: RoIReading) -> list[list[float]]:
     """Pool a feature map (H, W) using only the reading: the cells of its bins, or its sample points."""
     size = len(reading.x.bins)
     grid = [[0.0] * size for _ in range(size)]
@@ -63,7 +63,7 @@ def interpolate(features: Tensor, y: float, x: float) -> float:
 
 
 @pytest.mark.parametrize("config", CHOICES, ids=str)
-def test_the_reading_gives_what_the_layer_returns(config: RoIConfig, random_boxes: Callable[..., Tensor]):
+def test_the_reading_gives_what_the_layer_returns(config: RoILayerConfig, random_boxes: Callable[..., Tensor]):
     features = torch.randn(9, 13)
     for stride, size in ((4, 3), (4, 1), (3.7, 2)):
         # Without the last three boxes: points exactly on the border depend on rounding.
@@ -85,7 +85,7 @@ def test_the_bins_of_roi_pool_are_those_of_the_kernel_to_the_last_bit():
             ]  # on a ramp the maximum is the last cell
 
 
-def read(config: RoIConfig, box: tuple[float, float, float, float], stride: float, size: int) -> RoIReading:
+def read(config: RoILayerConfig, box: tuple[float, float, float, float], stride: float, size: int) -> RoIReading:
     return read_box(config, torch.zeros(25, 25), box, stride=stride, size=size)
 
 

@@ -32,7 +32,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from maskrcnn.config import load_config
-from maskrcnn.data.loader import DetectionDataset, evaluation_loader, training_loader
+from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.loader import evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
 from maskrcnn.engine.evaluator import coco_results
 from maskrcnn.engine.metrics import without_nan

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskrcnn.config import Part
 from maskrcnn.models.norms import FrozenBatchNorm2d
 
 CheckpointActivations = Annotated[
@@ -30,14 +31,43 @@ class Backbone(nn.Module, ABC):
     Attributes:
         channels: channels of each feature map.
         strides: image pixels per cell of each feature map.
+        roi_levels: number of feature maps, from the first on, that the RoI layers use; all if None.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    roi_levels: int | None = None
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:
         """Return the stages of the body, first to last: the units that `freeze_stages` freezes."""
+
+
+class BackboneConfig(Part):
+    """Base class of the configs of backbones, an extension point."""
+
+    weights: str = "none"  # pretrained weights: "none", "imagenet" where the kind has them, or a path
+
+    @property
+    @abstractmethod
+    def levels(self) -> int:
+        """Number of feature maps of the RPN."""
+
+    @property
+    def region_stride(self) -> int:
+        """The factor by which `BackboneParts.res5` reduces the side of a region; 1 without it."""
+        return 1
+
+    @abstractmethod
+    def build(self) -> BackboneParts:
+        """Return the backbone with random weights."""
+
+    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
+        """Load `weights` into the modules that `build` returned, and into a trunk of the box head that has some too.
+
+        Raises:
+            InputError: the weights cannot be read or do not fit.
+        """
 
 
 class RegionStage(nn.Module):

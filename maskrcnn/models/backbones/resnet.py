@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
 from maskrcnn.models.backbones.parts import (
     Backbone,
+    BackboneConfig,
     BackboneParts,
     CheckpointActivations,
     CheckpointedSequential,
@@ -25,6 +25,7 @@ from maskrcnn.models.backbones.parts import (
 from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import GROUPS, NormFactory, NormKind, build_norm, conv_norm
+from maskrcnn.models.pretrained import load_pretrained
 
 Depth = Literal[18, 34, 50, 101, 152]
 
@@ -37,7 +38,7 @@ BLOCKS: dict[int, tuple[int, int, int, int]] = {
 }
 
 
-class ResNetConfig(Section):
+class ResNetConfig(BackboneConfig):
     """A ResNet or, with `groups` and `width_per_group`, a ResNeXt (50 and 101: 32x4d is 32 and 4).
 
     `output` selects the feature maps of the RPN and the heads. `c4`: C4; stage 5 runs on each region. `c5`: C5 at
@@ -82,6 +83,11 @@ class ResNetConfig(Section):
         return 5 if self.output == "fpn" else 1
 
     @property
+    def region_stride(self) -> int:
+        """2 for C4: stage 5 halves the regions."""
+        return 2 if self.output == "c4" else 1
+
+    @property
     def architecture(self) -> str:
         """torchvision's name for the classifier with this body."""
         if self.groups == 1 and self.width_per_group == 64:
@@ -104,6 +110,11 @@ class ResNetConfig(Section):
         freeze_stages(body, body.stages()[: self.freeze])
         backbone = FPN(body, channels=self.fpn.channels, norm=self.fpn.norm) if self.output == "fpn" else body
         return BackboneParts(backbone, body, Res5(**shared) if self.output == "c4" else None)
+
+    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
+        """Load the weights of torchvision's classifier."""
+        if self.weights != "none":
+            load_pretrained([parts.body, parts.res5, trunk], self.weights, architecture=self.architecture)
 
 
 class Shortcut(nn.Sequential):

@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
 from maskrcnn.models.backbones.parts import (
     Backbone,
+    BackboneConfig,
     BackboneParts,
     CheckpointActivations,
     checkpointed,
@@ -23,6 +23,7 @@ from maskrcnn.models.backbones.parts import (
 from maskrcnn.models.initialization import init_convolutions
 from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm
+from maskrcnn.models.pretrained import load_pretrained
 
 Depth = Literal[11, 13, 16, 19]
 
@@ -35,7 +36,7 @@ CONVOLUTIONS: dict[int, tuple[int, int, int, int, int]] = {
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-class VGGConfig(Section):
+class VGGConfig(BackboneConfig):
     """A VGG, with batch norm if `norm` is not "none".
 
     `output` selects the feature maps of the RPN and the heads. `conv5`: the last convolution, at stride 16, as in Fast
@@ -75,6 +76,11 @@ class VGGConfig(Section):
         freeze_stages(body, body.stages()[: self.freeze])
         backbone = FPN(body, channels=self.fpn.channels, norm=self.fpn.norm) if self.output == "fpn" else body
         return BackboneParts(backbone, body, None)
+
+    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
+        """Load the weights of torchvision's classifier."""
+        if self.weights != "none":
+            load_pretrained([parts.body, parts.res5, trunk], self.weights, architecture=self.architecture)
 
 
 class VGG(Backbone):

@@ -44,6 +44,7 @@ class FPN(Backbone):
         self.output = nn.ModuleList(_conv(channels, channels, kernel=3, norm=norm) for _ in body.channels)
         self.strides = (*body.strides, body.strides[-1] * 2)
         self.channels = (channels,) * len(self.strides)
+        self.roi_levels = len(body.strides)  # all but P6
 
     def stages(self) -> list[nn.Module]:
         """Return the stages of the body."""

@@ -1,0 +1,1 @@
+"""Parts of a package of one's own, for configurations with `imports: [extension.parts]`."""

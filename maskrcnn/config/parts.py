@@ -1,0 +1,131 @@
+"""Sections of the configuration, and parts: sections that are one of several kinds, open to other packages.
+
+An extension point is a direct subclass of `Part`, such as the base class of backbones. Its choices are its subclasses
+with a field `kind: Literal["name"]`, wherever they are defined. A field that has the extension point as its type
+accepts any of them, and `kind` selects one. A YAML imports the modules of further choices: `imports: [my.module]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from maskrcnn.config.yaml_text import TracedMapping
+
+
+def is_section(choice: Any) -> bool:
+    """Return whether a type is a section class."""
+    return get_origin(choice) is None and isinstance(choice, type) and issubclass(choice, BaseModel)
+
+
+def kinds_of(section: Any) -> tuple[str, ...]:
+    """Return the values of `kind` of a section class; empty if it has none, such as an extension point."""
+    field = section.model_fields.get("kind") if is_section(section) else None
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+
+
+def choices_of(point: type[Part]) -> dict[str, type[Part]]:
+    """Return the choices of an extension point by kind, in the order of their definition.
+
+    A class replaces an older one of the same name, such as the one of a module that was imported again.
+
+    Raises:
+        TypeError: two classes of different names have the same kind.
+    """
+    choices: dict[str, type[Part]] = {}
+    for subclass in _subclasses(point):
+        for kind in kinds_of(subclass):
+            other = choices.get(kind, subclass)
+            if other.__qualname__ != subclass.__qualname__:
+                raise TypeError(
+                    f"{other.__module__}.{other.__qualname__} and {subclass.__module__}."
+                    f"{subclass.__qualname__} both have the kind '{kind}'"
+                )
+            choices[kind] = subclass
+    return choices
+
+
+def _subclasses(point: type[Part]) -> Iterator[type[Part]]:
+    for subclass in point.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+class Section(BaseModel):
+    """Base class of every section of a configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(Section):
+    """Base class of the extension points (see the docstring of the module)."""
+
+    kind: str
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {kind: handler.generate_schema(choice) for kind, choice in choices_of(cls).items()}
+        if kinds_of(cls) or not choices:
+            return handler(source)
+        return core_schema.tagged_union_schema(choices, discriminator="kind")
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types that an annotation allows: members of unions and choices of extension points, without None."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [choice for member in get_args(annotation) for choice in alternatives(member)]
+    if is_section(annotation) and issubclass(annotation, Part) and not kinds_of(annotation):
+        return list(choices_of(annotation).values())
+    return [] if annotation is NoneType else [annotation]
+
+
+def import_parts(data: TracedMapping) -> list[str]:
+    """Import the modules that the key `imports` of a configuration lists; return a line for each that fails."""
+    modules = data.get("imports")
+    problems = []
+    for module in modules if isinstance(modules, list) else ():
+        try:
+            import_module(str(module))
+        except ImportError as error:
+            origin = data.origins["imports"]
+            problems.append(
+                f"imports: cannot import '{module}' ({error}); install it, or add its folder to PYTHONPATH [{origin}]"
+            )
+    return problems
+
+
+_BUILT: dict[type[Section], set[type[Part]]] = {}  # the parts that existed when a schema was built
+
+
+def rebuild_if_parts_changed(schema: type[Section]) -> None:
+    """Let `schema` accept the parts that were defined since this was called for it the last time."""
+    parts = set(_subclasses(Part))
+    if _BUILT.get(schema) != parts:
+        _rebuild(schema, set())
+        _BUILT[schema] = parts
+
+
+def _rebuild(section: type[BaseModel], done: set[type[BaseModel]]) -> None:
+    """Build the validators of a section and of all sections in it again, innermost first."""
+    done.add(section)
+    for field in section.model_fields.values():
+        for inner in _sections_in(field.annotation):
+            if inner not in done:
+                _rebuild(inner, done)
+    section.model_rebuild(force=True)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    for choice in alternatives(annotation):
+        if is_section(choice):
+            yield choice
+        else:
+            for argument in get_args(choice):
+                yield from _sections_in(argument)

@@ -1,0 +1,124 @@
+"""Parts of another package: every command works with them, without a change to this package.
+
+The commands run in a process of their own, so that other tests do not see these parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from maskrcnn.engine.metrics import TIMING_KEYS, read_records
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "extension"
+
+RUN_COMMANDS = """
+import contextlib, io, json, sys
+from maskrcnn.cli import main
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = ["maskrcnn", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        print(json.dumps([stop.code, out.getvalue(), err.getvalue()]))
+    except Exception as failure:  # Python's own status for it is 1
+        print(json.dumps([1, out.getvalue(), str(failure)]))
+"""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(*commands: list[object]) -> list[Outcome]:
+    """Run the commands one after another in one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_COMMANDS],
+        input=json.dumps([[str(argument) for argument in command] for command in commands]),
+        env={**os.environ, "PYTHONPATH": str(EXAMPLE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [Outcome(*json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_every_command_works_with_parts_of_another_package(tmp_path: Path) -> None:
+    config, whole, resumed = EXAMPLE / "experiment.yaml", tmp_path / "whole", tmp_path / "resumed"
+    broken = tmp_path / "broken"
+    outcomes = run(
+        ["train", config, "--out", whole],
+        ["train", config, "--out", resumed, "--set", "training.keep_checkpoints=5"],
+        ["eval", config, "--weights", whole / "checkpoints" / "last.pt", "--out", tmp_path / "evaluation"],
+        ["predict", "--weights", whole / "checkpoints" / "last.pt", whole / "predictions", "--out", tmp_path / "found"],
+        ["train", config, "--out", broken, "--set", "training.optimizer.lr=1.0e+30"],
+        ["ablate", EXAMPLE / "ablation.yaml", "--out", tmp_path / "ablation", "--jobs", 2],
+        ["show-config", "--schema"],
+        ["show-config", config],
+    )
+    assert [outcome.status for outcome in outcomes] == [0, 0, 0, 0, 1, 0, 0, 0], outcomes
+    assert (whole / "numbers.csv").read_text().startswith("1,train/loss,")
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics == json.loads((whole / "evaluation" / "metrics.json").read_text())
+    assert (tmp_path / "found" / "results.json").is_file()
+    assert "roi_align" in (tmp_path / "ablation" / "report.md").read_text()
+    assert "imports: [extension.parts]" in outcomes[-1].out
+
+    (replay,) = (broken / "replay").iterdir()
+    shutil.copy(resumed / "checkpoints" / "iteration_00000002.pt", resumed / "checkpoints" / "last.pt")
+    again = run(["replay-batch", replay], ["train", config, "--out", resumed, "--resume"])
+    assert again[0].status == 1
+    assert "not finite" in again[0].out
+    assert again[1].status == 0
+    first, second = (
+        [{key: value for key, value in record.items() if key not in TIMING_KEYS} for record in read_records(path)]
+        for path in (whole / "metrics.jsonl", resumed / "metrics.jsonl")
+    )
+    assert first == second
+
+
+MESSAGES = {
+    "imports=[extension.party]": "imports: cannot import 'extension.party' (No module named 'extension.party')",
+    "model.backbone.kind=plane": "model.backbone.kind: 'plane' is not one of vgg, resnet, plain; did you mean 'plain'?",
+    "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of tensorboard, wandb, csv; did you",
+}
+
+
+def test_messages_list_the_foreign_kinds(tmp_path: Path) -> None:
+    train = ["train", EXAMPLE / "experiment.yaml", "--out", tmp_path / "run", "--set"]
+    for outcome, message in zip(run(*([*train, change] for change in MESSAGES)), MESSAGES.values(), strict=True):
+        assert outcome.status == 2
+        assert message in outcome.err
+        assert "1 problem\n" in outcome.err
+
+
+def test_two_parts_of_one_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "twin.py").write_text(
+        "from typing import Literal\n"
+        "from extension.parts import PlainConfig\n"
+        "class Twin(PlainConfig):\n"
+        "    kind: Literal['plain'] = 'plain'\n"
+    )
+    code = (
+        "import twin\n"
+        "from maskrcnn.config.parts import choices_of\n"
+        "from maskrcnn.models.backbones.parts import BackboneConfig\n"
+        "choices_of(BackboneConfig)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLE}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "extension.parts.PlainConfig and twin.Twin both have the kind 'plain'" in done.stderr
