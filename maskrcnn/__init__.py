@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from maskrcnn.engine.evaluator import Evaluator
     from maskrcnn.engine.instances import Instances
     from maskrcnn.engine.predictor import Predictor
-    from maskrcnn.experiment import load
+    from maskrcnn.engine.trainer import Trainer, TrainerOptions
+    from maskrcnn.experiment import load, load_config
 
-__all__ = ["Evaluator", "Instances", "Predictor", "__version__", "load"]
+__all__ = ["Evaluator", "Instances", "Predictor", "Trainer", "TrainerOptions", "__version__", "load", "load_config"]
 
 _MODULES = {
     "Evaluator": "maskrcnn.engine.evaluator",
     "Instances": "maskrcnn.engine.instances",
     "Predictor": "maskrcnn.engine.predictor",
+    "Trainer": "maskrcnn.engine.trainer",
+    "TrainerOptions": "maskrcnn.engine.trainer",
     "load": "maskrcnn.experiment",
+    "load_config": "maskrcnn.experiment",
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 import maskrcnn.data.coco
 import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
-from maskrcnn.config import Section, validate
+from maskrcnn.config import Section, read_config, validate
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import TransformsConfig
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
@@ -108,6 +108,14 @@ class ExperimentConfig(Section):
             workers=self.training.workers,
             backend=self.evaluation.backend,
         )
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read the configuration of an experiment; see `maskrcnn.config.read_config`.
+
+    Example: `load_config("shapes/mask_rcnn_r18_fpn", ["model.roi.kind=roi_pool"]).model.build(num_classes=4)`.
+    """
+    return read_config(path, ExperimentConfig, overrides)
 
 
 def load(

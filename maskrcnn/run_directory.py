@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import torch
 
-from maskrcnn.config import Section, load_config, to_dict, to_yaml
+from maskrcnn.config import Section, read_config, to_dict, to_yaml
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint
 from maskrcnn.engine.metrics import FILE_NAME as METRICS_FILE
 from maskrcnn.errors import InputError
@@ -129,7 +129,7 @@ class RunDirectory:
 
     def _changes(self, config: Section) -> Changes:
         """Return the changes from the stored configuration, where missing (newer) keys have their default values."""
-        return changes(to_dict(load_config(self.config, type(config))), to_dict(config))
+        return changes(to_dict(read_config(self.config, type(config))), to_dict(config))
 
     def last_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, or None if there is none.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 
 from maskrcnn.config import to_dict, validate
 from maskrcnn.data.dataset import DetectionDataset
-from maskrcnn.data.loader import batches_per_epoch, training_loader
+from maskrcnn.data.loader import batches_per_epoch
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
     TrainingState,
@@ -26,14 +27,16 @@ from maskrcnn.engine.checkpoint import (
 )
 from maskrcnn.engine.ema import ExponentialAverage
 from maskrcnn.engine.evaluator import Evaluator
-from maskrcnn.engine.loop import train
+from maskrcnn.engine.loop import StopRequest
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, SilentWriter, read_records
 from maskrcnn.engine.optimizer import clip_gradients
 from maskrcnn.engine.pictures import draw_predictions, preview_pictures
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.engine.profiler import Profiler
 from maskrcnn.engine.replay import Replay, save_replay
-from maskrcnn.engine.step import Precision, TrainingStep
+from maskrcnn.engine.schedule import ScheduleConfig
+from maskrcnn.engine.step import Keep, Precision, TrainingStep
+from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
@@ -73,36 +76,35 @@ def train_experiment(
         _claim(run, config, resume=resume, device=processes.device)
     processes.wait()
 
-    model, state, start = _set_up(config, run, dataset.classes, resume=resume, init=init, processes=processes)
+    trainer, start = _set_up(config, run, dataset, schedule, resume=resume, init=init, processes=processes)
     logger.info("training on %d images, %d classes, with %s", len(dataset), len(dataset.classes), processes)
     checkpoints = CheckpointFolder(
         run.checkpoints,
-        state=state,
+        state=trainer.state,
         classes=dataset.classes,
         config=to_dict(config),
         metric=config.evaluation.best_metric,
         keep=config.training.keep_checkpoints,
     )
-    predictor = config.predictor(model, validation.classes)
-    evaluator = _Evaluations(config, run, predictor, state.average, validation, processes, checkpoints)
+    predictor = config.predictor(trainer.model, validation.classes)
+    evaluator = _Evaluations(config, run, predictor, trainer.state.average, validation, processes, checkpoints)
     with run.explaining_full_disks(), ExitStack() as stack:
         metrics = partial(MetricsWriter, run.root, start=start, loggers=config.training.loggers)
         writer = stack.enter_context(metrics() if processes.is_main else SilentWriter())
         writer.last_evaluation = processes.broadcast(writer.last_evaluation)
         writer.log_config(config)
         use_profiler = config.training.profile and processes.is_main
-        train(
-            _step(config, run, state, dataset.classes, processes),
-            _training_batches(config, model, dataset, start, processes),
-            schedule.build(),
+        trainer.fit(
             start=start,
-            iterations=schedule.num_iterations,
             intervals=config.training.intervals,
             writer=writer,
-            save=checkpoints.save if processes.is_main else _save_nothing,
+            save=checkpoints.save if processes.is_main else None,
             evaluate=evaluator,
             is_over=evaluator.is_over,
+            keep=_keeper(config, run, trainer.model, dataset.classes, processes),
+            stop=stack.enter_context(StopRequest(second_signal_kills=processes.world == 1)),
             profiler=stack.enter_context(Profiler(run.root)) if use_profiler else None,
+            processes=processes,
         )
     if processes.is_main:
         evaluator.draw(run.predictions)
@@ -121,13 +123,14 @@ def _claim(run: RunDirectory, config: ExperimentConfig, *, resume: bool, device:
 def _set_up(
     config: ExperimentConfig,
     run: RunDirectory,
-    classes: ClassTable,
+    dataset: DetectionDataset,
+    schedule: ScheduleConfig,
     *,
     resume: bool,
     init: Path | None,
     processes: Processes,
-) -> tuple[MaskRCNN, TrainingState, int]:
-    """Return the model, the training state, and the number of finished training steps."""
+) -> tuple[Trainer, int]:
+    """Return the trainer, and the number of finished training steps."""
     # A run that was stopped before its first checkpoint resumes from iteration 0.
     checkpoint = run.last_checkpoint() if resume else None
     start = checkpoint.iteration if checkpoint else 0
@@ -135,62 +138,40 @@ def _set_up(
         raise InputError(
             f"{run.root}: the processes read different checkpoints; the folder must be on a shared file system"
         )
-    device = processes.device
-    seed_generators(config.training.seed)
-    model = config.model.build(len(classes), pretrained=checkpoint is None and init is None).to(device)
+    settings = config.training
+    seed_generators(settings.seed)
+    model = config.model.build(len(dataset.classes), pretrained=checkpoint is None and init is None)
+    model = model.to(processes.device)
     if init is not None:
-        initialize(model, init, classes)
-    if config.training.compile:
+        initialize(model, init, dataset.classes)
+    if settings.compile:
         model.compile_dense()
-    decay = config.training.ema_decay
-    state = TrainingState(
+    trainer = Trainer(
         model,
-        config.training.optimizer.build(model, batch_size=config.training.batch_size),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16"),
-        average=None if decay is None else ExponentialAverage(model, decay=decay),
-    )
-    if checkpoint is not None:
-        restore(checkpoint, state, source=str(run.last))
-        logger.info("resuming after iteration %d", start)
-    return model, state, start
-
-
-def _save_nothing(iteration: int) -> None:
-    """Do nothing: only the main process saves checkpoints."""
-
-
-def _step(
-    config: ExperimentConfig, run: RunDirectory, state: TrainingState, classes: ClassTable, processes: Processes
-) -> TrainingStep:
-    def keep(iteration: int, batches: Sequence[Batch]) -> Path:
-        path = run.root / "replay" / f"iteration_{iteration:08d}_process_{processes.rank}.pt"
-        return save_replay(path, state.model, batches, iteration=iteration, classes=classes, config=to_dict(config))
-
-    return TrainingStep(
-        state,
-        processes,
-        precision=config.training.precision,
-        clip_norm=config.training.clip_norm,
-        skips=config.training.skip_non_finite,
-        keep=keep,
-    )
-
-
-def _training_batches(
-    config: ExperimentConfig, model: MaskRCNN, dataset: DetectionDataset, start: int, processes: Processes
-) -> Iterable[tuple[Batch, ...]]:
-    return training_loader(
         dataset,
         config.data.train_transforms.build(),
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        workers=config.training.workers,
-        size_divisor=model.size_divisor,
-        start=start,
-        rank=processes.rank,
-        world=processes.world,
-        grad_accum_steps=config.training.grad_accum_steps,
+        optimizer=settings.optimizer.build(model, batch_size=settings.batch_size),
+        schedule=schedule.build(),
+        iterations=schedule.num_iterations,
+        batch_size=settings.batch_size,
+        options=TrainerOptions(**{field.name: getattr(settings, field.name) for field in fields(TrainerOptions)}),
     )
+    if checkpoint is not None:
+        restore(checkpoint, trainer.state, source=str(run.last))
+        logger.info("resuming after iteration %d", start)
+    return trainer, start
+
+
+def _keeper(
+    config: ExperimentConfig, run: RunDirectory, model: MaskRCNN, classes: ClassTable, processes: Processes
+) -> Keep:
+    """Return the function that stores a training step that is not finite."""
+
+    def keep(iteration: int, batches: Sequence[Batch]) -> Path:
+        path = run.root / "replay" / f"iteration_{iteration:08d}_process_{processes.rank}.pt"
+        return save_replay(path, model, batches, iteration=iteration, classes=classes, config=to_dict(config))
+
+    return keep
 
 
 class _Evaluations:

@@ -17,7 +17,7 @@ import torch
 from pycocotools import mask as cocoapi
 from torch import nn
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.evaluator import coco_results
 from maskrcnn.errors import InputError
@@ -173,7 +173,7 @@ def convergence_worker(screening: ModuleType) -> ModuleType:
 
 
 def test_torchvisions_side_has_our_sizes_and_backbone(convergence_worker: ModuleType) -> None:
-    config = load_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
+    config = read_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
     ours = config.model.build(4, pretrained=False)
     theirs = convergence_worker.torchvision_model(config, 4, ours)
     body = theirs.backbone.body.state_dict()
@@ -193,7 +193,7 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
     file = tmp_path / "both.yaml"
     file.write_text(f"base: [{CONFIGS / '../base/conventions/torchvision.yaml'}, {CONFIGS / 'shapes.yaml'}]")
     changes = [*SMALL[2:], "model.backbone={weights: none, norm_eps: 1.0e-5}"]
-    config = load_config(file, ExperimentConfig, changes)
+    config = read_config(file, ExperimentConfig, changes)
     _, validation = config.data.build_both()
     torch.manual_seed(0)
     side = convergence_worker.torchvision_side(config, validation)
@@ -283,7 +283,7 @@ def test_margin_of_error_by_hand(screening: ModuleType) -> None:
 
 
 def test_levels_change_what_they_name(screening: ModuleType) -> None:
-    config = load_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
+    config = read_config(CONFIGS / "shapes.yaml", ExperimentConfig, ["model.backbone.weights=none"])
 
     def weights(*high: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

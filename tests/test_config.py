@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from maskrcnn.config import Section, differences, json_schema, load_config, to_dict, to_yaml
+from maskrcnn.config import Section, differences, json_schema, read_config, to_dict, to_yaml
 from maskrcnn.config.recipes import RECIPES, find_config
 from maskrcnn.errors import InputError
 
@@ -81,7 +81,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def load(path: Path, *overrides: str) -> Experiment:
-    return load_config(path, Experiment, overrides)
+    return read_config(path, Experiment, overrides)
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
@@ -304,7 +304,7 @@ def test_a_literal_outside_a_union_has_suggestions(write: Write) -> None:
         mode: Literal["train", "test"]
 
     with pytest.raises(InputError, match="mode: 'tain' is not one of train, test; did you mean 'train'"):
-        load_config(write(top="mode: tain"), ModeConfig)
+        read_config(write(top="mode: tain"), ModeConfig)
 
 
 def test_a_validator_error_has_the_path_of_its_section(write: Write) -> None:
@@ -315,7 +315,7 @@ def test_a_validator_error_has_the_path_of_its_section(write: Write) -> None:
 def test_a_validator_error_of_the_whole_has_no_path(write: Write) -> None:
     path = write(top="warmup: 99")
     with pytest.raises(InputError) as caught:
-        load_config(path, Optimizer)
+        read_config(path, Optimizer)
     assert str(caught.value) == f"{path}: 1 problem\n  warmup (99) must end before the first step (60)"
 
 
@@ -385,7 +385,7 @@ def test_a_file_that_is_absent_a_folder_or_no_text(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_an_empty_mapping(write: Write) -> None:
-    assert load_config(write(top=""), Optimizer) == Optimizer()
+    assert read_config(write(top=""), Optimizer) == Optimizer()
 
 
 # The configuration itself and its dumps

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from maskrcnn.ablation.plan import load_plan
-from maskrcnn.config import differences, json_schema, load_config, to_dict, to_yaml
+from maskrcnn.config import differences, json_schema, read_config, to_dict, to_yaml
 from maskrcnn.data.loader import training_loader
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.step import TrainingStep
@@ -63,10 +63,10 @@ def bases(path: Path) -> set[Path]:
 
 
 def tiny(path: Path, *overrides: str) -> ExperimentConfig:
-    config = load_config(path, ExperimentConfig, [*TINY, *overrides])
+    config = read_config(path, ExperimentConfig, [*TINY, *overrides])
     if config.model.box_head.kind != "fc":
         return config
-    return load_config(path, ExperimentConfig, [*TINY, "model.box_head.width=64", *overrides])
+    return read_config(path, ExperimentConfig, [*TINY, "model.box_head.width=64", *overrides])
 
 
 def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> Batch:
@@ -160,10 +160,10 @@ def test_the_roi_layer_is_one_key(path: Path, roi: str) -> None:
 
 @each_experiment
 def test_an_experiment_resolves_to_itself(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ExperimentConfig)
+    config = read_config(path, ExperimentConfig)
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
-    assert load_config(resolved, ExperimentConfig) == config
+    assert read_config(resolved, ExperimentConfig) == config
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name)
@@ -172,14 +172,14 @@ def test_a_part_is_used_or_can_be(path: Path, tmp_path: Path) -> None:
         return
     composed = tmp_path / "composed.yaml"
     composed.write_text(json.dumps({"base": [str(REFERENCE), str(path)]}))
-    assert to_dict(load_config(composed, ExperimentConfig)) != to_dict(load_config(REFERENCE, ExperimentConfig))
+    assert to_dict(read_config(composed, ExperimentConfig)) != to_dict(read_config(REFERENCE, ExperimentConfig))
     check_step(tiny(composed))
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem.endswith("_roi_pool")], ids=name)
 def test_a_pair_differs_in_the_roi_layer_alone(path: Path) -> None:
     pair = [path, path.with_name(path.name.replace("_roi_pool", "_roi_align"))]
-    pool, align = (to_dict(load_config(config_path, ExperimentConfig)) for config_path in pair)
+    pool, align = (to_dict(read_config(config_path, ExperimentConfig)) for config_path in pair)
     lines = differences(pool, align)
     assert lines
     assert all(line.startswith("model.roi.") for line in lines)
@@ -233,14 +233,14 @@ def test_an_ablation_opens_with_its_command(path: Path) -> None:
 )
 def test_values_out_of_range_are_refused(override: str) -> None:
     with pytest.raises(InputError) as refusal:
-        load_config(REFERENCE, ExperimentConfig, [override])
+        read_config(REFERENCE, ExperimentConfig, [override])
     assert override.partition("=")[0] in str(refusal.value)
 
 
 def test_a_region_that_stage_5_halves_has_an_even_side() -> None:
     odd_sizes = ["model.box_head.pool_size=7", "model.mask_head.pool_size=7"]
     with pytest.raises(InputError, match="an even pool_size"):
-        load_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd_sizes)
+        read_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd_sizes)
 
 
 # The schema for editors.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint
 from maskrcnn.engine.evaluator import Evaluator
@@ -62,7 +62,7 @@ evaluation: {pictures: 2, picture_score: 0.0}
 def load(folder: Path, *overrides: str) -> ExperimentConfig:
     path = folder / "experiment.yaml"
     path.write_text(EXPERIMENT)
-    return load_config(path, ExperimentConfig, overrides)
+    return read_config(path, ExperimentConfig, overrides)
 
 
 def train(config: ExperimentConfig, out: Path, *, resume: bool = False, init: Path | None = None) -> None:
@@ -99,7 +99,7 @@ def test_a_run_writes_all_files(run: Path) -> None:
         "predictions/1.png", "predictions/2.png", "predictions/overview.png",
     }  # fmt: skip
     assert "training on 8 images, 3 classes" in (run / "train.log").read_text()
-    assert load_config(run / "config.yaml", ExperimentConfig) == load(run.parent)
+    assert read_config(run / "config.yaml", ExperimentConfig) == load(run.parent)
 
 
 def test_steps_and_evaluations_are_recorded(run: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from maskrcnn.cli import explain_roi
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
@@ -134,7 +134,7 @@ def test_the_map_is_the_one_that_the_box_head_reads(photograph: tuple[Path, Path
 
 def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path: Path):
     load_model = explain_roi._load_model
-    config = load_config(photograph[1], ExperimentConfig)
+    config = read_config(photograph[1], ExperimentConfig)
     model = config.model.build(2)
     optimizer = config.training.optimizer.build(model, batch_size=1)
     classes = ClassTable(("cat", "dog"), (1, 2))

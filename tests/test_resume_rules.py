@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maskrcnn.config import load_config, to_dict
+from maskrcnn.config import read_config, to_dict
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.resume_rules import RULES, UNKNOWN, changes, rule_of
 
@@ -23,7 +23,7 @@ def keys_of(section: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def keys() -> set[str]:
-    return set().union(*(keys_of(to_dict(load_config(CONFIGS / name, ExperimentConfig))) for name in SHIPPED))
+    return set().union(*(keys_of(to_dict(read_config(CONFIGS / name, ExperimentConfig))) for name in SHIPPED))
 
 
 def test_every_key_has_a_rule_and_every_rule_a_key() -> None:

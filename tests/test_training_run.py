@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.engine.loop import Interrupted
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records, without_nan
@@ -61,7 +61,7 @@ evaluation: {batch_size: 2, pictures: 1}
 def train(out: Path, *overrides: str, resume: bool = False) -> Path:
     path = out.with_suffix(".yaml")
     path.write_text(EXPERIMENT)
-    config = load_config(path, ExperimentConfig, overrides)
+    config = read_config(path, ExperimentConfig, overrides)
     train_experiment(config, out, resume=resume, init=None, processes=Processes(CPU))
     return out
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_all_features(
 
 def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "training.ema_decay=0.5", "model.detection.detections_per_image=20")
-    config = load_config(run / "config.yaml", ExperimentConfig)
+    config = read_config(run / "config.yaml", ExperimentConfig)
     last = run / "checkpoints" / "last.pt"
     evaluation = next(record for record in reversed(records(run)) if record["kind"] == "evaluation")
     for average, prefix in ((False, ""), (True, "ema/")):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from maskrcnn.config import Section, load_config, to_dict
+from maskrcnn.config import Section, read_config, to_dict
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, Metric
 from maskrcnn.run_directory import RunDirectory
@@ -91,7 +91,7 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
         InputError: the ablation or the experiment of a variant is invalid, two variants are the same experiment, or
             variants have different validation images.
     """
-    config = load_config(path, AblationConfig)
+    config = read_config(path, AblationConfig)
     runs = []
     for seed in config.seeds:
         for name, variant in config.variants.items():
@@ -108,7 +108,7 @@ def _resolve(
 ) -> ExperimentConfig:
     experiment = path.parent / (variant.experiment or config.experiment)
     try:
-        return load_config(experiment, ExperimentConfig, [*overrides, *variant.set])
+        return read_config(experiment, ExperimentConfig, [*overrides, *variant.set])
     except InputError as error:
         raise InputError(f"{path}: variants.{name}: {error}") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.engine.loop import Interrupted
 from maskrcnn.experiment import ExperimentConfig, choose_device
 from maskrcnn.run_directory import RunDirectory
@@ -35,7 +35,7 @@ def main() -> None:
     threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    config = load_config(args.config, ExperimentConfig)
+    config = read_config(args.config, ExperimentConfig)
     resume = RunDirectory(args.out).started
     try:
         train_experiment(config, args.out, resume=resume, init=None, processes=Processes(choose_device("auto")))

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if from_checkpoint == from_files:
         raise InputError("give either CONFIG and --weights, or --annotations and --predictions")
 
-    from maskrcnn.config import load_config
+    from maskrcnn.config import read_config
     from maskrcnn.engine.evaluator import report
     from maskrcnn.evaluation.results import read_results
     from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         report(args.annotations, read_results(args.predictions), args.out, backend=args.backend or "faster")
         return
     backend = [f"evaluation.backend={args.backend}"] if args.backend else []
-    config = load_config(args.config, ExperimentConfig, [*args.overrides, *backend])
+    config = read_config(args.config, ExperimentConfig, [*args.overrides, *backend])
     out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}{'_ema' if args.ema else ''}"
     evaluate_checkpoint(config, args.weights, out, choose_device(args.device), average=args.ema)
     print(f"metrics.json, results.json and pictures are in {out}")

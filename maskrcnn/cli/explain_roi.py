@@ -169,10 +169,10 @@ def _load_model(config_file: Path, overrides: list[str], weights: Path | None) -
     """Return the model in evaluation mode, its image transform, and a description of the origin of its weights."""
     import torch
 
-    from maskrcnn.config import load_config
+    from maskrcnn.config import read_config
     from maskrcnn.experiment import ExperimentConfig, load_predictor
 
-    config = load_config(config_file, ExperimentConfig, overrides)
+    config = read_config(config_file, ExperimentConfig, overrides)
     if weights is not None:
         predictor = load_predictor(config, weights, torch.device("cpu"))
         return predictor.model.eval(), predictor.transform, f"weights of {weights.name}"

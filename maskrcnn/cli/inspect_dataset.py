@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print statistics and draw images."""
 
-    from maskrcnn.config import load_config
+    from maskrcnn.config import read_config
     from maskrcnn.data.statistics import summarize
     from maskrcnn.engine.pictures import draw_ground_truth
     from maskrcnn.experiment import ExperimentConfig
 
     setup_logging()
-    data = load_config(args.config, ExperimentConfig, args.overrides).data
+    data = read_config(args.config, ExperimentConfig, args.overrides).data
     dataset = data.build_train() if args.split == "train" else data.build_validation()
     print(summarize(dataset.ground_truth()))
     draw_ground_truth(dataset, args.count, args.out)

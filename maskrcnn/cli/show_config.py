@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> None:
     if args.schema == (args.config is not None):
         raise InputError("give either CONFIG or --schema")
 
-    from maskrcnn.config import json_schema, load_config, to_yaml
+    from maskrcnn.config import json_schema, read_config, to_yaml
     from maskrcnn.experiment import ExperimentConfig
 
     if args.schema:
         print(json.dumps(json_schema(ExperimentConfig), indent=2))
     else:
-        print(to_yaml(load_config(args.config, ExperimentConfig, args.overrides)), end="")
+        print(to_yaml(read_config(args.config, ExperimentConfig, args.overrides)), end="")

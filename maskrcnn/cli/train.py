@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train."""
 
-    from maskrcnn.config import load_config
+    from maskrcnn.config import read_config
     from maskrcnn.engine.loop import Interrupted
     from maskrcnn.experiment import ExperimentConfig, choose_device
     from maskrcnn.runtime.memory import keep_freed_memory
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / args.config.stem
     setup_logging()
     keep_freed_memory()
-    config = load_config(args.config, ExperimentConfig, args.overrides)
+    config = read_config(args.config, ExperimentConfig, args.overrides)
     try:
         with processes(choose_device(args.device)) as group:
             setup_logging(process=group.rank)

@@ -29,7 +29,7 @@ __all__ = [
     "Section",
     "differences",
     "json_schema",
-    "load_config",
+    "read_config",
     "to_dict",
     "to_yaml",
     "validate",
@@ -38,7 +38,7 @@ __all__ = [
 S = TypeVar("S", bound=Section)
 
 
-def load_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()) -> S:
+def read_config(path: Path | str, schema: type[S], overrides: Sequence[str] = ()) -> S:
     """Read `path` with its base files, apply `overrides` and validate the result against `schema`.
 
     Args:
@@ -63,7 +63,7 @@ def validate(data: Mapping[str, Any], schema: type[S], *, source: str, overrides
         data: the configuration in plain types.
         schema: its section class.
         source: name of its file in error messages.
-        overrides: as for `load_config`.
+        overrides: as for `read_config`.
 
     Raises:
         InputError: the configuration is invalid; the message has one line per problem.

@@ -40,9 +40,9 @@ Evaluate = Callable[[int], Measurement]
 class Intervals(NamedTuple):
     """Iterations between evaluations, checkpoints and log records. Each is also done after the last iteration."""
 
-    evaluate: int
-    save: int
-    log: int
+    evaluate: int = 5000
+    save: int = 5000
+    log: int = 20
 
 
 class TrainingConfig(Section):
@@ -109,9 +109,10 @@ def train(
     iterations: int,
     intervals: Intervals,
     writer: MetricsWriter,
-    save: Save,
-    evaluate: Evaluate,
+    save: Save | None = None,
+    evaluate: Evaluate | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
     profiler: Profiler | None = None,
 ) -> None:
     """Train from iteration `start` to `iterations`.
@@ -122,20 +123,19 @@ def train(
         schedule: learning rate factor as a function of the iteration.
         start, iterations: number of training steps that are already done, and at the end.
         intervals, writer: when to evaluate, save and log, and what records steps and evaluations.
-        save: `save(iteration)` writes a checkpoint. It is also called before each evaluation and on a signal.
+        save: `save(iteration)` writes a checkpoint; also called before each evaluation and on a signal. None: no files.
         evaluate: `evaluate(iteration)` evaluates the model. It must not draw from the global random generators.
         is_over: called after each evaluation; returns True to stop training early.
+        stop: the training saves and ends after the step in which it received a signal.
         profiler: `profiler.step()` is called after each training step.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, with the state saved.
+        Interrupted: `stop` received a signal; the state is saved.
         Exception: of `loader`, after saving a checkpoint, or of `step`, without saving: norm statistics may be invalid.
     """
     speed, processes = Speedometer(), step.processes
-    with (
-        StopRequest(second_signal_kills=processes.world == 1) as stop,
-        _progress_bar(start, iterations, enabled=processes.is_main) as bar,
-    ):
+    save = save or (lambda iteration: None)
+    with _progress_bar(start, iterations, enabled=processes.is_main) as bar:
         _evaluate_once(start, writer, evaluate, due=_is_due(start, intervals.evaluate, iterations))
         batch_iterator = iter(loader)
         for iteration in range(start + 1, iterations + 1):
@@ -170,9 +170,9 @@ def _log_step(record: Step, iterations: int, writer: MetricsWriter, speed: Speed
     speed.reset()
 
 
-def _stop_on_signal(stop: StopRequest, processes: Processes, save: Save, iteration: int) -> None:
+def _stop_on_signal(stop: StopRequest | None, processes: Processes, save: Save, iteration: int) -> None:
     """Save a checkpoint and raise Interrupted if any process received a signal."""
-    if number := processes.max(stop.signal or 0):
+    if stop is not None and (number := processes.max(stop.signal or 0)):
         save(iteration)
         processes.wait()  # torchrun stops all processes when one exits, so wait for the main one to save
         message = f"stopped after iteration {iteration}, which is saved; resume with --resume"
@@ -225,12 +225,12 @@ def _is_due(iteration: int, every: int, iterations: int) -> bool:
     return iteration > 0 and (iteration % every == 0 or iteration == iterations)
 
 
-def _evaluate_once(iteration: int, writer: MetricsWriter, evaluate: Evaluate, *, due: bool) -> None:
+def _evaluate_once(iteration: int, writer: MetricsWriter, evaluate: Evaluate | None, *, due: bool) -> None:
     """Evaluate and record the result if `due`.
 
     A recorded evaluation is not repeated. A run that was killed during an evaluation resumes just before it.
     """
-    if due and writer.last_evaluation != iteration:
+    if evaluate is not None and due and writer.last_evaluation != iteration:
         writer.log_evaluation(iteration, evaluate(iteration))
 
 

@@ -118,7 +118,7 @@ class Run:
     def train(self):
         options = {"evaluate": self.evaluate, "intervals": Intervals(evaluate=4, save=3, log=2)}
         schedule = MultiStepConfig(iterations=STEPS, steps=(9,), warmup_iterations=4).build()
-        with MetricsWriter(self.folder, start=self.start) as writer:
+        with MetricsWriter(self.folder, start=self.start) as writer, StopRequest() as stop:
             train(
                 TrainingStep(self.state, Processes(CPU), **self.step_options),
                 make_loader(self.start),
@@ -127,6 +127,7 @@ class Run:
                 iterations=self.iterations,
                 writer=writer,
                 save=self.checkpoints.save,
+                stop=stop,
                 **{**options, **self.options},
             )
         return self

@@ -3,7 +3,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from maskrcnn.config import Section, load_config, to_yaml
+from maskrcnn.config import Section, read_config, to_yaml
 from maskrcnn.engine.schedule import CosineConfig, MultiStepConfig, ScheduleConfig, warmup
 from maskrcnn.errors import InputError
 
@@ -118,8 +118,8 @@ def test_yaml_states_either_unit_and_keeps_whole_numbers(tmp_path):
     path = tmp_path / "schedule.yaml"
     for text in ("{kind: multi_step, epochs: 12, steps: [8, 10.5]}", "{kind: multi_step, iterations: 9, steps: [5.0]}"):
         path.write_text(f"schedule: {text.replace('}', ', warmup_iterations: 0}')}")
-        config = load_config(path, Experiment)
+        config = read_config(path, Experiment)
         stored = to_yaml(config)
         assert "steps: [8, 10.5]" in stored or "steps: [5]" in stored
         path.write_text(stored)
-        assert load_config(path, Experiment) == config
+        assert read_config(path, Experiment) == config

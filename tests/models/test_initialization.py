@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.box_head import BoxHead, FCTrunkConfig
 from maskrcnn.models.initialization import Initialization
@@ -98,5 +98,5 @@ def test_conventions_choose_their_own_start(lineage: str, tmp_path: Path) -> Non
     file = tmp_path / "experiment.yaml"
     parts = ["model/resnet_fpn", "data/shapes", f"conventions/{lineage}"]
     file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{part}.yaml') for part in parts)}]")
-    model = load_config(file, ExperimentConfig).model
+    model = read_config(file, ExperimentConfig).model
     assert model.box_head.initialization == model.mask_head.initialization == lineage

@@ -13,7 +13,7 @@ from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import tabulate
@@ -61,7 +61,7 @@ def models(
     file = tmp_path_factory.mktemp("parity") / "experiment.yaml"
     bases = ["model/resnet_fpn", "data/shapes", "conventions/torchvision"]
     file.write_text(f"base: [{', '.join(str(CONFIGS / 'base' / f'{base}.yaml') for base in bases)}]")
-    config = load_config(
+    config = read_config(
         file,
         ExperimentConfig,
         [

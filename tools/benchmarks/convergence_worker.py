@@ -31,7 +31,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
@@ -270,7 +270,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     overrides = [*job.overrides, f"training.seed={job.seed}"]
-    config = load_config(Path(job.config), ExperimentConfig, overrides)
+    config = read_config(Path(job.config), ExperimentConfig, overrides)
     record = train(config, job.side, job.marks, job.high)
     record |= {"job": asdict(job), "environment": environment(torch.device("cpu"))}
     write_atomically(out, lambda file: file.write(json.dumps(without_nan(record)).encode()))

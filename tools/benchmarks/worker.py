@@ -25,7 +25,7 @@ from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from maskrcnn.config import load_config
+from maskrcnn.config import read_config
 from maskrcnn.data.loader import collate
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.instances import Instances
@@ -117,7 +117,7 @@ def _torchvision_target(scene: Scene) -> dict[str, Tensor]:
 
 
 def _our_experiment() -> ExperimentConfig:
-    return load_config(CONFIG, ExperimentConfig, ["model.rpn.training.post_nms_top_n=2000"])  # as in torchvision
+    return read_config(CONFIG, ExperimentConfig, ["model.rpn.training.post_nms_top_n=2000"])  # as in torchvision
 
 
 def _our_model(config: ExperimentConfig, device: torch.device) -> MaskRCNN:
