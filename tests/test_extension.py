@@ -88,8 +88,8 @@ def test_every_command_works_with_parts_of_another_package(tmp_path: Path) -> No
 
 MESSAGES = {
     "imports=[extension.party]": "imports: cannot import 'extension.party' (No module named 'extension.party')",
-    "model.backbone.kind=plane": "model.backbone.kind: 'plane' is not one of vgg, resnet, plain; did you mean 'plain'?",
-    "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of tensorboard, wandb, csv; did you",
+    "model.backbone.kind=plane": "model.backbone.kind: 'plane' is not one of plain, resnet, timm, vgg; did you mean",
+    "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of csv, tensorboard, wandb; did you",
 }
 
 

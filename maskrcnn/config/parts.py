@@ -30,7 +30,7 @@ def kinds_of(section: Any) -> tuple[str, ...]:
 
 
 def choices_of(point: type[Part]) -> dict[str, type[Part]]:
-    """Return the choices of an extension point by kind, in the order of their definition.
+    """Return the choices of an extension point by kind, in alphabetical order.
 
     A class replaces an older one of the same name, such as the one of a module that was imported again.
 
@@ -47,7 +47,7 @@ def choices_of(point: type[Part]) -> dict[str, type[Part]]:
                     f"{subclass.__qualname__} both have the kind '{kind}'"
                 )
             choices[kind] = subclass
-    return choices
+    return dict(sorted(choices.items()))
 
 
 def _subclasses(point: type[Part]) -> Iterator[type[Part]]:

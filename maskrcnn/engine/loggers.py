@@ -103,7 +103,7 @@ class Wandb(Logger):
 
     def __init__(self, config: WandbConfig, run_dir: Path) -> None:
         try:
-            import wandb  # type: ignore[import-not-found, unused-ignore]
+            import wandb
         except ImportError as error:
             raise InputError("training.loggers: kind wandb needs the package: pip install wandb") from error
         self._image = wandb.Image

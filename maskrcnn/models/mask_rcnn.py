@@ -15,7 +15,8 @@ import torch
 from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
-import maskrcnn.models.backbones.vgg  # noqa: F401 (defines a kind of backbone)
+import maskrcnn.models.backbones.timm_features
+import maskrcnn.models.backbones.vgg  # noqa: F401 (these two define kinds of backbones)
 from maskrcnn.config import Section
 from maskrcnn.models.backbones.parts import Backbone, BackboneConfig
 from maskrcnn.models.backbones.resnet import ResNetConfig
