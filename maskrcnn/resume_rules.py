@@ -37,6 +37,7 @@ RULES: Mapping[str, Rule] = {
     "model.box_head.initialization": _START,
     "model.mask_head.initialization": _START,
     "model.backbone.checkpoint_activations": Rule("harmless", "same results with less memory"),
+    "model.loss_weights": _NEXT_STEP,
     "model.rpn.inference": _MEASURED,
     "model.detection": _MEASURED,
     "model.mask_head.paste": _MEASURED,

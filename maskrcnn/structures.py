@@ -11,7 +11,7 @@ background and -1 is padding or an ignored region. The score of padding is -inf.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -126,13 +126,17 @@ class Detections(OnDevice):
 
 
 class Losses(NamedTuple):
-    """The five loss terms, each a scalar with weight 1."""
+    """The five loss terms, scalars."""
 
     loss_objectness: Tensor  # RPN: cross entropy of object or background
     loss_rpn_box_reg: Tensor  # RPN: regression from anchor to object
     loss_classifier: Tensor  # box head: cross entropy of the classes
     loss_box_reg: Tensor  # box head: regression from proposal to object
     loss_mask: Tensor  # mask head: cross entropy of the mask cells
+
+    def weighted(self, weights: Mapping[str, float]) -> Losses:
+        """Return the terms times their weights by name; a term without one has weight 1."""
+        return Losses(*(term * weights.get(name, 1.0) for name, term in zip(self._fields, self, strict=True)))
 
     @property
     def total(self) -> Tensor:

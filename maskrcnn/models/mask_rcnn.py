@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 import maskrcnn.models.backbones.timm_features
@@ -41,6 +41,16 @@ class PixelConfig(Section):
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
 
 
+class LossWeightsConfig(Section):
+    """Factors of the five loss terms. The recorded losses include them."""
+
+    loss_objectness: NonNegativeFloat = 1.0
+    loss_rpn_box_reg: NonNegativeFloat = 1.0
+    loss_classifier: NonNegativeFloat = 1.0
+    loss_box_reg: NonNegativeFloat = 1.0
+    loss_mask: NonNegativeFloat = 1.0
+
+
 class MaskRCNNConfig(Section):
     """The model. `roi` is the RoI layer of both heads; `box_head.roi` and `mask_head.roi` override it."""
 
@@ -53,6 +63,7 @@ class MaskRCNNConfig(Section):
     mask_head: MaskHeadConfig = FCNMaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
+    loss_weights: LossWeightsConfig = LossWeightsConfig()
 
     @model_validator(mode="after")
     def _sections_match(self) -> MaskRCNNConfig:
@@ -102,6 +113,7 @@ class MaskRCNNConfig(Section):
                 normalizer=normalizer,
             ),
             mask_target=self.mask_head.target,
+            loss_weights=self.loss_weights.model_dump(),
         )
         # With channels_last, convolutions are faster on a CPU, and RoI layers read the channels of a cell contiguously.
         return model.to(memory_format=torch.channels_last)
@@ -156,10 +168,12 @@ class MaskRCNN(nn.Module):
         mask_pooler: RoIPooler,
         mask_head: MaskHead,
         mask_target: MaskTarget,
+        loss_weights: Mapping[str, float] = {},
     ) -> None:
         """Assemble the model. If `res5` is given, it runs on each region before both heads.
 
         If `mask_pooler` is the same object as `box_pooler`, training pools the regions once for both heads.
+        `loss_weights` has factors of the loss terms by name; a term without one has weight 1.
         """
         super().__init__()
         self.pixels = pixels
@@ -173,6 +187,7 @@ class MaskRCNN(nn.Module):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.mask_target = mask_target
+        self.loss_weights = dict(loss_weights)
 
     @property
     def size_divisor(self) -> int:
@@ -210,7 +225,8 @@ class MaskRCNN(nn.Module):
             regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
         target_masks = self._mask_targets(samples, targets, images)[image, slot]
         loss_mask = self.mask_head.loss(self.mask_head(regions, labels), target_masks, images=image, batch=len(images))
-        return Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
+        losses = Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
+        return losses.weighted(self.loss_weights)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> Detections:

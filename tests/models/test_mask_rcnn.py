@@ -442,8 +442,17 @@ def test_the_stages_hold_the_parameters_of_the_classifier(model: MaskRCNN) -> No
 
 
 def test_the_heads_of_c4_need_an_even_side() -> None:
-    with pytest.raises(ValueError, match="needs an even pool_size in both heads"):
+    with pytest.raises(ValueError, match="pool_size of both heads must be a multiple of 2"):
         build("c4", mask_head={"kind": "fcn", "pool_size": 7})
+
+
+def test_loss_weights_are_factors() -> None:
+    weights = {"loss_mask": 2.0, "loss_rpn_box_reg": 0.0}
+    plain = losses(build("fpn"), example(key=1))
+    torch.manual_seed(0)  # as before each test: the same model
+    weighted = losses(build("fpn", loss_weights=weights), example(key=1))
+    for name, one, two in zip(Losses._fields, plain, weighted, strict=True):
+        assert two == one * weights.get(name, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["c4", "fpn"])
