@@ -217,7 +217,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             panel.set_xticks(sorted(runs[0].figures), labels=[str(mark) for mark in sorted(runs[0].figures)])
     handles, labels = axes[0][-1].get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2)
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=2)
     figure.supxlabel("training step", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
