@@ -239,7 +239,7 @@ def test_values_out_of_range_are_refused(override: str) -> None:
 
 def test_a_region_that_stage_5_halves_has_an_even_side() -> None:
     odd_sizes = ["model.box_head.pool_size=7", "model.mask_head.pool_size=7"]
-    with pytest.raises(InputError, match="an even pool_size"):
+    with pytest.raises(InputError, match="pool_size of both heads must be a multiple of 2"):
         read_config(CONFIGS / "coco" / "mask_rcnn_r50_c4_1x.yaml", ExperimentConfig, odd_sizes)
 
 

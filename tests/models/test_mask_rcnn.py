@@ -476,7 +476,7 @@ def test_each_head_may_have_a_roi_layer_of_its_own(kind: str) -> None:
 
 
 def test_every_level_needs_its_anchors() -> None:
-    with pytest.raises(ValueError, match=r"anchor_sizes has 1 levels, but backbone\.output 'fpn' has 5"):
+    with pytest.raises(ValueError, match=r"anchor_sizes has 1 levels, but the backbone has 5"):
         build("fpn", rpn={"anchor_sizes": [[32]]})
 
 
