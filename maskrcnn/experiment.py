@@ -94,11 +94,16 @@ class ExperimentConfig(Section):
                 f"evaluation.best_metric is {self.evaluation.best_metric}, but there are no averaged weights: set "
                 "training.ema_decay"
             )
+        if self.evaluation.best_metric.removeprefix("ema/").startswith("mask/") and self.model.mask_head is None:
+            raise ValueError(
+                f"evaluation.best_metric is {self.evaluation.best_metric}, but model.mask_head is null: use box/AP"
+            )
         return self
 
     def predictor(self, model: MaskRCNN, classes: ClassTable) -> Predictor:
         """Return a predictor with the validation transforms and the paste convention."""
-        return Predictor(model, classes, self.data.validation_transforms.build(), self.model.mask_head.paste)
+        transform, head = self.data.validation_transforms.build(), self.model.mask_head
+        return Predictor(model, classes, transform, "exact" if head is None else head.paste)
 
     def evaluator(self, dataset: DetectionDataset) -> Evaluator:
         """Return an evaluator of the dataset."""

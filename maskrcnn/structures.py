@@ -117,7 +117,7 @@ class Detections(OnDevice):
     boxes: Tensor  # (B, D, 4), clipped to the image
     scores: Tensor  # (B, D) class probability; -inf for padding
     labels: Tensor  # (B, D) int64, 1..K; -1 for padding
-    masks: Tensor  # (B, D, M, M) mask probability of the predicted class in each cell of the box
+    masks: Tensor  # (B, D, M, M) mask probability of the predicted class in each cell of the box; M = 0: no mask head
 
     @property
     def valid(self) -> Tensor:

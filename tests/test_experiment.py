@@ -386,6 +386,28 @@ def test_a_wrong_override_of_a_checkpoint_is_refused(run: Path) -> None:
         load_weights(run / "checkpoints" / "last.pt", overrides=["model.detection.detections=2"])
 
 
+def test_a_model_without_a_mask_head(tmp_path: Path) -> None:
+    """It trains, resumes, evaluates and predicts boxes."""
+    changes = ("model.mask_head=null", "evaluation.best_metric=box/AP")
+    train(load(tmp_path, *changes), tmp_path / "run")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert all(record["losses"]["loss_mask"] == 0 for record in records if record["kind"] == "train")
+    stored = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert "box/AP" in stored
+    assert "mask/AP" not in stored
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    evaluation = evaluate_checkpoint(load(tmp_path, *changes), last, tmp_path / "out", CPU)
+    assert evaluation.mask is None
+    instances = load_weights(last)(np.zeros((48, 64, 3), np.uint8))
+    assert not instances.has_masks
+    assert instances.draw(min_score=0).size == (5 * 64, 5 * 48)
+    assert all("segmentation" not in result for result in instances.to_coco(1))
+    with pytest.raises(ValueError, match="no mask head"):
+        _ = instances.masks
+    with pytest.raises(InputError, match=r"best_metric is mask/AP, but model\.mask_head is null: use box/AP"):
+        load(tmp_path, "model.mask_head=null")
+
+
 # Devices.
 
 

@@ -19,6 +19,7 @@ from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate
+from maskrcnn.evaluation.preparation import IouType
 from maskrcnn.evaluation.results import write_results
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, Losses
@@ -64,7 +65,8 @@ class Evaluator:
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 write_results(out / "results.json", results)
-            return report(self.dataset.ground_truth(), results, out, backend=self.backend)
+            iou_types: list[IouType] = ["bbox"] if predictor.model.mask_head is None else ["bbox", "segm"]
+            return report(self.dataset.ground_truth(), results, out, backend=self.backend, iou_types=iou_types)
 
         return processes.from_main(compute_metrics), images_per_second
 
@@ -113,7 +115,12 @@ def coco_results(predictor: Predictor, batch: Batch) -> list[Result]:
 
 
 def report(
-    ground_truth: dict[str, Any] | Path, results: Sequence[Result], out: Path | None, *, backend: Backend
+    ground_truth: dict[str, Any] | Path,
+    results: Sequence[Result],
+    out: Path | None,
+    *,
+    backend: Backend,
+    iou_types: Sequence[IouType] = ("bbox", "segm"),
 ) -> Evaluation:
     """Compute box and mask AP, log the tables, and write `metrics.json`.
 
@@ -122,8 +129,9 @@ def report(
         results: detections in COCO's results format.
         out: folder of `metrics.json`; None writes no file.
         backend: implementation of the COCO evaluation.
+        iou_types: what to evaluate. Masks are not evaluated if no result has one.
     """
-    evaluation = evaluate(ground_truth, results, backend=backend)
+    evaluation = evaluate(ground_truth, results, iou_types, backend=backend)
     logger.info("%s\n\n%s", evaluation.format_class_table(), evaluation.format_table())
     if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
         logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")

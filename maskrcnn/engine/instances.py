@@ -33,7 +33,7 @@ class Instances:
     boxes: Tensor  # (N, 4) float32 (x1, y1, x2, y2) in pixels of the original image, clipped to it
     scores: Tensor  # (N,) class probability
     labels: Tensor  # (N,) int64, 1..K
-    mask_probabilities: Tensor  # (N, M, M) in the cells of the box
+    mask_probabilities: Tensor  # (N, M, M) in the cells of the box; M = 0 if the model has no mask head
     height: int  # of the original image
     width: int
     classes: ClassTable
@@ -86,8 +86,19 @@ class Instances:
         return tuple(self.classes.names[label - 1] for label in self.labels.tolist())
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the model has a mask head."""
+        return self.mask_probabilities.shape[-1] > 0
+
+    @property
     def masks(self) -> Tensor:
-        """(N, H, W) bool: the masks, computed at each access; `to_coco` encodes the same masks."""
+        """(N, H, W) bool: the masks, computed at each access; `to_coco` encodes the same masks.
+
+        Raises:
+            ValueError: the model has no mask head.
+        """
+        if not self.has_masks:
+            raise ValueError("these instances have no masks: the model has no mask head")
         masks = torch.zeros((len(self), self.height, self.width), dtype=torch.bool)
         for n in range(len(self)):  # one at a time: the probabilities of a mask take four times its memory
             one = slice(n, n + 1)
@@ -100,27 +111,25 @@ class Instances:
         """Return one COCO result for each detection.
 
         A result is `{"image_id", "category_id", "bbox", "score", "segmentation"}`, with the box as `(x, y, width,
-        height)` and the mask as compressed run lengths, both in pixels of the original image.
+        height)` and the mask as compressed run lengths, both in pixels of the original image. Without a mask head it
+        has no segmentation.
         """
         xywh = self.boxes.clone()
         xywh[:, 2:] -= self.boxes[:, :2]
-        columns = zip(
-            self.labels.tolist(),
-            xywh.tolist(),
-            self.scores.tolist(),
-            encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste),
-            strict=True,
-        )
-        return [
+        results: list[Result] = [
             {
                 "image_id": image_id,
                 "category_id": self.classes.category_ids[label - 1],
                 "bbox": box,
                 "score": score,
-                "segmentation": mask,
             }
-            for label, box, score, mask in columns
+            for label, box, score in zip(self.labels.tolist(), xywh.tolist(), self.scores.tolist(), strict=True)
         ]
+        if self.has_masks:
+            masks = encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
+            for result, mask in zip(results, masks, strict=True):
+                result["segmentation"] = mask
+        return results
 
     def draw(self, *, min_score: float = 0.5) -> Image.Image:
         """Return a picture of the image with the detections whose score is at least `min_score`.
@@ -140,7 +149,7 @@ class Instances:
             )
         chosen = self[self.scores >= min_score]
         background = self.image.permute(1, 2, 0).contiguous().numpy()
-        masks = list(chosen.masks.numpy())
+        masks = list(chosen.masks.numpy()) if self.has_masks else []
         return draw_objects(background, chosen.boxes, chosen.labels, masks, self.classes.names, chosen.scores)
 
 

@@ -52,7 +52,10 @@ class LossWeightsConfig(Section):
 
 
 class MaskRCNNConfig(Section):
-    """The model. `roi` is the RoI layer of both heads; `box_head.roi` and `mask_head.roi` override it."""
+    """The model. `roi` is the RoI layer of both heads; `box_head.roi` and `mask_head.roi` override it.
+
+    Without a mask head (null), the model is a Faster R-CNN.
+    """
 
     pixels: PixelConfig = PixelConfig()
     backbone: BackboneConfig = ResNetConfig()
@@ -60,7 +63,7 @@ class MaskRCNNConfig(Section):
     roi: RoILayerConfig = RoIAlignConfig()
     sampling: SamplingConfig = SamplingConfig()
     box_head: BoxHeadConfig = FCTrunkConfig()
-    mask_head: MaskHeadConfig = FCNMaskHeadConfig()
+    mask_head: MaskHeadConfig | None = FCNMaskHeadConfig()
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
     loss_weights: LossWeightsConfig = LossWeightsConfig()
@@ -70,7 +73,7 @@ class MaskRCNNConfig(Section):
         levels, stride = self.backbone.levels, self.backbone.region_stride
         if len(self.rpn.anchor_sizes) != levels:
             raise ValueError(f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but the backbone has {levels}")
-        if self.box_head.pool_size % stride or self.mask_head.pool_size % stride:
+        if any(head.pool_size % stride for head in (self.box_head, self.mask_head) if head is not None):
             raise ValueError(
                 f"the pool_size of both heads must be a multiple of {stride}: the backbone's last stage runs on the "
                 "regions and reduces them by that factor"
@@ -88,6 +91,12 @@ class MaskRCNNConfig(Section):
             self.backbone.load_pretrained(parts, trunk if self.box_head.kind == "vgg_fc" else None)  # fc6 and fc7
         box_pooler, mask_pooler = self._poolers(backbone.strides[: backbone.roi_levels])
         normalizer = self.loss_normalizer
+        mask_head = None
+        if self.mask_head is not None:
+            side = self.mask_head.pool_size // shrink
+            mask_head = self.mask_head.build(
+                channels=channels, side=side, num_classes=num_classes, normalizer=normalizer
+            )
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
             backbone=backbone,
@@ -106,13 +115,8 @@ class MaskRCNNConfig(Section):
             ),
             selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights),
             mask_pooler=mask_pooler,
-            mask_head=self.mask_head.build(
-                channels=channels,
-                side=self.mask_head.pool_size // shrink,
-                num_classes=num_classes,
-                normalizer=normalizer,
-            ),
-            mask_target=self.mask_head.target,
+            mask_head=mask_head,
+            mask_target=self.mask_head.target if self.mask_head else "coverage",
             loss_weights=self.loss_weights.model_dump(),
         )
         # With channels_last, convolutions are faster on a CPU, and RoI layers read the channels of a cell contiguously.
@@ -121,7 +125,7 @@ class MaskRCNNConfig(Section):
     def _poolers(self, strides: tuple[int, ...]) -> tuple[RoIPooler, RoIPooler]:
         """Return the poolers of box and mask head: the same object if their settings are equal."""
         (box_roi, box_size), (mask_roi, mask_size) = (
-            (head.roi or self.roi, head.pool_size) for head in (self.box_head, self.mask_head)
+            (head.roi or self.roi, head.pool_size) for head in (self.box_head, self.mask_head or self.box_head)
         )
         box_pooler = RoIPooler(box_roi.build(), strides=strides, size=box_size)
         if (box_roi, box_size) == (mask_roi, mask_size):
@@ -166,11 +170,13 @@ class MaskRCNN(nn.Module):
         box_head: BoxHead,
         selector: DetectionSelector,
         mask_pooler: RoIPooler,
-        mask_head: MaskHead,
+        mask_head: MaskHead | None,
         mask_target: MaskTarget,
         loss_weights: Mapping[str, float] = {},
     ) -> None:
         """Assemble the model. If `res5` is given, it runs on each region before both heads.
+
+        Without a mask head, `loss_mask` is 0 and the masks of detections have no cells.
 
         If `mask_pooler` is the same object as `box_pooler`, training pools the regions once for both heads.
         `loss_weights` has factors of the loss terms by name; a term without one has weight 1.
@@ -217,14 +223,16 @@ class MaskRCNN(nn.Module):
             batch=len(images),
         )
 
-        positive = (labels > 0).nonzero()[:, 0]
-        image, slot, labels = image[positive], slot[positive], labels[positive]
-        if self.mask_pooler is self.box_pooler:
-            regions = regions[positive]
-        else:
-            regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
-        target_masks = self._mask_targets(samples, targets, images)[image, slot]
-        loss_mask = self.mask_head.loss(self.mask_head(regions, labels), target_masks, images=image, batch=len(images))
+        loss_mask = loss_classifier.new_zeros(())
+        if self.mask_head is not None:
+            positive = (labels > 0).nonzero()[:, 0]
+            image, slot, labels = image[positive], slot[positive], labels[positive]
+            if self.mask_pooler is self.box_pooler:
+                regions = regions[positive]
+            else:
+                regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
+            wanted = self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot]
+            loss_mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
         losses = Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
         return losses.weighted(self.loss_weights)
 
@@ -239,6 +247,8 @@ class MaskRCNN(nn.Module):
         class_logits, box_deltas = (_scatter(values.float(), proposals.valid) for values in self.box_head(regions))
         detections = self.selector(proposals, class_logits, box_deltas, images.sizes)
 
+        if self.mask_head is None:
+            return replace(detections, masks=detections.boxes.new_zeros(*detections.labels.shape, 0, 0))
         image, slot = detections.valid.nonzero(as_tuple=True)
         regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
         masks = self.mask_head.probabilities(regions, detections.labels[image, slot])
@@ -249,11 +259,10 @@ class MaskRCNN(nn.Module):
         regions = pooler(features[: len(pooler.strides)], boxes, images)
         return regions if self.res5 is None else self.res5(regions)
 
-    def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch) -> Tensor:
+    def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch, *, side: int) -> Tensor:
         """Return the mask targets of the first `max_positives` samples of each image: `(B, max_positives, M, M)`."""
         boxes = samples.boxes[:, : self.sampler.max_positives]
         matched = samples.matched[:, : self.sampler.max_positives]
-        side = self.mask_head.mask_size
         if self.mask_target == "torchvision":
             height, width = images.pixels.shape[-2:]
             return mask_targets_torchvision(targets.masks, boxes, matched, side, height, width)
@@ -284,7 +293,8 @@ class MaskRCNN(nn.Module):
         scores, deltas = ClassRows(per_class=1, background=True), ClassRows(per_class=4, background=False)
         rows = {"box_head.cls_score.weight": scores, "box_head.cls_score.bias": scores}
         rows |= {"box_head.bbox_pred.weight": deltas, "box_head.bbox_pred.bias": deltas}
-        return rows | {f"mask_head.{name}": layout for name, layout in self.mask_head.class_rows().items()}
+        masks = {} if self.mask_head is None else self.mask_head.class_rows()
+        return rows | {f"mask_head.{name}": layout for name, layout in masks.items()}
 
 
 def _scatter(values: Tensor, valid: Tensor) -> Tensor:

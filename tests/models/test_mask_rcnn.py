@@ -456,6 +456,22 @@ def test_loss_weights_are_factors() -> None:
 
 
 @pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_without_a_mask_head_the_boxes_are_the_same(kind: str) -> None:
+    whole = build(kind)
+    boxes_alone = build(kind, mask_head=None)
+    boxes_alone.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("mask_head.")})
+    first, second = losses(whole, example(key=1)), losses(boxes_alone, example(key=1))
+    assert second.loss_mask == 0
+    assert first[:4] == second[:4]
+    second.total.backward()
+    batch = collate([example(key=1)], [0], whole.size_divisor)
+    one, two = whole.detect(batch.images), boxes_alone.detect(batch.images)
+    assert torch.equal(one.boxes, two.boxes)
+    assert two.masks.shape == (*one.labels.shape, 0, 0)
+    assert not any(name.startswith("mask_head") for name in boxes_alone.class_rows())
+
+
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
 def test_each_head_may_have_a_roi_layer_of_its_own(kind: str) -> None:
     """`roi` of one head changes the losses of that head and not those of the other."""
     pool = {"roi": {"kind": "roi_pool"}}
