@@ -91,12 +91,7 @@ class MaskRCNNConfig(Section):
             self.backbone.load_pretrained(parts, trunk if self.box_head.kind == "vgg_fc" else None)  # fc6 and fc7
         box_pooler, mask_pooler = self._poolers(backbone.strides[: backbone.roi_levels])
         normalizer = self.loss_normalizer
-        mask_head = None
-        if self.mask_head is not None:
-            side = self.mask_head.pool_size // shrink
-            mask_head = self.mask_head.build(
-                channels=channels, side=side, num_classes=num_classes, normalizer=normalizer
-            )
+        # A seed gives the same initial weights as long as the parts are built in this order.
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
             backbone=backbone,
@@ -115,12 +110,20 @@ class MaskRCNNConfig(Section):
             ),
             selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights),
             mask_pooler=mask_pooler,
-            mask_head=mask_head,
+            mask_head=self._build_mask_head(channels, shrink, num_classes),
             mask_target=self.mask_head.target if self.mask_head else "coverage",
             loss_weights=self.loss_weights.model_dump(),
         )
         # With channels_last, convolutions are faster on a CPU, and RoI layers read the channels of a cell contiguously.
         return model.to(memory_format=torch.channels_last)
+
+    def _build_mask_head(self, channels: int, shrink: int, num_classes: int) -> MaskHead | None:
+        if self.mask_head is None:
+            return None
+        side = self.mask_head.pool_size // shrink
+        return self.mask_head.build(
+            channels=channels, side=side, num_classes=num_classes, normalizer=self.loss_normalizer
+        )
 
     def _poolers(self, strides: tuple[int, ...]) -> tuple[RoIPooler, RoIPooler]:
         """Return the poolers of box and mask head: the same object if their settings are equal."""
