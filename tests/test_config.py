@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from maskrcnn.config import Section, differences, json_schema, read_config, to_dict, to_yaml
 from maskrcnn.config.recipes import RECIPES, find_config
 from maskrcnn.errors import InputError
+from maskrcnn.experiment import ExperimentConfig
 
 
 class Pool(Section):
@@ -128,6 +129,16 @@ def test_base_is_relative_to_the_file_that_names_it(write: Write, tmp_path: Path
     (tmp_path / "parts" / "all.yaml").write_text("base: inner.yaml\nclasses: 5")
     (tmp_path / "parts" / "inner.yaml").write_text("roi: {kind: roi_pool}")
     assert load(write(top="base: parts/all.yaml")).classes == 5
+
+
+def test_a_base_may_be_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("base: shapes/mask_rcnn_r18_fpn\ntraining: {batch_size: 4}\n")
+    recipe = read_config("shapes/mask_rcnn_r18_fpn", ExperimentConfig, ["training.batch_size=4"])
+    assert read_config(path, ExperimentConfig) == recipe
+    path.write_text("base: shapes/mask_rcnn_r18_fpm\n")
+    with pytest.raises(InputError, match="did you mean 'shapes/mask_rcnn_r18_fpn'"):
+        read_config(path, ExperimentConfig)
 
 
 def test_a_file_may_be_a_base_twice(write: Write) -> None:

@@ -1,9 +1,9 @@
 """Experiments as YAML: read, compose, override, validate, dump.
 
-A file may name base files with `base:` (one path or a list, relative to the file itself). The bases are merged in
-order, then the file, then the overrides. Mappings merge key by key; other values are replaced. A mapping with a
-different `kind` replaces the mapping that it would merge with. The result is validated against a schema of `Section`
-classes, after the modules that the key `imports` lists have been imported (`maskrcnn.config.parts`).
+A file may name base files with `base:` (one or a list: paths relative to the file itself, or names of recipes). The
+bases are merged in order, then the file, then the overrides. Mappings merge key by key; other values are replaced. A
+mapping with a different `kind` replaces the mapping that it would merge with. The result is validated against a schema
+of `Section` classes, after the modules that the key `imports` lists have been imported (`maskrcnn.config.parts`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def json_schema(schema: type[Section]) -> dict[str, Any]:
     rebuild_if_parts_changed(schema)
     generated = schema.model_json_schema(schema_generator=_EditorSchema)
     text = {"type": "string"}
-    base = {"description": "files to start from, merged in order", "anyOf": [text, {"type": "array", "items": text}]}
+    base = {
+        "description": "files or recipes to start from, merged in order",
+        "anyOf": [text, {"type": "array", "items": text}],
+    }
     return generated | {"properties": {"base": base, **generated.get("properties", {})}}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from maskrcnn.config.recipes import SUFFIXES, find_config
 from maskrcnn.config.yaml_text import OVERRIDE, TracedMapping, parse, show, syntax
 from maskrcnn.errors import InputError
 
@@ -57,7 +58,13 @@ def _take_bases(document: TracedMapping, path: Path) -> list[Path]:
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: base: expected a path or a list of paths, got {show(base)}")
-    return [Path(os.path.normpath(path.parent / name)) for name in names]
+    return [_find_base(name, path.parent) for name in names]
+
+
+def _find_base(name: str, folder: Path) -> Path:
+    """Return the file that a base names: relative to `folder`, or a recipe, whose name has no suffix."""
+    path = Path(os.path.normpath(folder / name))
+    return path if path.suffix in SUFFIXES or path.exists() else find_config(Path(name))
 
 
 def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from maskrcnn.errors import InputError
 
+SUFFIXES = (".yaml", ".yml")
+
 _PACKAGE = Path(__file__).parents[1]
 # In a checkout, the recipes are the folder `configs` beside the package.
 RECIPES = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "configs") if path.is_dir())
@@ -20,7 +22,7 @@ def find_config(name: Path) -> Path:
     Raises:
         InputError: neither exists, and `name` has no suffix. A missing file with a suffix is reported by its reader.
     """
-    if name.suffix in (".yaml", ".yml") or name.exists():
+    if name.suffix in SUFFIXES or name.exists():
         return name
     recipe = RECIPES / f"{name}.yaml"
     if recipe.is_file():
