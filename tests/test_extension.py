@@ -88,6 +88,7 @@ def test_every_command_works_with_parts_of_another_package(tmp_path: Path) -> No
 
 MESSAGES = {
     "imports=[extension.party]": "imports: cannot import 'extension.party' (No module named 'extension.party')",
+    "imports=[.parts]": "imports: '.parts' is not the name of a module, such as my_package.parts [--set]",
     "model.backbone.kind=plane": "model.backbone.kind: 'plane' is not one of plain, resnet, timm, vgg; did you mean",
     "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of csv, tensorboard, wandb; did you",
 }
@@ -104,12 +105,12 @@ def test_messages_list_the_foreign_kinds(tmp_path: Path) -> None:
 def test_two_parts_of_one_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "twin.py").write_text(
         "from typing import Literal\n"
-        "from extension.parts import PlainConfig\n"
-        "class Twin(PlainConfig):\n"
+        "from maskrcnn.models.backbones.parts import BackboneConfig\n"
+        "class PlainConfig(BackboneConfig):\n"
         "    kind: Literal['plain'] = 'plain'\n"
     )
     code = (
-        "import twin\n"
+        "import extension.parts, twin\n"
         "from maskrcnn.config.parts import choices_of\n"
         "from maskrcnn.models.backbones.parts import BackboneConfig\n"
         "choices_of(BackboneConfig)\n"
@@ -121,4 +122,4 @@ def test_two_parts_of_one_kind_are_refused(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "extension.parts.PlainConfig and twin.Twin both have the kind 'plain'" in done.stderr
+    assert "extension.parts.PlainConfig and twin.PlainConfig both have the kind 'plain'" in done.stderr

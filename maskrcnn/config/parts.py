@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from maskrcnn.config.yaml_text import TracedMapping
+from maskrcnn.errors import InputError
 
 
 def is_section(choice: Any) -> bool:
@@ -32,20 +33,17 @@ def kinds_of(section: Any) -> tuple[str, ...]:
 def choices_of(point: type[Part]) -> dict[str, type[Part]]:
     """Return the choices of an extension point by kind, in alphabetical order.
 
-    A class replaces an older one of the same name, such as the one of a module that was imported again.
+    A class replaces an older one of the same module and name: the module was loaded again.
 
     Raises:
-        TypeError: two classes of different names have the same kind.
+        InputError: two different classes have the same kind.
     """
     choices: dict[str, type[Part]] = {}
     for subclass in _subclasses(point):
         for kind in kinds_of(subclass):
-            other = choices.get(kind, subclass)
-            if other.__qualname__ != subclass.__qualname__:
-                raise TypeError(
-                    f"{other.__module__}.{other.__qualname__} and {subclass.__module__}."
-                    f"{subclass.__qualname__} both have the kind '{kind}'"
-                )
+            names = [f"{choice.__module__}.{choice.__qualname__}" for choice in (choices.get(kind, subclass), subclass)]
+            if names[0] != names[1]:
+                raise InputError(f"{names[0]} and {names[1]} both have the kind '{kind}'")
             choices[kind] = subclass
     return dict(sorted(choices.items()))
 
@@ -90,11 +88,14 @@ def import_parts(data: TracedMapping) -> list[str]:
     """Import the modules that the key `imports` of a configuration lists; return a line for each that fails."""
     modules = data.get("imports")
     problems = []
-    for module in modules if isinstance(modules, list) else ():
+    for module in map(str, modules if isinstance(modules, list) else ()):
+        origin = data.origins["imports"]
+        if not all(part.isidentifier() for part in module.split(".")):
+            problems.append(f"imports: '{module}' is not the name of a module, such as my_package.parts [{origin}]")
+            continue
         try:
-            import_module(str(module))
+            import_module(module)
         except ImportError as error:
-            origin = data.origins["imports"]
             problems.append(
                 f"imports: cannot import '{module}' ({error}); install it, or add its folder to PYTHONPATH [{origin}]"
             )

@@ -72,3 +72,7 @@ def test_wrong_models_and_weights(tmp_path: Path) -> None:
     config = TimmConfig(name="resnet10t", weights=str(tmp_path / "other.pth"))
     with pytest.raises(InputError, match=r"other\.pth: these are not the weights of resnet10t: conv1\.0\.weight"):
         config.load_pretrained(config.build(), None)
+    state = timm.create_model("resnet10t", pretrained=False).state_dict()
+    torch.save({**state, "conv1.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth: .* of resnet10t: conv1\.0\.weight has the shape \[1\]"):
+        config.load_pretrained(config.build(), None)

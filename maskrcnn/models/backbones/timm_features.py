@@ -51,7 +51,7 @@ class TimmConfig(BackboneConfig):
         """Load the weights into the body.
 
         Raises:
-            InputError: the file cannot be read or lacks a tensor of the body, or the download failed.
+            InputError: the file cannot be read or does not have the tensors of the body, or the download failed.
         """
         assert isinstance(parts.body, TimmFeatures)
         if self.weights == "none":
@@ -61,16 +61,15 @@ class TimmConfig(BackboneConfig):
             parts.body.features.load_state_dict(pretrained.state_dict())
             return
         state = read_tensors(Path(self.weights))
-        missing = [name for name in parts.body.features.state_dict() if name not in state]
-        if missing:
+        wanted = parts.body.features.state_dict()
+        if any(name not in state for name in wanted):
             # `features_only` renames modules of most models: `stages.0` is `stages_0`.
             state = {_flat_name(name, parts.body.features): tensor for name, tensor in state.items()}
-            missing = [name for name in parts.body.features.state_dict() if name not in state]
-        if missing:
-            raise InputError(f"{self.weights}: these are not the weights of {self.name}: {missing[0]} is missing")
-        parts.body.features.load_state_dict(
-            {name: state[name] for name in parts.body.features.state_dict()}, strict=True
-        )
+        for name, tensor in wanted.items():
+            if name not in state or state[name].shape != tensor.shape:
+                problem = f"has the shape {list(state[name].shape)}" if name in state else "is missing"
+                raise InputError(f"{self.weights}: these are not the weights of {self.name}: {name} {problem}")
+        parts.body.features.load_state_dict({name: state[name] for name in wanted})
 
     def _freeze(self, body: TimmFeatures) -> None:
         from timm.utils.model import freeze_batch_norm_2d  # keeps the activations that timm fuses with its norms
