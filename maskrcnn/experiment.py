@@ -13,7 +13,7 @@ import maskrcnn.data.coco
 import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
 from maskrcnn.config import Section, read_config, validate
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
-from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.loop import TrainingConfig
@@ -39,8 +39,8 @@ class DataConfig(Section):
     root: Path = Path("datasets/coco")  # for datasets without a root of their own
     train: DatasetConfig
     validation: DatasetConfig
-    train_transforms: TransformsConfig = TransformsConfig()
-    validation_transforms: TransformsConfig = TransformsConfig(flip=0)
+    train_transforms: tuple[TransformConfig, ...] = (HorizontalFlipConfig(), ResizeConfig())
+    validation_transforms: tuple[TransformConfig, ...] = (ResizeConfig(),)
     num_classes: PositiveInt | None = None  # comes from the annotations; if given, it must match them
 
     def build_both(self) -> tuple[DetectionDataset, DetectionDataset]:
@@ -65,6 +65,14 @@ class DataConfig(Section):
     def build_validation(self) -> DetectionDataset:
         """Return the validation dataset. Raises InputError if it is invalid."""
         return self.validation.with_root(self.root).build()
+
+    def build_train_transform(self) -> Transform:
+        """Return the training transforms, composed in their order."""
+        return Compose(tuple(transform.build() for transform in self.train_transforms))
+
+    def build_validation_transform(self) -> Transform:
+        """Return the validation transforms, composed in their order."""
+        return Compose(tuple(transform.build() for transform in self.validation_transforms))
 
 
 class EvaluationConfig(Section):
@@ -102,7 +110,7 @@ class ExperimentConfig(Section):
 
     def predictor(self, model: MaskRCNN, classes: ClassTable) -> Predictor:
         """Return a predictor with the validation transforms and the paste convention."""
-        transform, head = self.data.validation_transforms.build(), self.model.mask_head
+        transform, head = self.data.build_validation_transform(), self.model.mask_head
         return Predictor(model, classes, transform, "exact" if head is None else head.paste)
 
     def evaluator(self, dataset: DetectionDataset) -> Evaluator:

@@ -59,14 +59,14 @@ class MaskTables(OnDevice):
     `(height + 1) x (width + 1)`: entry `(i, j)` counts the mask's pixels above row `i` and left of column `j`. The
     area of the mask inside any real-valued rectangle then takes four bilinear look-ups, independent of its size.
 
-    A point `x` of the resized image lies at column `x / scale_x - origin_x` of the object's table.
+    A point `x` of the transformed image lies at column `x / scale_x - origin_x` of the object's table.
     """
 
     sums: Tensor  # (T,) int32: the tables of all objects, row-major, one after another
     starts: Tensor  # (B, G) int64: index in `sums` where the object's table begins; 0 for padding
     sizes: Tensor  # (B, G, 2) int64: height and width of the cropped mask; 0 for padding
-    origins: Tensor  # (B, G, 2) float32: x and y of the crop's top left corner, in annotated pixels
-    scales: Tensor  # (B, 2) float32: resized pixels per annotated pixel, along x and y
+    origins: Tensor  # (B, G, 2) float32: x and y of the crop's top left corner and the image's offset, annotated pixels
+    scales: Tensor  # (B, 2) float32: transformed pixels per annotated pixel, along x and y
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,39 @@ class MaskCrop(NamedTuple):
     pixels: np.ndarray  # (h, w) uint8, 0 or 1; (0, 0) if the object has no mask
 
 
+class AxisAlignedMap(NamedTuple):
+    """A map from annotated to current pixels: `x` goes to `scale_x * x + offset_x`, and `y` likewise."""
+
+    scale_x: float = 1.0
+    scale_y: float = 1.0
+    offset_x: float = 0.0
+    offset_y: float = 0.0
+
+    def then(self, scale_x: float, scale_y: float, offset_x: float = 0.0, offset_y: float = 0.0) -> AxisAlignedMap:
+        """Return the map that applies this one first and then another scale and offset."""
+        return AxisAlignedMap(
+            self.scale_x * scale_x,
+            self.scale_y * scale_y,
+            self.offset_x * scale_x + offset_x,
+            self.offset_y * scale_y + offset_y,
+        )
+
+    def invert(self, boxes: Tensor) -> Tensor:
+        """Return boxes `(N, 4)` of current pixels in annotated pixels."""
+        offset = boxes.new_tensor((self.offset_x, self.offset_y) * 2)
+        return (boxes - offset) / boxes.new_tensor((self.scale_x, self.scale_y) * 2)
+
+
+IDENTITY = AxisAlignedMap()
+
+
 @dataclass(frozen=True)
 class Example:
     """One image with its objects. Datasets return it; transforms map it to another `Example`.
 
-    Resizing scales pixels and boxes. Masks stay in annotated pixels (only flips change them); `scale` relates the two.
+    Resizing and cropping change pixels and boxes. Masks stay in annotated pixels, those of the image as the dataset
+    returns it (only flips change them); `map` relates the two. A transform that is not axis-aligned, such as a
+    rotation, returns new masks in the pixels of its result, the identity as `map`, and that size as `original_size`.
     """
 
     image_id: int
@@ -174,7 +202,12 @@ class Example:
     boxes: Tensor  # (G, 4) float32, in pixels of this image
     labels: Tensor  # (G,) int64, 1..K; -1 for ignored regions
     masks: tuple[MaskCrop, ...]  # G of them
-    scale: tuple[float, float] = (1.0, 1.0)  # pixels of this image per annotated pixel, along x and y
+    map: AxisAlignedMap = IDENTITY
+    original_size: tuple[int, int] = (0, 0)  # height and width in annotated pixels; by default those of `pixels`
+
+    def __post_init__(self) -> None:
+        if self.original_size == (0, 0):
+            object.__setattr__(self, "original_size", tuple(self.pixels.shape[1:]))
 
 
 class Batch(NamedTuple):
@@ -183,8 +216,8 @@ class Batch(NamedTuple):
     image_ids: tuple[int, ...]
     images: ImageBatch
     targets: Targets
-    scales: tuple[tuple[float, float], ...]  # resized pixels per original pixel of each image, along x and y
-    original_sizes: tuple[tuple[int, int], ...]  # height and width of each image before resizing
+    maps: tuple[AxisAlignedMap, ...]  # from original pixels to those of `images`, for each image
+    original_sizes: tuple[tuple[int, int], ...]  # height and width of each image before any transform
 
 
 @dataclass(frozen=True)

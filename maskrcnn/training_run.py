@@ -149,7 +149,7 @@ def _set_up(
     trainer = Trainer(
         model,
         dataset,
-        config.data.train_transforms.build(),
+        config.data.build_train_transform(),
         optimizer=settings.optimizer.build(model, batch_size=settings.batch_size),
         schedule=schedule.build(),
         iterations=schedule.num_iterations,

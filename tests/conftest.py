@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from pydantic import create_model
@@ -16,6 +17,10 @@ from torch import nn
 from maskrcnn.config import Part, Section
 
 REPOSITORY = Path(__file__).parents[1]
+
+# The same cases in each run, and no time limit: a busy machine is no failure.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

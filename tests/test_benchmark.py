@@ -191,7 +191,9 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
 ) -> None:
     """Ours under torchvision's conventions: the benchmark adds no difference of its own."""
     file = tmp_path / "both.yaml"
-    file.write_text(f"base: [{CONFIGS / '../base/conventions/torchvision.yaml'}, {CONFIGS / 'shapes.yaml'}]")
+    resize = "{resize: {rounding: floor, antialias: false}}"
+    bases = f"[{CONFIGS / '../base/conventions/torchvision.yaml'}, {CONFIGS / 'shapes.yaml'}]"
+    file.write_text(f"base: {bases}\ndata: {{train_transforms: {resize}, validation_transforms: {resize}}}\n")
     changes = [*SMALL[2:], "model.backbone={weights: none, norm_eps: 1.0e-5}"]
     config = read_config(file, ExperimentConfig, changes)
     _, validation = config.data.build_both()

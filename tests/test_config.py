@@ -154,6 +154,62 @@ def test_mappings_merge_deeply_and_lists_are_replaced(write: Write) -> None:
     assert load(path).optimizer == Optimizer(lr=0.1, steps=(300,))
 
 
+class Resize(Section):
+    kind: Literal["resize"] = "resize"
+    side: int = 800
+    rounding: str = "nearest"
+
+
+class Flip(Section):
+    kind: Literal["flip"] = "flip"
+
+
+class Augmented(Section):
+    transforms: tuple[Annotated[Flip | Resize, Field(discriminator="kind")], ...] = ()
+    name: str = "run"
+
+
+FLIP_AND_RESIZE = "transforms: [{kind: flip}, {kind: resize, side: 640}]"
+
+
+def test_a_mapping_above_a_list_of_parts_changes_the_part_of_its_kind(write: Write) -> None:
+    base = write(base=FLIP_AND_RESIZE)
+    child = write(child="base: base.yaml\ntransforms: {resize: {rounding: floor}}")
+    assert read_config(child, Augmented).transforms == (Flip(), Resize(side=640, rounding="floor"))
+    overridden = read_config(child, Augmented, ["transforms.resize.side=64", "transforms.resize.rounding=up"])
+    assert overridden.transforms == (Flip(), Resize(side=64, rounding="up"))
+    assert read_config(base, Augmented).transforms == (Flip(), Resize(side=640))
+
+
+def test_a_list_replaces_a_list_of_parts(write: Write) -> None:
+    assert read_config(write(one=FLIP_AND_RESIZE), Augmented, ["transforms=[{kind: flip}]"]).transforms == (Flip(),)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "transforms.crop.side=3",
+            r"transforms\.crop: .*one part of this kind in a list \(of flip, resize\).*\[--set\]",
+        ),
+        ("transforms.resize=3", r"transforms\.resize: expected a mapping of keys"),
+        (
+            "transforms.resize.sied=3",
+            r"transforms\[1\]\.sied: unknown key for kind resize; did you mean 'side'\? \[--set\]",
+        ),
+    ],
+)
+def test_wrong_changes_of_a_list_of_parts(write: Write, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_config(write(one=FLIP_AND_RESIZE), Augmented, [override])
+
+
+def test_a_kind_that_is_twice_in_a_list_needs_the_whole_list(write: Write) -> None:
+    twice = write(one="transforms: [{kind: resize}, {kind: resize}]")
+    with pytest.raises(InputError, match="write the whole list"):
+        read_config(twice, Augmented, ["transforms.resize.side=3"])
+
+
 @pytest.mark.parametrize(
     ("child", "expected"),
     [

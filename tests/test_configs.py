@@ -33,8 +33,7 @@ REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # the base for parts
 TINY = [
     "data.train={kind: shapes, length: 4, height: 64, width: 64}",
     "data.validation={kind: shapes, length: 4, height: 64, width: 64}",
-    "data.train_transforms.short_side=[64]",
-    "data.train_transforms.long_side=64",
+    "data.train_transforms.resize={short_side: [64], long_side: 64}",
     "model.backbone.weights=none",
     "model.rpn.training={pre_nms_top_n: 20, post_nms_top_n: 20}",
     "model.rpn.inference={pre_nms_top_n: 20, post_nms_top_n: 20}",
@@ -72,7 +71,7 @@ def tiny(path: Path, *overrides: str) -> ExperimentConfig:
 def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> Batch:
     loader = training_loader(
         config.data.train.build(),
-        config.data.train_transforms.build(),
+        config.data.build_train_transform(),
         batch_size=num_images,
         seed=0,
         workers=0,

@@ -46,8 +46,8 @@ model:
 data:
   train: {kind: shapes, length: 8, height: 64, width: 64, classes: [disc, cross, star]}
   validation: {kind: shapes, length: 3, seed: 1, height: 64, width: 64, classes: [disc, cross, star]}
-  train_transforms: {short_side: [64], long_side: 64}
-  validation_transforms: {short_side: [64], long_side: 64, flip: 0.0}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
+  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
 training:
   batch_size: 2
   optimizer: {kind: sgd, lr: 0.05}

@@ -39,7 +39,7 @@ model:
 data:
   train: {kind: shapes}
   validation: {kind: shapes}
-  validation_transforms: {short_side: [96], long_side: 128, flip: 0.0}
+  validation_transforms: [{kind: resize, short_side: [96], long_side: 128}]
 """
 
 Explain = Callable[..., np.ndarray]

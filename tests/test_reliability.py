@@ -50,8 +50,8 @@ model:
 data:
   train: {kind: shapes, length: 20, height: 64, width: 64}
   validation: {kind: shapes, length: 2, seed: 1, height: 64, width: 64}
-  train_transforms: {short_side: [48, 64], long_side: 64}
-  validation_transforms: {short_side: [64], long_side: 64, flip: 0.0}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [48, 64], long_side: 64}]
+  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
 training:
   batch_size: 4
   grad_accum_steps: 2
@@ -376,7 +376,7 @@ data:
   root: DATA
   train: {kind: coco, annotations: objects.json, images: .}
   validation: {kind: coco, annotations: objects.json, images: .}
-  train_transforms: {short_side: [800], long_side: 1333}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [800], long_side: 1333}]
 training:
   batch_size: 1
   schedule: {kind: cosine, iterations: 2, warmup_iterations: 0}

@@ -40,8 +40,8 @@ data:
   root: DATA
   train: {{kind: coco, annotations: objects.json, images: images}}
   validation: {{kind: coco, annotations: objects.json, images: images}}
-  train_transforms: {{short_side: [48], long_side: 64}}
-  validation_transforms: {{short_side: [48], long_side: 64, flip: 0.0}}
+  train_transforms: [{{kind: horizontal_flip}}, {{kind: resize, short_side: [48], long_side: 64}}]
+  validation_transforms: [{{kind: resize, short_side: [48], long_side: 64}}]
 training:
   batch_size: 2
   schedule: {{kind: cosine, iterations: 2, warmup_iterations: 0}}

@@ -44,8 +44,8 @@ model:
 data:
   train: {kind: shapes, length: 10, height: 64, width: 64, classes: [disc, cross]}
   validation: {kind: shapes, length: 2, height: 64, width: 64, classes: [disc, cross], seed: 1}
-  train_transforms: {short_side: [64], long_side: 64}
-  validation_transforms: {short_side: [64], long_side: 64, flip: 0}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
+  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
 training:
   batch_size: 4
   workers: 0

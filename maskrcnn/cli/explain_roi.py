@@ -182,7 +182,7 @@ def _load_model(config_file: Path, overrides: list[str], weights: Path | None) -
     origin = (
         "RANDOM WEIGHTS" if pretrained == "none" else f"the backbone's pretrained weights ({Path(pretrained).name})"
     )
-    return model.eval(), config.data.validation_transforms.build(), origin
+    return model.eval(), config.data.build_validation_transform(), origin
 
 
 def _feature_map(model: MaskRCNN, transform: Transform, pixels: Tensor, box: Box) -> tuple[Tensor, int, Box]:

@@ -2,8 +2,10 @@
 
 A file may name base files with `base:` (one or a list: paths relative to the file itself, or names of recipes). The
 bases are merged in order, then the file, then the overrides. Mappings merge key by key; other values are replaced. A
-mapping with a different `kind` replaces the mapping that it would merge with. The result is validated against a schema
-of `Section` classes, after the modules that the key `imports` lists have been imported (`maskrcnn.config.parts`).
+mapping with a different `kind` replaces the mapping that it would merge with. A mapping above a list of parts changes
+the parts of the kinds that it names: `train_transforms: {resize: {long_side: 640}}`. The result is validated against a
+schema of `Section` classes, after the modules that the key `imports` lists have been imported
+(`maskrcnn.config.parts`).
 """
 
 from __future__ import annotations
@@ -141,6 +143,13 @@ class _EditorSchema(GenerateJsonSchema):
 
     def field_is_required(self, field: Any, total: bool) -> bool:
         return False
+
+    def tuple_schema(self, schema: core_schema.TupleSchema) -> dict[str, Any]:
+        generated = super().tuple_schema(schema)
+        if schema["items_schema"][0]["type"] != "tagged-union":
+            return generated
+        by_kind = {"type": "object", "additionalProperties": {"type": "object"}}  # changes a list of a base
+        return {"anyOf": [generated, by_kind]}
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> dict[str, Any]:
         return {"anyOf": super().tagged_union_schema(schema)["oneOf"]}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -68,14 +69,43 @@ def _find_base(name: str, folder: Path) -> Path:
 
 
 def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
-    """Merge two mappings recursively; values of `above` take precedence, and a different `kind` replaces `below`."""
+    """Merge two mappings recursively; values of `above` take precedence, and a different `kind` replaces `below`.
+
+    A mapping above a list of parts changes the parts of the kinds that are its keys.
+
+    Raises:
+        InputError: a mapping above a list of parts names a kind that is not in the list exactly once.
+    """
     if "kind" in below and "kind" in above and below["kind"] != above["kind"]:
         return above
     merged = TracedMapping(below | above, {**below.origins, **above.origins})
     for key in below.keys() & above.keys():
-        if isinstance(below[key], TracedMapping) and isinstance(above[key], TracedMapping):
-            merged[key] = merge(below[key], above[key])
+        if isinstance(above[key], TracedMapping):
+            if isinstance(below[key], TracedMapping):
+                merged[key] = merge(below[key], above[key])
+            elif is_list_of_parts(below[key]):
+                merged[key] = _merge_into_list(below[key], above[key], key)
     return merged
+
+
+def is_list_of_parts(value: Any) -> bool:
+    """Return whether a value is a list of mappings with a `kind`."""
+    return isinstance(value, list) and all(isinstance(item, TracedMapping) and "kind" in item for item in value)
+
+
+def _merge_into_list(parts: list[TracedMapping], above: TracedMapping, key: str) -> list[TracedMapping]:
+    """Return the list with the mapping `above[kind]` merged into its part of each kind that `above` names."""
+    parts = list(parts)
+    for kind, changes in above.items():
+        indices = [index for index, part in enumerate(parts) if part["kind"] == kind]
+        if len(indices) != 1 or not isinstance(changes, TracedMapping):
+            kinds = ", ".join(str(part["kind"]) for part in parts) or "none"
+            raise InputError(
+                f"{key}.{kind}: expected a mapping of keys for the one part of this kind in a list (of {kinds}); "
+                f"to change the list itself, write the whole list [{above.origins[kind]}]"
+            )
+        parts[indices[0]] = merge(parts[indices[0]], changes)
+    return parts
 
 
 def read_overrides(overrides: Sequence[str], problems: list[str]) -> TracedMapping:

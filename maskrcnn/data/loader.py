@@ -132,20 +132,15 @@ def collate(examples: Sequence[Example], seeds: Sequence[int], size_divisor: int
         pixels[b, :, : sizes[b, 0], : sizes[b, 1]] = example.pixels
         boxes[b, : len(example.boxes)] = example.boxes
         labels[b, : len(example.labels)] = example.labels
-    scales = tuple(example.scale for example in examples)
-    masks = tabulate([example.masks for example in examples], scales, max_objects)
+    maps = tuple(example.map for example in examples)
+    masks = tabulate([example.masks for example in examples], maps, max_objects)
     return Batch(
         image_ids=tuple(example.image_id for example in examples),
         images=ImageBatch(pixels, sizes, torch.tensor(seeds)),
         targets=Targets(boxes, labels, masks),
-        scales=scales,
-        original_sizes=tuple(_original_size(example) for example in examples),
+        maps=maps,
+        original_sizes=tuple(example.original_size for example in examples),
     )
-
-
-def _original_size(example: Example) -> tuple[int, int]:
-    height, width = example.pixels.shape[1:]
-    return round(height / example.scale[1]), round(width / example.scale[0])
 
 
 def training_loader(

@@ -1,12 +1,13 @@
-"""Image transforms: random horizontal flip and resize.
+"""Image transforms: the parts of `data.train_transforms` and `data.validation_transforms`.
 
-A transform takes an example and a random generator and returns a new example. Masks are flipped but not resized: they
-stay at the resolution of the annotation.
+A transform takes an example and a random generator and returns a new example. Masks are flipped but not resized or
+cropped: they stay at the resolution of the annotation, and `Example.map` says where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-from maskrcnn.config import Section
+from maskrcnn.config import Part
 from maskrcnn.structures import Example, MaskCrop
 
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -25,20 +26,41 @@ Transform = Callable[[Example, np.random.Generator], Example]
 Rounding = Literal["nearest", "floor"]
 
 
-class TransformsConfig(Section):
-    """Horizontal flip and resize. The defaults are for single-scale training; set `flip: 0` for evaluation."""
+class TransformConfig(Part):
+    """Base class of the configs of transforms, an extension point."""
 
+    @abstractmethod
+    def build(self) -> Transform:
+        """Return a function from an example and a random generator to a new example.
+
+        It draws random numbers from that generator alone. Boxes stay inside the image, and an object that leaves the
+        image goes with its box, label and mask. It updates `map`, or returns new masks (see `Example`).
+        """
+
+
+class HorizontalFlipConfig(TransformConfig):
+    """Random horizontal flip. Before `resize` it is cheaper than after it, because most images are enlarged."""
+
+    kind: Literal["horizontal_flip"] = "horizontal_flip"
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def build(self) -> HorizontalFlip:
+        """Return the transform."""
+        return HorizontalFlip(self.probability)
+
+
+class ResizeConfig(TransformConfig):
+    """Resize of the short side, with a limit on the long side."""
+
+    kind: Literal["resize"] = "resize"
     short_side: tuple[PositiveInt, ...] = Field((800,), min_length=1)  # one size is drawn per image
     long_side: PositiveInt = 1333  # upper limit; takes precedence over `short_side`
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5  # probability
     rounding: Rounding = "nearest"  # of the new size: "nearest" as in Detectron2, "floor" as in torchvision
     antialias: bool = True  # true as in Detectron2 (through Pillow); torchvision resizes without
 
-    def build(self) -> Transform:
-        """Return the composed transform."""
-        resize = Resize(self.short_side, self.long_side, rounding=self.rounding, antialias=self.antialias)
-        # Flipping first is cheaper because most images are enlarged.
-        return Compose((HorizontalFlip(self.flip), resize))
+    def build(self) -> Resize:
+        """Return the transform."""
+        return Resize(self.short_side, self.long_side, rounding=self.rounding, antialias=self.antialias)
 
 
 @dataclass(frozen=True)
@@ -92,8 +114,7 @@ def resized_size(height: int, width: int, short_side: int, long_side: int, round
 def resize(example: Example, size: tuple[int, int], *, antialias: bool = True) -> Example:
     """Resize the image bilinearly to `size` (height, width) and scale its boxes; masks are not resized.
 
-    The `scale` of the example is multiplied by the resize factors. The pixels stay uint8, which is many times faster
-    than float at COCO's image sizes.
+    The pixels stay uint8, which is many times faster than float at COCO's image sizes.
     """
     height, width = example.pixels.shape[1:]
     scale_x, scale_y = size[1] / width, size[0] / height
@@ -101,19 +122,41 @@ def resize(example: Example, size: tuple[int, int], *, antialias: bool = True) -
         example,
         pixels=tvf.resize(example.pixels, list(size), antialias=antialias),
         boxes=example.boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
-        scale=(example.scale[0] * scale_x, example.scale[1] * scale_y),
+        map=example.map.then(scale_x, scale_y),
+    )
+
+
+def crop(example: Example, top: int, left: int, height: int, width: int) -> Example:
+    """Crop the image to a window inside it, clip the boxes, and remove objects of which no box is left.
+
+    Masks are not cropped. A box is not tightened to the part of the mask that is visible.
+    """
+    assert 0 <= top <= top + height <= example.pixels.shape[1], (top, height)
+    assert 0 <= left <= left + width <= example.pixels.shape[2], (left, width)
+    boxes = example.boxes - torch.tensor([left, top, left, top])
+    boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height], dtype=torch.float32))
+    visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return dataclasses.replace(
+        example,
+        pixels=example.pixels[:, top : top + height, left : left + width],
+        boxes=boxes[visible],
+        labels=example.labels[visible],
+        masks=tuple(mask for mask, shown in zip(example.masks, visible.tolist(), strict=True) if shown),
+        map=example.map.then(1.0, 1.0, -left, -top),
     )
 
 
 def flip_horizontally(example: Example) -> Example:
     """Flip image, boxes and masks horizontally."""
     width = example.pixels.shape[2]
-    annotated_width = round(width / example.scale[0])
+    annotated_width = example.original_size[1]
+    placement = example.map
     return dataclasses.replace(
         example,
         pixels=example.pixels.flip(-1),
         boxes=_flip_boxes(example.boxes, width),
         masks=tuple(_flip_mask(mask, annotated_width) for mask in example.masks),
+        map=placement._replace(offset_x=width - placement.scale_x * annotated_width - placement.offset_x),
     )
 
 

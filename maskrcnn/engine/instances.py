@@ -59,7 +59,7 @@ class Instances:
         valid = labels > 0
         return [
             cls(
-                _original_boxes(boxes[b][valid[b]], batch.scales[b], height, width),
+                _clip(batch.maps[b].invert(boxes[b][valid[b]]), height, width),
                 scores[b][valid[b]],
                 labels[b][valid[b]],
                 masks[b][valid[b]],
@@ -153,7 +153,5 @@ class Instances:
         return draw_objects(background, chosen.boxes, chosen.labels, masks, self.classes.names, chosen.scores)
 
 
-def _original_boxes(boxes: Tensor, scale: tuple[float, float], height: int, width: int) -> Tensor:
-    return (boxes / boxes.new_tensor([*scale, *scale])).clamp(
-        min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height])
-    )
+def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
+    return boxes.clamp(min=boxes.new_zeros(4), max=boxes.new_tensor([width, height, width, height]))

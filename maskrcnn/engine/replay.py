@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.files import read_tensors, write_atomically
-from maskrcnn.structures import Batch, ClassTable, ImageBatch, MaskTables, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, ImageBatch, MaskTables, Targets
 
 FORMAT = "maskrcnn replay 1"
 
@@ -85,7 +85,7 @@ def _plain(batch: Batch) -> dict[str, Any]:
         "image_ids": batch.image_ids,
         "images": dataclasses.asdict(batch.images),
         "targets": dataclasses.asdict(batch.targets),
-        "scales": batch.scales,
+        "maps": [tuple(each) for each in batch.maps],
         "original_sizes": batch.original_sizes,
     }
 
@@ -96,6 +96,6 @@ def _batch(stored: dict[str, Any]) -> Batch:
         image_ids=stored["image_ids"],
         images=ImageBatch(**stored["images"]),
         targets=Targets(targets["boxes"], targets["labels"], MaskTables(**targets["masks"])),
-        scales=stored["scales"],
+        maps=tuple(AxisAlignedMap(*each) for each in stored["maps"]),
         original_sizes=stored["original_sizes"],
     )

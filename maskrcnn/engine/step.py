@@ -197,5 +197,5 @@ def _explaining_out_of_memory(batches: Sequence[Batch], iteration: int) -> Itera
             f"iteration {iteration}: out of memory with {len(largest.images)} images of {height} x {width} px at a "
             f"time and up to {objects} objects in an image (image ids {_image_ids(batches)}). To reduce memory, use a "
             "larger training.grad_accum_steps (fewer images at a time, same result), training.precision: bf16, "
-            "model.backbone.checkpoint_activations: true, or a smaller data.train_transforms.short_side"
+            "model.backbone.checkpoint_activations: true, or a smaller short_side of resize in data.train_transforms"
         ) from error

@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from maskrcnn.structures import MaskCrop, MaskTables
+from maskrcnn.structures import AxisAlignedMap, MaskCrop, MaskTables
 
 # Pixels of full masks per chunk: each needs about 40 bytes of temporary memory, so 2^23 need a third of a gigabyte.
 PIXELS_AT_ONCE = 2**23
 
 
-def tabulate(
-    crops: Sequence[Sequence[MaskCrop]], scales: Sequence[tuple[float, float]], objects_per_image: int
-) -> MaskTables:
+def tabulate(crops: Sequence[Sequence[MaskCrop]], maps: Sequence[AxisAlignedMap], objects_per_image: int) -> MaskTables:
     """Return the masks of a batch as summed-area tables.
 
     Args:
         crops: the masks of each of B images, at most `objects_per_image` per image.
-        scales: resized pixels per annotated pixel of each image, along x and y.
+        maps: from annotated pixels to those of the transformed image, for each image.
         objects_per_image: G, at least 1; images with fewer objects are padded.
     """
     sizes = np.zeros((len(crops), objects_per_image, 2), dtype=np.int64)
@@ -33,10 +31,12 @@ def tabulate(
     starts = np.zeros((len(crops), objects_per_image), dtype=np.int64)
     tables = [np.zeros(1, dtype=np.int32)]  # the entry that padding reads; T is never 0
     end = 1
+    scales = np.array([(each.scale_x, each.scale_y) for each in maps], dtype=np.float64).reshape(-1, 2)
+    offsets = np.array([(each.offset_x, each.offset_y) for each in maps], dtype=np.float64).reshape(-1, 2) / scales
     for b, image in enumerate(crops):
         assert len(image) <= objects_per_image, f"{len(image)} masks, but objects_per_image is {objects_per_image}"
         for g, crop in enumerate(image):
-            sizes[b, g], origins[b, g], starts[b, g] = crop.pixels.shape, (crop.x, crop.y), end
+            sizes[b, g], origins[b, g], starts[b, g] = crop.pixels.shape, offsets[b] + (crop.x, crop.y), end
             tables.append(_summed_area(crop.pixels).ravel())
             end += tables[-1].size
     return MaskTables(
@@ -44,7 +44,7 @@ def tabulate(
         starts=torch.from_numpy(starts),
         sizes=torch.from_numpy(sizes),
         origins=torch.from_numpy(origins),
-        scales=torch.tensor(scales, dtype=torch.float32).reshape(-1, 2),
+        scales=torch.from_numpy(scales.astype(np.float32)),
     )
 
 

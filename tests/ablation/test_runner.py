@@ -38,8 +38,8 @@ model:
 data:
   train: {kind: shapes, length: 4, height: 64, width: 64}
   validation: {kind: shapes, length: 4, height: 64, width: 64, seed: 1}
-  train_transforms: {short_side: [64], long_side: 64}
-  validation_transforms: {short_side: [64], long_side: 64, flip: 0}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
+  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
 training:
   batch_size: 2
   workers: 0

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from maskrcnn.data.loader import BatchSampler, Draw, collate, evaluation_loader, training_loader
-from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.data.transforms import Compose, HorizontalFlip, Resize
 from maskrcnn.errors import InputError
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
 
-TRANSFORM = TransformsConfig(short_side=(24, 40), long_side=60, flip=0.5).build()
-UNCHANGED = TransformsConfig(short_side=(32,), long_side=64, flip=0.0).build()
+TRANSFORM = Compose((HorizontalFlip(0.5), Resize((24, 40), 60)))
+UNCHANGED = Resize((32,), 64)
 
 
 def example(image_id: int, height: int, width: int, objects: int) -> Example:
@@ -74,7 +74,7 @@ def images(batches: Iterable[list[Draw]]) -> list[int]:
 
 def assert_same(one: Batch, other: Batch) -> None:
     assert one.image_ids == other.image_ids
-    assert one.scales == other.scales
+    assert one.maps == other.maps
     for name in ("pixels", "sizes", "seeds"):
         assert torch.equal(getattr(one.images, name), getattr(other.images, name))
     assert torch.equal(one.targets.boxes, other.targets.boxes)

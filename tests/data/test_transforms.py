@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from maskrcnn.data.loader import collate
 from maskrcnn.data.transforms import (
     Compose,
     HorizontalFlip,
+    HorizontalFlipConfig,
     Resize,
-    TransformsConfig,
+    ResizeConfig,
+    crop,
     flip_horizontally,
     resize,
     resized_size,
 )
-from maskrcnn.structures import Example, MaskCrop
+from maskrcnn.ops.mask_tables import full_masks, mask_coverage
+from maskrcnn.structures import AxisAlignedMap, Example, MaskCrop
 
 
 def example_with(*boxes: tuple[int, int, int, int], height: int = 12, width: int = 17) -> Example:
@@ -40,7 +48,8 @@ BOXES = ((0, 0, 17, 12), (3, 2, 8, 9), (16, 11, 17, 12))
 def assert_same(one: Example, other: Example) -> None:
     assert torch.equal(one.pixels, other.pixels)
     assert torch.equal(one.boxes, other.boxes)
-    assert one.scale == other.scale
+    assert one.map == other.map
+    assert one.original_size == other.original_size
     for a, b in zip(one.masks, other.masks, strict=True):
         assert a[:2] == b[:2]
         assert np.array_equal(a.pixels, b.pixels)
@@ -82,7 +91,8 @@ def test_resize_moves_boxes_and_scale_but_no_mask() -> None:
     resized = resize(resize(example, (24, 17)), (24, 51))
     assert resized.pixels.shape == (3, 24, 51)
     assert resized.pixels.dtype == torch.uint8
-    assert resized.scale == (3.0, 2.0)
+    assert resized.map == AxisAlignedMap(3.0, 2.0)
+    assert resized.original_size == (12, 17)
     assert resized.boxes[1].tolist() == [9, 4, 24, 18]
     assert resized.masks is example.masks
 
@@ -109,13 +119,13 @@ def test_floor_and_no_antialias_is_what_torchvision_does() -> None:
 
 
 def test_images_without_objects_pass() -> None:
-    out = TransformsConfig(short_side=(20,), flip=1.0).build()(example_with(), np.random.default_rng(0))
+    out = Compose((HorizontalFlip(1.0), Resize((20,), 1333)))(example_with(), np.random.default_rng(0))
     assert out.boxes.shape == (0, 4)
     assert out.masks == ()
 
 
 def test_flips_and_sizes_are_drawn_as_told() -> None:
-    transform = TransformsConfig(short_side=(24, 36), long_side=100, flip=0.5).build()
+    transform = Compose((HorizontalFlip(0.5), Resize((24, 36), 100)))
     example = example_with((0, 0, 2, 12))
     heights, flips = [], 0
     for seed in range(400):
@@ -134,7 +144,72 @@ def test_the_generator_alone_decides() -> None:
     assert_same(one, other)
 
 
-@pytest.mark.parametrize("settings", [{"short_side": ()}, {"short_side": (0,)}, {"flip": 1.5}, {"rounding": "up"}])
-def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("settings", [{"short_side": ()}, {"short_side": (0,)}, {"rounding": "up"}])
+def test_wrong_settings_of_resize_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        TransformsConfig(**settings)  # type: ignore[arg-type]
+        ResizeConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_wrong_probability_is_refused() -> None:
+    with pytest.raises(ValueError, match="probability"):
+        HorizontalFlipConfig(probability=1.5)
+
+
+# ---- Crops, and chains of transforms: masks stay exact
+
+
+def test_crop_by_hand() -> None:
+    example = example_with((3, 2, 8, 9), (0, 0, 3, 3), (9, 5, 17, 12))
+    cropped = crop(example, top=4, left=5, height=6, width=7)
+    assert cropped.pixels.equal(example.pixels[:, 4:10, 5:12])
+    assert cropped.boxes.tolist() == [[0, 0, 3, 5], [4, 1, 7, 6]]
+    assert cropped.labels.tolist() == [1, 3]
+    assert [mask.x for mask in cropped.masks] == [3, 9]
+    assert cropped.map == AxisAlignedMap(1.0, 1.0, -5.0, -4.0)
+
+
+def visible_masks(example: Example) -> torch.Tensor:
+    """Return the masks in pixels of the example, (G, H, W)."""
+    batch = collate([example], [0], size_divisor=1)
+    return full_masks(batch.targets.masks, *example.pixels.shape[1:])[0]
+
+
+@given(st.data())
+def test_masks_follow_their_pixels_through_any_chain(data: st.DataObject) -> None:
+    """Each pixel holds its original position, which shows where enlargements, crops and flips moved it."""
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(17), indexing="ij")
+    positions = torch.stack([rows, columns, rows]).to(torch.uint8)
+    example = dataclasses.replace(example_with((3, 2, 15, 11)), pixels=positions)
+    original = visible_masks(example)[0]
+    for _ in range(data.draw(st.integers(1, 5))):
+        height, width = example.pixels.shape[1:]
+        step = data.draw(st.sampled_from(["flip", "crop", "enlarge"]))
+        if step == "flip":
+            example = flip_horizontally(example)
+        elif step == "enlarge" and height * width < 4000:  # whole factors repeat pixels: no rounding, no blur
+            factor_y, factor_x = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+            pixels = example.pixels.repeat_interleave(factor_y, 1).repeat_interleave(factor_x, 2)
+            example = dataclasses.replace(resize(example, (height * factor_y, width * factor_x)), pixels=pixels)
+        else:
+            top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+            size = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
+            example = crop(example, top, left, *size)
+    row, column = example.pixels[0].long(), example.pixels[1].long()
+    visible = original[row, column]
+    if len(example.labels) == 0:
+        assert not visible.any()
+    else:
+        assert torch.equal(visible_masks(example)[0], visible)
+    boxes = example.map.invert(example.boxes)
+    assert ((boxes >= 0) & (boxes <= torch.tensor([17, 12, 17, 12]))).all()
+
+
+def test_coverage_of_a_cropped_and_resized_image_is_that_of_the_whole() -> None:
+    """The target of a box does not depend on what was cut off around it."""
+    example = resize(example_with((3, 2, 15, 11)), (31, 40))
+    cropped = crop(example, top=3, left=5, height=25, width=30)
+    box = torch.tensor([[[9.3, 6.1, 30.2, 25.7]]])
+    first = torch.zeros(1, 1, dtype=torch.int64)
+    whole = mask_coverage(collate([example], [0], 1).targets.masks, box, first, 28)
+    part = mask_coverage(collate([cropped], [0], 1).targets.masks, box - torch.tensor([5.0, 3, 5, 3]), first, 28)
+    torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)

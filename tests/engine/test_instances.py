@@ -18,7 +18,7 @@ from maskrcnn.engine.instances import Instances
 from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.masks import PasteConvention
-from maskrcnn.structures import Batch, ClassTable, Detections, ImageBatch, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, Detections, ImageBatch, Targets
 
 CLASSES = ClassTable(names=("cat", "dog"), category_ids=(5, 90))
 
@@ -28,9 +28,9 @@ def make_batch() -> Batch:
     images = ImageBatch(
         torch.zeros(2, 3, 96, 128), torch.tensor([[80, 120], [90, 100]]), torch.zeros(2, dtype=torch.int64)
     )
-    scales = ((2.0, 2.0), (2.0, 3.0))
-    targets = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), tabulate([[], []], scales, 1))
-    return Batch((11, 12), images, targets, scales, ((40, 60), (30, 50)))
+    maps = (AxisAlignedMap(2.0, 2.0), AxisAlignedMap(2.0, 3.0))
+    targets = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), tabulate([[], []], maps, 1))
+    return Batch((11, 12), images, targets, maps, ((40, 60), (30, 50)))
 
 
 def make_detections() -> Detections:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ SHAPES = {"kind": "shapes", "length": 6, "height": 64, "width": 64, "classes": [
 
 
 def experiment() -> ExperimentConfig:
-    sizes: dict[str, Any] = {"short_side": [64], "long_side": 64}
+    resize = {"kind": "resize", "short_side": [64], "long_side": 64}
     return ExperimentConfig.model_validate(
         {
             "model": {
@@ -27,7 +26,7 @@ def experiment() -> ExperimentConfig:
                 "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
                 "detection": {"score_threshold": 0.0, "detections_per_image": 5},
             },
-            "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": {**sizes, "flip": 0}},
+            "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": [resize]},
         }
     )
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskrcnn.data.loader import BatchSampler, training_loader
-from maskrcnn.data.transforms import TransformsConfig
+from maskrcnn.data.transforms import Compose, HorizontalFlip, Resize
 from maskrcnn.engine.checkpoint import TrainingState, load_checkpoint
 from maskrcnn.engine.metrics import read_records
 from maskrcnn.engine.optimizer import SGDConfig, set_learning_rate
@@ -140,7 +140,7 @@ def train(group: Processes, name: str) -> dict[str, Tensor]:
     step = TrainingStep(state, group, clip_norm=1.0)
     loader = training_loader(
         Noise(training.empty),  # type: ignore[arg-type]  # training needs only these methods of a dataset
-        TransformsConfig(short_side=(SIDE,), long_side=SIDE).build(),
+        Compose((HorizontalFlip(0.5), Resize((SIDE,), SIDE))),
         batch_size=BATCH,
         seed=0,
         workers=0,
@@ -166,7 +166,7 @@ def evaluation(group: Processes, out: Path) -> dict[str, Any]:
             "data": {
                 "train": scenes,
                 "validation": scenes,
-                "validation_transforms": {"short_side": [SIDE], "long_side": SIDE, "flip": 0},
+                "validation_transforms": [{"kind": "resize", "short_side": [SIDE], "long_side": SIDE}],
             },
             "training": {"workers": 0},
             "evaluation": {"batch_size": 2},
@@ -438,8 +438,8 @@ model:
 data:
   train: {kind: coco, annotations: train.json, images: images}
   validation: {kind: coco, annotations: train.json, images: images}
-  train_transforms: {short_side: [64], long_side: 64}
-  validation_transforms: {short_side: [64], long_side: 64, flip: 0}
+  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
+  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
 training:
   batch_size: 2
   workers: 1

@@ -17,14 +17,14 @@ from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.models.selection import RegionSampler, diagnose
 from maskrcnn.ops.boxes import pairwise_iou
 from maskrcnn.ops.mask_tables import tabulate
-from maskrcnn.structures import Batch, Diagnostics, Example, MaskCrop, Proposals, RoISamples, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, Diagnostics, Example, MaskCrop, Proposals, RoISamples, Targets
 
 CROP = MaskCrop(0, 0, np.ones((2, 2), np.uint8))
 
 
 def targets(boxes: Tensor, labels: Tensor) -> Targets:
     images, objects = labels.shape
-    return Targets(boxes, labels, tabulate([[CROP] * objects] * images, [(1.0, 1.0)] * images, objects))
+    return Targets(boxes, labels, tabulate([[CROP] * objects] * images, [AxisAlignedMap()] * images, objects))
 
 
 def samples(labels: list[list[int]]) -> RoISamples:

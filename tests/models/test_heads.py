@@ -18,7 +18,7 @@ from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskOutputs, 
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler
 from maskrcnn.ops.boxes import decode_deltas, encode_deltas
 from maskrcnn.ops.mask_tables import tabulate
-from maskrcnn.structures import ClassTable, Detections, MaskCrop, Proposals, Targets
+from maskrcnn.structures import AxisAlignedMap, ClassTable, Detections, MaskCrop, Proposals, Targets
 
 K = 5
 M = 14  # side of a mask
@@ -424,7 +424,9 @@ def test_class_agnostic_heads_have_no_class_rows(branch: str, output: str) -> No
 
 def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
     crops = [[MaskCrop(0, 0, np.ones((2, 2), np.uint8)) for _ in image] for image in boxes]
-    return Targets(torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [(1.0, 1.0)] * len(boxes), len(boxes[0])))
+    return Targets(
+        torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
+    )
 
 
 def proposals(*images: list[list[float]]) -> Proposals:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskrcnn.models.rpn import RPN, ProposalCounts, RPNConfig
 from maskrcnn.ops.mask_tables import tabulate
-from maskrcnn.structures import MaskCrop, Targets
+from maskrcnn.structures import AxisAlignedMap, MaskCrop, Targets
 
 SIZES = ((8, 12), (4, 6))  # height and width of the two levels
 STRIDES = (8, 16)
@@ -29,7 +29,9 @@ def features(batch: int = 2) -> list[Tensor]:
 
 def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
     crops = [[MaskCrop(0, 0, np.ones((2, 2), np.uint8)) for _ in image] for image in boxes]
-    return Targets(torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [(1.0, 1.0)] * len(boxes), len(boxes[0])))
+    return Targets(
+        torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
+    )
 
 
 def test_sampled_outputs_equal_forward_at_the_sampled_anchors() -> None:

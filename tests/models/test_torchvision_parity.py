@@ -18,7 +18,7 @@ from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.masks import paste_probabilities
-from maskrcnn.structures import ImageBatch, MaskCrop, Targets
+from maskrcnn.structures import AxisAlignedMap, ImageBatch, MaskCrop, Targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES, HEIGHT, WIDTH = 5, 128, 160
@@ -94,7 +94,7 @@ def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
     for index in range(2):
         dense_boxes[index, : len(boxes[index])] = boxes[index]
         dense_labels[index, : len(boxes[index])] = labels[index]
-    return pixels, theirs, images, Targets(dense_boxes, dense_labels, tabulate(crops, [(1.0, 1.0)] * 2, 3))
+    return pixels, theirs, images, Targets(dense_boxes, dense_labels, tabulate(crops, [AxisAlignedMap()] * 2, 3))
 
 
 def disc(box: Tensor) -> Tensor:

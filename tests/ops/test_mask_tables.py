@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from maskrcnn.ops import mask_tables
 from maskrcnn.ops.mask_tables import full_masks, mask_coverage, mask_targets, mask_targets_torchvision, tabulate
 from maskrcnn.ops.masks import paste_masks
-from maskrcnn.structures import MaskCrop, MaskTables
+from maskrcnn.structures import AxisAlignedMap, MaskCrop, MaskTables
 
 
 def random_boxes(count: int, height: int, width: int) -> Tensor:
@@ -37,7 +37,7 @@ def random_batch() -> tuple[MaskTables, list[list[MaskCrop]], Tensor, Tensor]:
     """Return tables of two images with four objects and one object, their crops, 12 boxes per image, and matches."""
     generator = np.random.default_rng(0)
     crops = [[random_crop(generator, 30, 40) for _ in range(4)], [random_crop(generator, 30, 40)]]
-    tables = tabulate(crops, [(1.6, 1.5), (0.75, 0.8)], objects_per_image=4)
+    tables = tabulate(crops, [AxisAlignedMap(1.6, 1.5), AxisAlignedMap(0.75, 0.8)], objects_per_image=4)
     boxes = random_boxes(24, 48, 64).reshape(2, 12, 4) - 3
     matched = torch.stack((torch.arange(12) % 4, torch.zeros(12, dtype=torch.int64)))
     return tables, crops, boxes, matched
@@ -60,7 +60,7 @@ def slow_coverage(crop: MaskCrop, box: np.ndarray, scale: tuple[float, float], s
 
 
 def test_coverage_by_hand() -> None:
-    tables = tabulate([[square()]], [(1.0, 1.0)], 1)
+    tables = tabulate([[square()]], [AxisAlignedMap()], 1)
     boxes = torch.tensor([[[1.0, 1, 3, 3], [0, 0, 4, 4], [0, 0, 2, 2], [0.5, 1, 2.5, 3], [5, 5, 9, 9]]])
     coverage = mask_coverage(tables, boxes, torch.zeros(1, 5, dtype=torch.int64), 2)[0]
     assert coverage.tolist() == [
@@ -74,7 +74,7 @@ def test_coverage_by_hand() -> None:
 
 def test_coverage_of_a_resized_image() -> None:
     # Twice as wide, three times as high: the square at (1, 1, 3, 3) is at (2, 3, 6, 9).
-    tables = tabulate([[square()]], [(2.0, 3.0)], 1)
+    tables = tabulate([[square()]], [AxisAlignedMap(2.0, 3.0)], 1)
     coverage = mask_coverage(tables, torch.tensor([[[2.0, 3, 6, 9]]]), torch.zeros(1, 1, dtype=torch.int64), 7)
     torch.testing.assert_close(coverage, torch.ones(1, 1, 7, 7))
 
@@ -112,7 +112,7 @@ def sampled_coverage(tables: MaskTables, boxes: Tensor, matched: Tensor, size: i
 
 def test_coverage_of_a_large_mask_keeps_its_precision() -> None:
     # Two million pixels: float32 sums of this size have a spacing of 0.125.
-    tables = tabulate([[MaskCrop(3, 2, np.ones((1500, 1400), dtype=np.uint8))]], [(1.0, 1.0)], 1)
+    tables = tabulate([[MaskCrop(3, 2, np.ones((1500, 1400), dtype=np.uint8))]], [AxisAlignedMap()], 1)
     boxes = torch.tensor([[[1200.3, 1400.7, 1215.1, 1420.2], [3.0, 2.0, 1403.0, 1502.0]]])
     coverage = mask_coverage(tables, boxes, torch.zeros(1, 2, dtype=torch.int64), 28)
     torch.testing.assert_close(coverage, torch.ones_like(coverage), atol=2e-3, rtol=0)
@@ -120,17 +120,17 @@ def test_coverage_of_a_large_mask_keeps_its_precision() -> None:
 
 def test_no_coverage_without_area_mask_or_object() -> None:
     maskless = MaskCrop(2, 2, np.zeros((0, 0), dtype=np.uint8))
-    tables = tabulate([[maskless], []], [(1.0, 1.0), (1.0, 1.0)], 2)
+    tables = tabulate([[maskless], []], [AxisAlignedMap(), AxisAlignedMap()], 2)
     boxes = torch.tensor([[0.0, 0, 9, 9], [1, 1, 1, 1], [3, 3, 2, 2]]).expand(2, 3, 4)
     coverage = mask_coverage(tables, boxes, torch.tensor([[0, 1, 0], [1, 0, 0]]), 3)
     assert torch.equal(coverage, torch.zeros(2, 3, 3, 3))
-    solid = tabulate([[square(9)], [square(9)]], [(1.0, 1.0), (1.0, 1.0)], 1)
+    solid = tabulate([[square(9)], [square(9)]], [AxisAlignedMap(), AxisAlignedMap()], 1)
     coverage = mask_coverage(solid, boxes[:, 1:], torch.zeros(2, 2, dtype=torch.int64), 3)
     assert torch.equal(coverage, torch.zeros(2, 2, 3, 3))
 
 
 def test_no_images_and_no_boxes() -> None:
-    tables = tabulate([[], []], [(1.0, 1.0), (1.0, 1.0)], 1)
+    tables = tabulate([[], []], [AxisAlignedMap(), AxisAlignedMap()], 1)
     assert mask_targets(tables, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64), 28).shape == (
         (2, 0, 28, 28)
     )
@@ -138,7 +138,7 @@ def test_no_images_and_no_boxes() -> None:
 
 
 def test_targets_are_one_from_half_coverage_on() -> None:
-    tables = tabulate([[square()]], [(1.0, 1.0)], 1)
+    tables = tabulate([[square()]], [AxisAlignedMap()], 1)
     boxes = torch.tensor([[[0.5, 1.0, 2.5, 3.0], [0.4, 1.0, 2.4, 3.0]]])
     targets = mask_targets(tables, boxes, torch.zeros(1, 2, dtype=torch.int64), 2)[0]
     assert targets.tolist() == [[[1.0, 1.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]
@@ -148,7 +148,7 @@ def test_pasting_inverts_mask_targets() -> None:
     generator = np.random.default_rng(1)
     crop = MaskCrop(5, 4, generator.integers(0, 2, (28, 28), dtype=np.uint8))
     box = torch.tensor([[[5.0, 4.0, 33.0, 32.0]]])
-    targets = mask_targets(tabulate([[crop]], [(1.0, 1.0)], 1), box, torch.zeros(1, 1, dtype=torch.int64), 28)
+    targets = mask_targets(tabulate([[crop]], [AxisAlignedMap()], 1), box, torch.zeros(1, 1, dtype=torch.int64), 28)
     pasted = paste_masks(targets[0], box[0], 40, 40)[0, 4:32, 5:33]
     assert torch.equal(pasted, torch.from_numpy(crop.pixels).bool())
 
@@ -156,7 +156,7 @@ def test_pasting_inverts_mask_targets() -> None:
 def test_full_masks_place_the_crops() -> None:
     generator = np.random.default_rng(2)
     crops = [random_crop(generator, 30, 40) for _ in range(3)]
-    masks = full_masks(tabulate([crops, []], [(1.0, 1.0), (1.0, 1.0)], 4), 32, 44)
+    masks = full_masks(tabulate([crops, []], [AxisAlignedMap(), AxisAlignedMap()], 4), 32, 44)
     assert masks.shape == (2, 4, 32, 44)
     assert masks.dtype == torch.uint8
     for mask, crop in zip(masks[0], crops, strict=False):
@@ -169,14 +169,14 @@ def test_full_masks_place_the_crops() -> None:
 
 
 def test_full_masks_of_a_resized_image() -> None:
-    masks = full_masks(tabulate([[square()]], [(2.0, 3.0)], 1), 12, 8)[0, 0]
+    masks = full_masks(tabulate([[square()]], [AxisAlignedMap(2.0, 3.0)], 1), 12, 8)[0, 0]
     assert masks.sum() == 4 * 6
     assert masks[3:9, 2:6].all()
 
 
 def test_full_masks_of_a_shrunken_image_are_read_at_pixel_centres() -> None:
     dots = MaskCrop(0, 0, np.tile(np.array([[0, 0], [0, 1]], dtype=np.uint8), (2, 2)))
-    masks = full_masks(tabulate([[dots]], [(0.5, 0.5)], 1), 2, 2)
+    masks = full_masks(tabulate([[dots]], [AxisAlignedMap(0.5, 0.5)], 1), 2, 2)
     assert masks.tolist() == [[[[1, 1], [1, 1]]]]
 
 

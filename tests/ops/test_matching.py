@@ -10,7 +10,7 @@ from maskrcnn.ops import matching
 from maskrcnn.ops.boxes import pairwise_iou
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.matching import match_boxes, random_keys, sample_balanced
-from maskrcnn.structures import MaskCrop, Targets
+from maskrcnn.structures import AxisAlignedMap, MaskCrop, Targets
 
 RULE = {"foreground": 0.7, "background": 0.3}
 
@@ -18,7 +18,7 @@ RULE = {"foreground": 0.7, "background": 0.3}
 def targets(boxes: torch.Tensor, labels: torch.Tensor) -> Targets:
     crop = MaskCrop(0, 0, np.ones((1, 1), np.uint8))
     batch, count = labels.shape
-    return Targets(boxes, labels, tabulate([[crop] * count] * batch, [(1.0, 1.0)] * batch, count))
+    return Targets(boxes, labels, tabulate([[crop] * count] * batch, [AxisAlignedMap()] * batch, count))
 
 
 def random_boxes(*shape: int) -> torch.Tensor:

@@ -226,7 +226,7 @@ def train(
     schedule = config.training.schedule.build()
     batches = training_loader(
         dataset,
-        config.data.train_transforms.build(),
+        config.data.build_train_transform(),
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         workers=0,
@@ -255,7 +255,7 @@ def train(
 def _measure(config: ExperimentConfig, side: Side, validation: DetectionDataset) -> dict[str, float]:
     batches = evaluation_loader(
         validation,
-        config.data.validation_transforms.build(),
+        config.data.build_validation_transform(),
         batch_size=config.evaluation.batch_size,
         workers=0,
         size_divisor=SIZE_DIVISOR,

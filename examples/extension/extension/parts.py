@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.data.dataset import DatasetConfig
+from maskrcnn.data.transforms import TransformConfig, crop
 from maskrcnn.engine.loggers import Logger, LoggerConfig
 from maskrcnn.engine.optimizer import OptimizerConfig, scaled_lr
 from maskrcnn.engine.schedule import Schedule, ScheduleConfig
@@ -205,6 +207,34 @@ class Squares:
             )
         images = [{"id": n + 1, "file_name": f"{n + 1}.png", "height": 64, "width": 64} for n in range(self.length)]
         return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
+
+
+# ---- Transform: a random window of the image
+
+
+class RandomCropConfig(TransformConfig):
+    """A square window at a random place."""
+
+    kind: Literal["random_crop"] = "random_crop"
+    side: PositiveInt = 64  # px; a smaller image is not cropped along its smaller side
+
+    def build(self) -> RandomCrop:
+        """Return the transform."""
+        return RandomCrop(self.side)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Crops an image to a random window, with its boxes; `crop` keeps the masks exact."""
+
+    side: int
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the cropped example."""
+        height, width = example.pixels.shape[1:]
+        size = min(self.side, height), min(self.side, width)
+        top, left = int(rng.integers(height - size[0] + 1)), int(rng.integers(width - size[1] + 1))
+        return crop(example, top, left, *size)
 
 
 # ---- Optimizer, schedule, logger
