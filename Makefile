@@ -11,12 +11,12 @@ demo: .venv/ready
 	rm -rf $(DEMO)
 	$(BIN)/python tools/train.py configs/shapes/mask_rcnn_r18_fpn.yaml --out $(DEMO)
 
-# A process for each core, each with one thread.
+# A process for each core, each with one thread; threads that wait in a test with more sleep.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto
 
 test-all: .venv/ready  ## also what takes long, and what needs a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ''
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m ''
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

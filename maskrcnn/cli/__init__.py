@@ -15,6 +15,7 @@ from typing import NoReturn
 import shtab
 
 from maskrcnn.runtime.console import run_main
+from maskrcnn.runtime.threads import set_thread_defaults
 
 COMMANDS = ("train", "eval", "predict", "ablate", "explain-roi", "show-config", "inspect-dataset", "replay-batch")
 
@@ -24,6 +25,7 @@ def main(command: str | None = None) -> NoReturn:
 
     The exit status is 0 for success, 1 for a failure, 2 for invalid input; 130 and 143 after SIGINT and SIGTERM.
     """
+    set_thread_defaults()
     run_main(lambda: _run(command))
 
 
