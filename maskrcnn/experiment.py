@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 import maskrcnn.data.coco
 import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
 from maskrcnn.config import Section, read_config, validate
+from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
@@ -21,16 +21,9 @@ from maskrcnn.engine.pictures import draw_predictions
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend, Evaluation
+from maskrcnn.evaluation.metric import COCO_METRICS, MetricConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.structures import ClassTable
-
-Metric = Literal["box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75"]
-# fmt: off
-AnyMetric = Literal[  # ema/: metrics of the averaged weights
-    "box/AP", "box/AP50", "box/AP75", "mask/AP", "mask/AP50", "mask/AP75",
-    "ema/box/AP", "ema/box/AP50", "ema/box/AP75", "ema/mask/AP", "ema/mask/AP50", "ema/mask/AP75",
-]
-# fmt: on
 
 
 class DataConfig(Section):
@@ -76,14 +69,40 @@ class DataConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Settings of the COCO evaluation and of the pictures of predictions."""
+    """Settings of the evaluation and of the pictures of predictions."""
 
     batch_size: PositiveInt = 1
     backend: Backend = "faster"
-    best_metric: AnyMetric = "mask/AP"  # selects the best checkpoint
+    metrics: tuple[MetricConfig, ...] = ()  # further metrics, beside COCO's
+    best_metric: str = Field(  # selects the best checkpoint
+        "mask/AP",
+        description="a COCO metric or KIND/FIGURE of a further metric; ema/NAME is that of the averaged weights",
+        examples=[*COCO_METRICS, *(f"ema/{name}" for name in COCO_METRICS)],
+    )
     losses: bool = False  # also compute the losses on the validation set
     pictures: int = Field(12, ge=0)  # number of images to draw after training, ground truth beside prediction
     picture_score: float = 0.5  # detections with a lower score are not drawn
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_kinds(cls, metrics: tuple[MetricConfig, ...]) -> tuple[MetricConfig, ...]:
+        taken = {"box", "mask", "ema"}
+        for metric in metrics:
+            if metric.kind in taken:
+                raise ValueError(f"the kind '{metric.kind}' is there already; its figures would have the same names")
+            taken.add(metric.kind)
+        return metrics
+
+    @field_validator("best_metric")
+    @classmethod
+    def _check_best_metric(cls, name: str, info: ValidationInfo) -> str:
+        if "metrics" not in info.data:  # they are invalid, which is a problem of its own
+            return name
+        others = [f"{metric.kind}/{figure}" for metric in info.data["metrics"] for figure in metric.figures]
+        known, metric = [*COCO_METRICS, *others], name.removeprefix("ema/")
+        if metric not in known:
+            raise ValueError(not_one_of(metric, known))
+        return name
 
 
 class ExperimentConfig(Section):
@@ -120,6 +139,7 @@ class ExperimentConfig(Section):
             batch_size=self.evaluation.batch_size,
             workers=self.training.workers,
             backend=self.evaluation.backend,
+            metrics={metric.kind: metric.build() for metric in self.evaluation.metrics},
         )
 
 

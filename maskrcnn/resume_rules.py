@@ -83,6 +83,7 @@ RULES: Mapping[str, Rule] = {
     "training.log_every": _WHEN,
     "training.loggers": _WHEN,
     "evaluation": Rule("harmless", "evaluation does not affect the training steps"),
+    "evaluation.metrics": _MEASURED,
     "evaluation.best_metric": Rule("warned", "the current best.pt was selected by the old metric"),
 }
 UNKNOWN = Rule("refused", "no rule allows a change")

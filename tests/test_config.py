@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from maskrcnn.config import Section, differences, json_schema, read_config, to_dict, to_yaml
+from maskrcnn.config import Part, Section, differences, json_schema, read_config, to_dict, to_yaml
 from maskrcnn.config.recipes import RECIPES, find_config
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
@@ -364,6 +364,32 @@ def test_values_of_the_wrong_type(write: Write, line: str, message: str) -> None
 )
 def test_wrong_choices(write: Write, line: str, message: str) -> None:
     assert problems(write(top=f"classes: 3\n{line}")) == [f"{message} [top.yaml:2]"]
+
+
+def test_an_extension_point_with_one_kind_or_none(write: Write) -> None:
+    class ShapeConfig(Part):
+        pass
+
+    class Drawing(Section):
+        shapes: tuple[ShapeConfig, ...] = ()
+
+    def messages(line: str) -> list[str]:
+        path = write(top=line)
+        with pytest.raises(InputError) as caught:
+            read_config(path, Drawing)
+        return [message.removesuffix(f" [{path}:1]") for message in str(caught.value).split("\n  ")[1:]]
+
+    nothing = "shapes[0]: no kind is known; `imports` lists the modules that define kinds"
+    assert messages("shapes: [{kind: disc}]") == [nothing]
+    assert json_schema(Drawing)["properties"]["shapes"]["items"] == {"type": "object", "additionalProperties": True}
+
+    class DiscConfig(ShapeConfig):
+        kind: Literal["disc"] = "disc"
+        radius: int = 1
+
+    assert messages("shapes: [{kind: disk}]") == ["shapes[0].kind: 'disk' is not one of disc; did you mean 'disc'?"]
+    assert messages("shapes: [{kind: disc, radius: x}]") == ["shapes[0].radius: expected an int, got text 'x'"]
+    assert read_config(write(top="shapes: [{kind: disc}]"), Drawing).shapes == (DiscConfig(),)
 
 
 def test_a_literal_outside_a_union_has_suggestions(write: Write) -> None:

@@ -204,6 +204,12 @@ def test_the_best_metric_must_exist(tmp_path: Path) -> None:
         load(tmp_path, "evaluation.best_metric=mask/APP50")
 
 
+def test_a_metric_needs_a_package_that_defines_it(tmp_path: Path) -> None:
+    message = r"1 problem\n  evaluation\.metrics\[0\]: no kind is known; `imports` lists the modules that define kinds"
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, "evaluation.metrics=[{kind: found}]", "evaluation.best_metric=found/objects")
+
+
 # Initial weights from another run.
 
 

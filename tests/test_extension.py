@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 
@@ -69,8 +72,20 @@ def test_every_command_works_with_parts_of_another_package(tmp_path: Path) -> No
     assert (whole / "numbers.csv").read_text().startswith("1,train/loss,")
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics == json.loads((whole / "evaluation" / "metrics.json").read_text())
+    assert 0 <= metrics["found/objects"] <= 1
+    assert re.search(r"^found/objects +0\.\d{3}$", outcomes[2].out + outcomes[2].err, re.MULTILINE)
+    assert "evaluation/found/objects" in (whole / "numbers.csv").read_text()
+    best = torch.load(whole / "checkpoints" / "best.pt", weights_only=True)["metrics"]
+    recorded = [
+        r["metrics"]["found/objects"] for r in read_records(whole / "metrics.jsonl") if r["kind"] == "evaluation"
+    ]
+    assert best["found/objects"] == max(recorded)
     assert (tmp_path / "found" / "results.json").is_file()
     assert "roi_align" in (tmp_path / "ablation" / "report.md").read_text()
+    assert "| variant | found/objects |" in (tmp_path / "ablation" / "report.md").read_text()
+    numbers = json.loads((tmp_path / "ablation" / "results.json").read_text())["variants"]["nearest"]
+    assert numbers["mean"]["found/objects"] == metrics["found/objects"]
+    assert "found/objects" not in numbers["minus_baseline"]
     assert "imports: [extension.parts]" in outcomes[-1].out
 
     (replay,) = (broken / "replay").iterdir()
@@ -90,6 +105,10 @@ MESSAGES = {
     "imports=[extension.party]": "imports: cannot import 'extension.party' (No module named 'extension.party')",
     "imports=[.parts]": "imports: '.parts' is not the name of a module, such as my_package.parts [--set]",
     "model.backbone.kind=plane": "model.backbone.kind: 'plane' is not one of plain, resnet, timm, vgg; did you mean",
+    "evaluation.metrics=[{kind: fuond}]": "evaluation.metrics[0].kind: 'fuond' is not one of found; did you mean",
+    "evaluation.metrics=[{kind: found, min_score: 2}]": "evaluation.metrics[0].min_score: expected a value less than",
+    "evaluation.metrics=[{kind: found}, {kind: found}]": "evaluation.metrics: the kind 'found' is there already",
+    "evaluation.best_metric=found/object": "mask/APl, found/objects; did you mean 'found/objects'? [--set]",
     "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of csv, tensorboard, wandb; did you",
 }
 

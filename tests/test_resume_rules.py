@@ -54,6 +54,7 @@ def test_every_key_has_a_rule_and_every_rule_a_key() -> None:
         ("training.workers", "harmless"),
         ("training.log_every", "harmless"),
         ("evaluation.pictures", "harmless"),
+        ("evaluation.metrics", "warned"),
         ("evaluation.best_metric", "warned"),
         ("evaluations", "refused"),
         ("nobody.knows", "refused"),

@@ -1,7 +1,8 @@
 """Measure one finished run: its metrics, their bootstrap resamples, its cost and its curves.
 
-Metrics (`figures`) are named as in `Evaluation.summary()` (`mask/AP`, `box/APs`, ...). They lie in 0..1, or are nan if
-the ground truth has no object to evaluate them on.
+Metrics (`figures`) are named as in `Evaluation.summary()` (`mask/AP`, `box/APs`, ...). COCO's lie in 0..1, or are nan
+if the ground truth has no object to evaluate them on. Those of `evaluation.metrics` are read from the records of the
+run; they have no resamples, because they cannot be computed from matches.
 
 Shapes: N bootstrap resamples of the validation images.
 """
@@ -45,7 +46,7 @@ class RunResult:
     run: Run
     matches: Mapping[str, Matches]  # by the keys of `PARTS`
     figures: Mapping[str, float]
-    resampled: Mapping[str, np.ndarray]  # (N,): each metric on every resample of the images
+    resampled: Mapping[str, np.ndarray]  # (N,): each COCO metric on every resample of the images
     cost: Cost
     loss: Curve
     metric: Curve  # of the primary metric, over the evaluations
@@ -77,6 +78,7 @@ def measure(run: Run, ground_truth: dict[str, Any], *, metric: str, resamples: i
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     loss_curve = curve_of((record["iteration"], record["loss"]) for record in steps)
     metric_curve = curve_of((record["iteration"], record["metrics"].get(metric)) for record in evaluations)
+    figures |= _other_figures(evaluations)
     cost = _cost(steps, evaluations)
     return RunResult(run, matches_by_part, figures, resampled, cost, loss_curve, metric_curve)
 
@@ -92,6 +94,13 @@ def load_matches(run: Run, part: str, ground_truth: dict[str, Any]) -> Matches:
     matches = match_results(ground_truth, read_results(results), PARTS[part])
     matches.save(stored)
     return matches
+
+
+def _other_figures(evaluations: Sequence[Record]) -> dict[str, float]:
+    """Return the metrics of the last evaluation that are not COCO's, of the weights themselves; nan for null."""
+    metrics = evaluations[-1]["metrics"] if evaluations else {}
+    others = {name: value for name, value in metrics.items() if name.split("/")[0] not in (*PARTS, "ema")}
+    return {name: math.nan if value is None else value for name, value in others.items()}
 
 
 def _cost(steps: Sequence[Record], evaluations: Sequence[Record]) -> Cost:

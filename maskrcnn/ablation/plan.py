@@ -13,7 +13,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from maskrcnn.config import Section, read_config, to_dict
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig, Metric
+from maskrcnn.evaluation.metric import CocoMetric
+from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.run_directory import RunDirectory
 
 TRAINED = "trained"  # the folder that holds the runs of all ablations, beside the report folders
@@ -26,7 +27,9 @@ class VariantConfig(Section):
 
     experiment: Path | None = None
     set: tuple[str, ...] = Field((), description="overrides KEY=VALUE, as with --set")
-    paper: dict[Metric, float] = Field({}, description="the metrics that the paper reports for this row, in percent")
+    paper: dict[CocoMetric, float] = Field(
+        {}, description="the metrics that the paper reports for this row, in percent"
+    )
 
 
 class AblationConfig(Section):
@@ -36,7 +39,7 @@ class AblationConfig(Section):
     experiment: Path = Field(description="YAML file of the experiment that the variants modify")
     variants: dict[Name, VariantConfig] = Field(min_length=2)
     baseline: str = Field(description="the variant that the others are compared with")
-    metric: Metric = Field("mask/AP", description="primary metric, which decides the comparison")
+    metric: CocoMetric = Field("mask/AP", description="primary metric, which decides the comparison")
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
     resamples: PositiveInt = Field(1000, description="number of bootstrap resamples of the images")
     confidence: float = Field(0.95, gt=0, lt=1, description="confidence level of the intervals")

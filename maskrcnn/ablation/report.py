@@ -1,7 +1,7 @@
 """Write the report of an ablation: `report.md`, `report.html`, `results.json` and TensorBoard events.
 
-`results.json` holds the numbers. Metrics are named as in `evaluation/metrics.json` and lie in 0..1; differences are in
-the same unit. A value is null if the ground truth has no object for it, or for the standard deviation of one seed.
+`results.json` holds the numbers. Metrics are named as in `evaluation/metrics.json`. COCO's lie in 0..1; differences are
+in the same unit. A value is null if the ground truth has no object for it, or for the standard deviation of one seed.
 
     title, baseline     text
     metric              name of the primary metric
@@ -14,7 +14,7 @@ the same unit. A value is null if the ground truth has no object for it, or for 
         paper           object: metrics that the paper reports, in percent
         cost            object: `training` and `inference` in images per second, `memory` in bytes
         sentence        states the difference of the primary metric; null for the baseline
-        minus_baseline  object: for each metric `value`, `low`, `high`, `verdict` and `by_seed`
+        minus_baseline  object: for each COCO metric `value`, `low`, `high`, `verdict` and `by_seed`
         seeds           object: for each finished seed `figures` (metrics), `cost`, and the curves `loss` and `metric`:
                         lists of [iteration, value]; long curves are thinned, metrics.jsonl of the run has all values
 """

@@ -15,7 +15,6 @@ from maskrcnn.ablation.plan import AblationConfig, Plan
 from maskrcnn.ablation.runner import is_finished
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.bootstrap import check_comparable
-from maskrcnn.experiment import Metric
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,10 @@ class VariantResult:
 
     name: str
     runs: tuple[RunResult, ...]
-    mean: Mapping[str, float]  # each metric, 0..1; nan if the ground truth has no object for it
+    mean: Mapping[str, float]  # each of `RunResult.figures`; nan if the ground truth has no object for it
     std: Mapping[str, float]  # with n - 1 degrees of freedom; nan for a single seed
     cost: Cost  # means over the seeds; of the memory, the maximum
-    paper: Mapping[Metric, float]  # the metrics that the paper reports for this row, in percent
+    paper: Mapping[str, float]  # the metrics that the paper reports for this row, in percent
     differences: Mapping[str, Difference]  # empty for the baseline, or without a finished seed in common with it
     sentence: str | None  # states the difference of the primary metric; None for the baseline
 

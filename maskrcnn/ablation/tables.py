@@ -10,6 +10,7 @@ from maskrcnn.ablation.comparison import Difference, share, signed_points
 from maskrcnn.ablation.measurement import PARTS
 from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.evaluation.matches import FIGURES
+from maskrcnn.evaluation.metric import COCO_METRICS
 
 NOTHING = "\N{EN DASH}"
 MEBIBYTE = 2**20
@@ -67,6 +68,8 @@ def report_tables(results: AblationResults) -> list[Table]:
         tables += [*(difference_table(results, part) for part in PARTS), seed_table(results)]
     if any(variant.paper for variant in results.variants):
         tables.append(paper_table(results))
+    if others := other_table(results):
+        tables.append(others)
     return [*tables, cost_table(results)]
 
 
@@ -81,7 +84,7 @@ def figure_table(results: AblationResults, part: str) -> Table:
             variant,
             [Cell(str(len(variant.runs)))]
             + [
-                Cell(_mean_std(variant, key), variant.mean[key] == maximum)
+                Cell(_mean_std(variant, key, _percent), variant.mean[key] == maximum)
                 for key, maximum in zip(keys, best, strict=True)
             ],
         )
@@ -91,11 +94,24 @@ def figure_table(results: AblationResults, part: str) -> Table:
     return Table(f"{part.capitalize()} metrics", ("variant", "seeds", *FIGURES), tuple(rows), note)
 
 
-def _mean_std(variant: VariantResult, key: str) -> str:
-    if math.isnan(variant.mean[key]):
-        return NOTHING
-    deviation = variant.std[key]
-    return _percent(variant.mean[key]) + ("" if math.isnan(deviation) else f" ± {_percent(deviation)}")
+def _mean_std(variant: VariantResult, key: str, text: Callable[[float], str]) -> str:
+    """Return mean and deviation, each formatted by `text`; a dash for a metric that the variant does not have."""
+    mean, deviation = (numbers.get(key, math.nan) for numbers in (variant.mean, variant.std))
+    return text(mean) + ("" if math.isnan(mean) or math.isnan(deviation) else f" ± {text(deviation)}")
+
+
+def other_table(results: AblationResults) -> Table | None:
+    """Return the metrics that are not COCO's, in their own units; None if there are none."""
+    names = dict.fromkeys(name for variant in results.variants for name in variant.mean)
+    others = [name for name in names if name not in COCO_METRICS]
+    if not others:
+        return None
+    rows = [
+        _row(results, variant, [Cell(_mean_std(variant, name, _three_digits)) for name in others])
+        for variant in results.variants
+    ]
+    note = "Mean ± standard deviation over the seeds, in the unit of each metric. These metrics have no intervals."
+    return Table("Other metrics", ("variant", *others), tuple(rows), note)
 
 
 def difference_table(results: AblationResults, part: str) -> Table:

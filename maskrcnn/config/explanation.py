@@ -86,7 +86,8 @@ def _locate(parts: Sequence[str | int], schema: type[BaseModel], value: Any) -> 
     choices: list[Any] = [schema]
     union = None
     for part in parts:
-        if len(choices) > 1:  # a union: the part names one of its members
+        # A union: the part names one of its members. An extension point may have a single kind.
+        if len(choices) > 1 or (choices and part in kinds_of(choices[0])):
             tagged = [choice for choice in choices if part in kinds_of(choice)]
             union = union if tagged else tuple(path)
             choices = tagged or _fitting(choices, value)
@@ -130,9 +131,9 @@ def _message(place: _Place, details: ErrorDetails) -> str:
         case "union_tag_not_found":
             return f"missing; one of {', '.join(kinds)}"
         case "union_tag_invalid":
-            return _not_one_of(value["kind"], kinds)
+            return not_one_of(value["kind"], kinds)
         case "literal_error":
-            return _not_one_of(value, get_args(place.choices[0]))
+            return not_one_of(value, get_args(place.choices[0]))
         case "value_error":
             return str(details["ctx"]["error"])
     return f"expected {_expected(details)}, got {show(value)}{_hint(details['type'], value, kinds)}"
@@ -145,7 +146,8 @@ def _unknown_key(key: str, owner: Any) -> str:
     return unknown + (_suggest(key, known) or f"; known are {', '.join(known)}")
 
 
-def _not_one_of(value: Any, options: Sequence[Any]) -> str:
+def not_one_of(value: Any, options: Sequence[Any]) -> str:
+    """Return a message that lists the options, with the closest one as a suggestion."""
     names = [str(option) for option in options]
     given = repr(value) if isinstance(value, str) else show(value)
     return f"{given} is not one of {', '.join(names)}{_suggest(value, names)}"

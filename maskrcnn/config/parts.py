@@ -60,6 +60,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _no_choices(value: dict[str, Any]) -> Part:
+    raise ValueError("no kind is known; `imports` lists the modules that define kinds")
+
+
 class Part(Section):
     """Base class of the extension points (see the docstring of the module)."""
 
@@ -67,9 +71,11 @@ class Part(Section):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {kind: handler.generate_schema(choice) for kind, choice in choices_of(cls).items()}
-        if kinds_of(cls) or not choices:
+        if kinds_of(cls):
             return handler(source)
+        choices = {kind: handler.generate_schema(choice) for kind, choice in choices_of(cls).items()}
+        if not choices:
+            return core_schema.no_info_after_validator_function(_no_choices, core_schema.dict_schema())
         return core_schema.tagged_union_schema(choices, discriminator="kind")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate
+from maskrcnn.evaluation.metric import Metric
 from maskrcnn.evaluation.preparation import IouType
 from maskrcnn.evaluation.results import write_results
 from maskrcnn.runtime.processes import Processes
@@ -29,12 +30,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes COCO box and mask AP of a predictor on a dataset."""
+    """Computes COCO box and mask AP, and further metrics, of a predictor on a dataset."""
 
     dataset: DetectionDataset
     batch_size: int = 1
     workers: int = 0  # data loader processes; 0 loads in this process
-    backend: Backend = "faster"  # library that computes the metrics
+    backend: Backend = "faster"  # library that computes COCO's metrics
+    metrics: Mapping[str, Metric] = field(default_factory=dict)  # further metrics by name; see `MetricConfig.build`
 
     def __call__(self, predictor: Predictor, out: Path | None = None) -> Evaluation:
         """Evaluate `predictor` and log the tables; write `results.json` and `metrics.json` to folder `out`, if given.
@@ -65,8 +67,14 @@ class Evaluator:
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 write_results(out / "results.json", results)
-            iou_types: list[IouType] = ["bbox"] if predictor.model.mask_head is None else ["bbox", "segm"]
-            return report(self.dataset.ground_truth(), results, out, backend=self.backend, iou_types=iou_types)
+            return report(
+                self.dataset.ground_truth(),
+                results,
+                out,
+                backend=self.backend,
+                iou_types=["bbox"] if predictor.model.mask_head is None else ["bbox", "segm"],
+                metrics=self.metrics,
+            )
 
         return processes.from_main(compute_metrics), images_per_second
 
@@ -121,8 +129,9 @@ def report(
     *,
     backend: Backend,
     iou_types: Sequence[IouType] = ("bbox", "segm"),
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
-    """Compute box and mask AP, log the tables, and write `metrics.json`.
+    """Compute box and mask AP and the given metrics, log the tables, and write `metrics.json`.
 
     Args:
         ground_truth: COCO annotations, or the path of an annotation file.
@@ -130,8 +139,9 @@ def report(
         out: folder of `metrics.json`; None writes no file.
         backend: implementation of the COCO evaluation.
         iou_types: what to evaluate. Masks are not evaluated if no result has one.
+        metrics: further metrics by name.
     """
-    evaluation = evaluate(ground_truth, results, iou_types, backend=backend)
+    evaluation = evaluate(ground_truth, results, iou_types, backend=backend, metrics=metrics)
     logger.info("%s\n\n%s", evaluation.format_class_table(), evaluation.format_table())
     if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
         logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")

@@ -18,7 +18,8 @@ over several steps, so that a resumed run writes the same records:
                         (both are absent if undefined: a step without objects, or without RoIs)
 
 `"kind": "evaluation"`:
-    metrics             object: each metric by name, such as "mask/AP"; "ema/mask/AP" is that of the averaged weights
+    metrics             object: each metric by name, such as "mask/AP", and "KIND/FIGURE" of `evaluation.metrics`;
+                        "ema/mask/AP" is that of the averaged weights
     images_per_second   of inference, including the masks of the results, without the computation of the metrics
     classes             object: for each class name an object with its "box/AP", "mask/AP", "ema/mask/AP", ...
     loss                sum of the loss terms on the validation images; absent if not measured

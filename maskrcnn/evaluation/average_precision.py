@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ import pycocotools.coco
 import pycocotools.cocoeval
 
 from maskrcnn.errors import first_of
+from maskrcnn.evaluation.matches import FIGURES
+from maskrcnn.evaluation.metric import Metric
 from maskrcnn.evaluation.preparation import (
     IouType,
     check_references,
@@ -61,7 +63,7 @@ class Figures:
         precision = [self.ap, self.ap50, self.ap75, self.ap_small, self.ap_medium, self.ap_large]
         recall = [self.ar_small, self.ar_medium, self.ar_large]
         return {
-            **dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), precision, strict=True)),
+            **dict(zip(FIGURES, precision, strict=True)),
             **{f"AR{limit}": value for limit, value in self.ar.items()},
             **dict(zip(("ARs", "ARm", "ARl"), recall, strict=True)),
         }
@@ -69,18 +71,20 @@ class Figures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of boxes and of masks; None for an IoU type that was not evaluated."""
+    """COCO's metrics of boxes and of masks, None for an IoU type that was not evaluated, and further metrics."""
 
     box: Figures | None
     mask: Figures | None
+    others: Mapping[str, float] = field(default_factory=dict)  # by names such as `KIND/FIGURE`
 
     def summary(self) -> dict[str, float]:
-        """Return the metrics by names such as `box/AP` and `mask/AP50`; nan where there are no objects."""
-        return {
+        """Return all figures by names such as `box/AP` and `mask/AP50`; nan where there are no objects."""
+        figures = {
             f"{name}/{metric}": value
             for name, figures in self._evaluated().items()
             for metric, value in figures.summary().items()
         }
+        return {**figures, **self.others}
 
     def class_summary(self) -> dict[str, dict[str, float]]:
         """Return `box/AP` and `mask/AP` by class name; nan where there are no objects."""
@@ -96,10 +100,12 @@ class Evaluation:
         return {**_none_for_nan(self.summary()), "classes": classes}
 
     def format_table(self) -> str:
-        """Return the metrics as a text table, with one line for boxes and one for masks."""
+        """Return the metrics as a text table, with one line for boxes, one for masks, and one for each other figure."""
         summaries = {name: figures.summary() for name, figures in self._evaluated().items()}
         header = next(iter(summaries.values()), {})
-        return _format_rows("", header, [(name, list(values.values())) for name, values in summaries.items()])
+        table = _format_rows("", header, [(name, list(values.values())) for name, values in summaries.items()])
+        others = _format_rows("metric", ["value"], [(name, [value]) for name, value in self.others.items()])
+        return f"{table}\n\n{others}" if self.others else table
 
     def format_class_table(self) -> str:
         """Return the AP of each class as a text table, with one line per class."""
@@ -134,6 +140,7 @@ def evaluate(
     iou_types: Sequence[IouType] = ("bbox", "segm"),
     max_detections: Sequence[int] = (1, 10, 100),
     backend: Backend = "faster",
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
     """Evaluate results on all images and categories of the ground truth.
 
@@ -148,6 +155,7 @@ def evaluate(
         max_detections: limits on detections per image, ascending. Average recall is computed for each limit; all
             other metrics use the last limit.
         backend: `faster` is faster-coco-eval, which gives the same metrics as pycocotools in a fifth of the time.
+        metrics: further metrics by name; see `maskrcnn.evaluation.metric`.
 
     Raises:
         InputError: the annotation file is invalid, or the results do not match the ground truth.
@@ -161,7 +169,12 @@ def evaluate(
         )
         for iou_type in measurable(iou_types, results)
     }
-    return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"))
+    others = {
+        f"{name}/{figure}": float(value)
+        for name, metric in (metrics or {}).items()
+        for figure, value in metric(data, results).items()
+    }
+    return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"), others=others)
 
 
 def _tables(

@@ -20,7 +20,7 @@ from maskrcnn.ablation.pictures import galleries
 from maskrcnn.ablation.plan import Plan
 from maskrcnn.ablation.report import write_report
 from maskrcnn.ablation.results import AblationResults, analyse
-from maskrcnn.ablation.tables import Cell, Row, Table, report_tables
+from maskrcnn.ablation.tables import NOTHING, Cell, Row, Table, other_table, report_tables
 
 VOID = {"meta", "img", "path", "circle", "rect"}
 
@@ -67,6 +67,21 @@ def out(ablation: Plan, results: AblationResults) -> Path:
 @pytest.fixture(scope="module")
 def page(out: Path) -> Page:
     return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_table_for_metrics_that_are_not_cocos(results: AblationResults) -> None:
+    assert other_table(results) is None
+    changed = {"pool": ({"found/objects": 0.5}, {"found/objects": 0.0625}), "align": ({"found/objects": 12.0}, {})}
+    variants = [
+        replace(
+            v, mean={**v.mean, **changed.get(v.name, ({}, {}))[0]}, std={**v.std, **changed.get(v.name, ({}, {}))[1]}
+        )
+        for v in results.variants
+    ]
+    table = other_table(replace(results, variants=tuple(variants)))
+    assert table
+    assert table.columns == ("variant", "found/objects")
+    assert [row.cells[1].text for row in table.rows] == ["0.5 ± 0.0625", "12", NOTHING, NOTHING]
 
 
 # report.html.

@@ -101,6 +101,13 @@ def test_cost_is_read_from_the_records(results: AblationResults) -> None:
     assert align.cost.memory == 201 * 2**20  # the maximum over the seeds
 
 
+def test_figures_of_other_metrics_are_those_of_the_last_evaluation() -> None:
+    metrics = {"mask/AP": 0.5, "ema/mask/AP": 0.6, "found/objects": 0.7, "ema/found/objects": 0.8, "found/all": None}
+    figures = measurement._other_figures([{"metrics": {"found/objects": 0.1}}, {"metrics": metrics}])
+    assert figures == pytest.approx({"found/objects": 0.7, "found/all": math.nan}, nan_ok=True)
+    assert measurement._other_figures([]) == {}
+
+
 def test_records_without_cost_give_nan(ablation: Plan) -> None:
     cost = measurement._cost([{"images_per_second": 4.0}], [{"metrics": {}}])
     assert cost.training == 4.0

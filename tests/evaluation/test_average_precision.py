@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,30 @@ def test_no_objects(backend: str, results: list[dict[str, Any]]) -> None:
     assert all(math.isnan(value) for value in evaluation.summary().values())
     assert evaluation.to_dict()["mask/AP"] is None
     json.dumps(evaluation.to_dict(), allow_nan=False)
+
+
+# Further metrics.
+
+
+def test_further_metrics_stand_beside_the_others() -> None:
+    ground_truth = truth([{**annotation(1, (10, 10, 40, 40)), "iscrowd": 0}])
+    del ground_truth["annotations"][0]["iscrowd"]
+
+    def counts(data: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
+        crowds = sum(entry["iscrowd"] for entry in data["annotations"])  # the key is filled in
+        return {"detections": len(results), "crowds": crowds, "nothing": math.nan}
+
+    found = [result((10, 10, 40, 40)), result((70, 70, 40, 40), score=0.1)]
+    evaluation = evaluate(ground_truth, found, metrics={"counts": counts})
+    assert list(evaluation.summary())[-4:] == ["mask/ARl", "counts/detections", "counts/crowds", "counts/nothing"]
+    assert evaluation.summary()["counts/detections"] == 2
+    assert (evaluation.to_dict()["counts/crowds"], evaluation.to_dict()["counts/nothing"]) == (0, None)
+    assert evaluation.format_table().splitlines()[-4:] == [
+        "metric              value",
+        "counts/detections   2.000",
+        "counts/crowds       0.000",
+        "counts/nothing          -",
+    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,14 +7,17 @@ a subclass of the extension point's base class is one of the choices.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pycocotools import mask as cocoapi
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.data.dataset import DatasetConfig
@@ -22,6 +25,7 @@ from maskrcnn.data.transforms import TransformConfig, crop
 from maskrcnn.engine.loggers import Logger, LoggerConfig
 from maskrcnn.engine.optimizer import OptimizerConfig, scaled_lr
 from maskrcnn.engine.schedule import Schedule, ScheduleConfig
+from maskrcnn.evaluation.metric import Metric, MetricConfig
 from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, BackboneParts
 from maskrcnn.models.box_head import BoxHeadConfig, BoxTrunk
 from maskrcnn.models.losses import Normalizer
@@ -287,3 +291,38 @@ class Csv(Logger):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+# ---- Metric: the fraction of the objects that are found
+
+
+class FoundConfig(MetricConfig):
+    """The fraction of the objects with a box of their class at IoU 0.5 or more, among confident detections."""
+
+    kind: Literal["found"] = "found"
+    min_score: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """`found/objects`."""
+        return ("objects",)
+
+    def build(self) -> Metric:
+        """Return the metric."""
+        return partial(found_objects, min_score=self.min_score)
+
+
+def found_objects(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], *, min_score: float
+) -> dict[str, float]:
+    """Return the fraction under `objects`; nan without objects. A detection may find several objects."""
+    boxes = defaultdict(list)
+    for result in results:
+        if result["score"] >= min_score:
+            boxes[result["image_id"], result["category_id"]].append(result["bbox"])
+    found = []
+    for annotation in ground_truth["annotations"]:
+        if not annotation["iscrowd"]:
+            candidates = boxes[annotation["image_id"], annotation["category_id"]]
+            found.append(bool(candidates) and cocoapi.iou(candidates, [annotation["bbox"]], [0]).max() >= 0.5)
+    return {"objects": float(np.mean(found)) if found else float("nan")}
