@@ -82,6 +82,21 @@ def test_small_images_are_enlarged_and_large_ones_are_not():
     assert enlarge(checks, 2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
 
 
+def test_a_large_image_can_be_reduced_before_drawing():
+    mask = np.zeros((480, 640), dtype=bool)
+    mask[100:200, 300:400] = True
+    crop = MaskCrop(300, 100, np.ones((100, 100), np.uint8))
+    first, second = (
+        draw_objects(grey(480, 640, 0), [[300, 100, 400, 200]], [1], [shape], NAMES, scale=0.5)
+        for shape in (mask, crop)
+    )
+    assert first.shape == (240, 320, 3)
+    assert first[75, 175].any()
+    assert not first[75, 145].any()
+    assert not first[:, 250:].any()  # where box and caption would be if they were not resized
+    assert (first == second).all()
+
+
 def test_large_pictures_are_shrunk_and_small_ones_are_not():
     picture = grey(50, 200)
     assert shrink(picture, 200) is picture

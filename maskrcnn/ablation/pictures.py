@@ -6,19 +6,21 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as cocoapi
 
 from maskrcnn.ablation.comparison import signed_points
 from maskrcnn.ablation.measurement import RunResult, results_file
 from maskrcnn.ablation.results import AblationResults, VariantResult
+from maskrcnn.data.coco_file import run_lengths
 from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.rle import crop_from_counts
 from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
-from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects
+from maskrcnn.visualization.drawing import LEGIBLE_SIDE, Rectangle, draw_objects
 
 EACH_END = 4  # images with the largest losses, and as many with the largest gains
 MOST = 200  # pictures in one report; at about 20 kB each, the page stays at a few MB
@@ -92,12 +94,15 @@ class _StripRenderer:
         """Draw the image at `index` of the matches; `change` is the difference of its score."""
         image_id = int(self.image_ids[index])
         example = self.dataset[self.dataset_index[image_id]]
-        image, classes = example.pixels.permute(1, 2, 0).numpy(), self.dataset.classes
-        masks = [_full_mask(mask, image.shape[:2]) for mask in example.masks]
-        pictures = [_draw(image, example.boxes.numpy(), example.labels.tolist(), masks, None, classes)]
+        image, classes = example.pixels.permute(1, 2, 0).contiguous().numpy(), self.dataset.classes
+        # Large images are reduced before drawing, so that captions stay legible.
+        reduction = LEGIBLE_SIDE / max(image.shape[:2])
+        draw = partial(draw_objects, image, names=classes.names, scale=reduction if reduction < 1 else None)
+        pictures = [draw(example.boxes, example.labels, example.masks)]
         for results_by_image in self.results.values():
             detections = [result for result in results_by_image.get(image_id, []) if result["score"] >= self.min_score]
-            pictures.append(_draw_results(image, detections, classes))
+            boxes, labels, masks, scores = _objects(detections, classes)
+            pictures.append(draw(boxes, labels, masks, scores=scores))
         caption = f"image {image_id}: {signed_points(change)} points"
         return Strip(caption, ("ground truth", *self.titles.values()), tuple(map(_data_uri, pictures)))
 
@@ -109,38 +114,15 @@ def _by_image(results: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any
     return groups
 
 
-def _draw_results(image: np.ndarray, results: Sequence[dict[str, Any]], classes: ClassTable) -> np.ndarray:
-    corners = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in results)]
+def _objects(
+    results: Sequence[dict[str, Any]], classes: ClassTable
+) -> tuple[list[Rectangle], list[int], list[MaskCrop], list[float]]:
+    """Return boxes, labels, masks and scores for `draw_objects`; no masks if the results have none."""
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in results)]
     labels = [classes.category_ids.index(result["category_id"]) + 1 for result in results]
-    masks = [cocoapi.decode(result["segmentation"]).astype(bool) for result in results]
-    return _draw(image, np.array(corners), labels, masks, [result["score"] for result in results], classes)
-
-
-def _draw(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: Sequence[int],
-    masks: Sequence[np.ndarray],
-    scores: Sequence[float] | None,
-    classes: ClassTable,
-) -> np.ndarray:
-    """Draw objects over the image. The image is resized before drawing, so that captions stay legible.
-
-    Args: those of `draw_objects`; the masks are full-size (H, W) bool arrays.
-    """
-    height, width = image.shape[:2]
-    scale = min(1.0, LEGIBLE_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    small_masks = [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-    return draw_objects(small, boxes * scale, labels, small_masks, classes.names, scores)
-
-
-def _full_mask(mask: MaskCrop, size: tuple[int, int]) -> np.ndarray:
-    full = np.zeros(size, dtype=bool)
-    height, width = mask.pixels.shape
-    full[mask.y : mask.y + height, mask.x : mask.x + width] = mask.pixels
-    return full
+    codes = [result["segmentation"] for result in results if "segmentation" in result]
+    masks = [crop_from_counts(run_lengths(code["counts"]), height=code["size"][0]) for code in codes]
+    return boxes, labels, masks, [result["score"] for result in results]
 
 
 def _data_uri(picture: np.ndarray) -> str:

@@ -52,7 +52,7 @@ def draw_objects(
     names: Sequence[str],
     scores: ArrayLike | Tensor | None = None,
     *,
-    scale: int | None = None,
+    scale: float | None = None,
 ) -> np.ndarray:
     """Draw masks, boxes and captions on an image, in one colour per class. The first object is drawn on top.
 
@@ -63,20 +63,20 @@ def draw_objects(
         masks: G masks, each a crop or a full-size (H, W) bool array; empty to draw only boxes.
         names: K class names; label `i` is `names[i - 1]`.
         scores: (G,), written after the class names.
-        scale: integer factor by which the image is enlarged before drawing; by default the smallest factor with which
-            the longer side has `LEGIBLE_SIDE` pixels.
+        scale: an integer factor by which the image is enlarged before drawing, or a factor below 1 by which it is
+            reduced; by default the smallest integer with which the longer side has `LEGIBLE_SIDE` pixels.
 
     Returns:
         (scale * H, scale * W, 3) uint8 RGB.
     """
     scale = scale or -(-LEGIBLE_SIDE // max(image.shape[:2]))
-    picture = enlarge(image, scale)
+    picture = _resized(image, scale)
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
     classes = [int(label) for label in np.asarray(labels)]
     colours = [class_colour(label) for label in classes]
     assert len(masks) in (0, len(classes)), "expected one mask per object, or no masks"
     for mask, colour in reversed(list(zip(masks, colours, strict=False))):
-        _tint(picture, enlarge(_full_mask(mask, image.shape[:2]), scale), colour)
+        _tint(picture, _resized(_full_mask(mask, image.shape[:2]), scale), colour)
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     for (x1, y1, x2, y2), colour in reversed(list(zip(corners.tolist(), colours, strict=True))):
@@ -130,6 +130,15 @@ def shrink(image: np.ndarray, longest: int) -> np.ndarray:
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     """Return a copy with every pixel repeated `scale` times along both axes."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def _resized(image: np.ndarray, scale: float) -> np.ndarray:
+    """Return a copy of an image, or of an (H, W) bool mask, enlarged or reduced; see `draw_objects`."""
+    if scale >= 1:
+        return enlarge(image, int(scale))
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    method = Image.Resampling.NEAREST if image.dtype == bool else Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(image).resize((width, height), method))
 
 
 def class_colour(label: int) -> Colour:
