@@ -179,3 +179,16 @@ def test_the_wheel_holds_every_package() -> None:
     packages = {name.rpartition(".")[0] for name in MODULES if name.startswith("maskrcnn.")} | {"maskrcnn"}
     packages |= {name for name, path in MODULES.items() if path.name == "__init__.py"}
     assert set(listed) == packages | {"maskrcnn.recipes"}
+
+
+def test_the_wheel_holds_every_data_file() -> None:
+    section = (REPOSITORY / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]\n")[2]
+    patterns = re.findall(r'^"?(maskrcnn[\w.]*)"? = \[(.*)\]$', section.partition("\n[")[0], re.MULTILINE)
+    packaged = {
+        path
+        for package, listed in patterns
+        for pattern in re.findall(r'"([^"]+)"', listed)
+        for path in REPOSITORY.joinpath(*package.split(".")).glob(pattern)
+    }
+    files = {path for path in (REPOSITORY / "maskrcnn").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert (REPOSITORY / "maskrcnn" / "ablation" / "report.html.jinja") in files <= packaged

@@ -157,16 +157,6 @@ def _path(curve: Curve, x: Scale, y: Scale, unit: float, attributes: str) -> str
     return f'<path d="M{vertices}" {attributes}/>' if vertices else ""
 
 
-def legend(results: AblationResults) -> str:
-    """Return the legend of the charts as HTML."""
-    keys = [
-        f'<span class="key"><svg viewBox="0 0 24 8"><path d="M0 4h24" {variant_style(results, variant.name)} '
-        f'class="line"/></svg> {escape(variant.name)}</span>'
-        for variant in results.variants
-    ]
-    return "\n".join(keys)
-
-
 # ---- Shared by both
 
 
