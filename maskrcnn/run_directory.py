@@ -29,7 +29,7 @@ from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint
 from maskrcnn.engine.metrics import FILE_NAME as METRICS_FILE
 from maskrcnn.errors import InputError
 from maskrcnn.resume_rules import Changes, changes
-from maskrcnn.runtime.files import temporary_of, write_atomically
+from maskrcnn.runtime.files import temporary_of, write_text
 
 # Number of threads, choice of GPUs, and settings of the GPU libraries that affect the numerical results.
 VARIABLES = (
@@ -88,7 +88,7 @@ class RunDirectory:
         elif not self.config.exists() and self._has_other_files():
             raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
         # Written first, so that after a kill the folder is recognized as a run directory.
-        write_atomically(self.config, lambda file: file.write(to_yaml(config).encode()))
+        write_text(self.config, to_yaml(config))
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(exist_ok=True)
         return changes_text

@@ -15,11 +15,12 @@ import torch
 from maskrcnn.config import read_config
 from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.engine.loop import Interrupted
-from maskrcnn.engine.metrics import TIMING_KEYS, read_records, without_nan
+from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 from maskrcnn.engine.replay import load_replay
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, evaluate_checkpoint, load_predictor
+from maskrcnn.runtime.files import without_nan
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
 from maskrcnn.training_run import train_experiment

@@ -22,7 +22,6 @@ in the same unit. A value is null if the ground truth has no object for it, or f
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 import shutil
@@ -41,7 +40,7 @@ from maskrcnn.ablation.plan import Plan
 from maskrcnn.ablation.results import AblationResults, VariantResult
 from maskrcnn.ablation.tables import report_tables
 from maskrcnn.engine.loggers import TENSORBOARD_FOLDER
-from maskrcnn.engine.metrics import without_nan
+from maskrcnn.runtime.files import json_text, write_text
 
 OF_ONE_RUN = ("command:", "seed:")  # lines of `environment.txt` that the report replaces with its own command
 
@@ -51,11 +50,9 @@ def write_report(plan: Plan, results: AblationResults) -> None:
     made_by = provenance(results)
     markdown = markdown_report(results, made_by)
     page = html_page(results, galleries(results), notes(results), made_by)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    (plan.out / "report.md").write_text(markdown, encoding="utf-8")
-    (plan.out / "report.html").write_text(page, encoding="utf-8")
-    numbers = json.dumps(without_nan({**as_dict(results), "made_by": made_by}), indent=1, allow_nan=False)
-    (plan.out / "results.json").write_text(numbers + "\n", encoding="utf-8")
+    write_text(plan.out / "report.md", markdown)
+    write_text(plan.out / "report.html", page)
+    write_text(plan.out / "results.json", json_text({**as_dict(results), "made_by": made_by}, indent=1) + "\n")
     write_events(plan.out / TENSORBOARD_FOLDER, results, markdown)
 
 

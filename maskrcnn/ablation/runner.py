@@ -21,6 +21,7 @@ from maskrcnn.data.loader import batches_per_epoch
 from maskrcnn.engine.loop import Interrupted, StopRequest
 from maskrcnn.engine.metrics import last_record
 from maskrcnn.errors import InputError
+from maskrcnn.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Job:
     def __enter__(self) -> Job:
         run_folder = self.run.directory.root
         run_folder.mkdir(parents=True, exist_ok=True)
-        self.run.directory.config.write_text(to_yaml(self.run.config), encoding="utf-8")
+        write_text(self.run.directory.config, to_yaml(self.run.config))
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.place.threads)}
         if self.place.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = _visible_gpu(self.place.gpu)

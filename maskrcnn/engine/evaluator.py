@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose,
 from maskrcnn.evaluation.metric import Metric
 from maskrcnn.evaluation.preparation import IouType
 from maskrcnn.evaluation.results import write_results
+from maskrcnn.runtime.files import json_text, write_text
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, Losses
 
@@ -65,7 +65,6 @@ class Evaluator:
 
         def compute_metrics() -> Evaluation:
             if out is not None:
-                out.mkdir(parents=True, exist_ok=True)
                 write_results(out / "results.json", results)
             return report(
                 self.dataset.ground_truth(),
@@ -146,6 +145,5 @@ def report(
     if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
         logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(out / "metrics.json", json_text(evaluation.to_dict(), indent=2) + "\n")
     return evaluation

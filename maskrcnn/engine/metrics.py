@@ -49,7 +49,7 @@ import numpy as np
 
 from maskrcnn.config import Section, to_yaml
 from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
-from maskrcnn.runtime.files import write_atomically
+from maskrcnn.runtime.files import json_text, write_text
 
 FILE_NAME = "metrics.jsonl"
 LONGEST_RECORD = 2**20  # bytes; an evaluation with the 1203 classes of LVIS and averaged weights takes a fifth of it
@@ -154,8 +154,7 @@ class MetricsWriter:
         records = [record for record in records if record["iteration"] <= start and record["kind"] != "end"]
         evaluations = [record["iteration"] for record in records if record["kind"] == "evaluation"]
         self.last_evaluation = max(evaluations, default=None)
-        content = "".join(_line(record) for record in records).encode()
-        write_atomically(path, lambda file: file.write(content))
+        write_text(path, "".join(map(_line, records)))
         # Line-buffered, so that records survive a kill of the process.
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._start = start
@@ -248,16 +247,7 @@ def last_record(path: Path) -> Record | None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(without_nan(record), allow_nan=False) + "\n"
-
-
-def without_nan(value: Any) -> Any:
-    """Return `value` with NaN and infinite numbers replaced by None, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text(record) + "\n"
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, float]:

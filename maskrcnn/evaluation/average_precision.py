@@ -32,6 +32,7 @@ from maskrcnn.evaluation.preparation import (
     measurable,
     read_ground_truth,
 )
+from maskrcnn.runtime.files import without_nan
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary, and the AP of each class under `classes`, for JSON; None in place of nan."""
-        classes = {class_name: _none_for_nan(values) for class_name, values in self.class_summary().items()}
-        return {**_none_for_nan(self.summary()), "classes": classes}
+        return without_nan({**self.summary(), "classes": self.class_summary()})
 
     def format_table(self) -> str:
         """Return the metrics as a text table, with one line for boxes, one for masks, and one for each other figure."""
@@ -117,10 +117,6 @@ class Evaluation:
     def _evaluated(self) -> dict[str, Figures]:
         by_type = {"box": self.box, "mask": self.mask}
         return {name: figures for name, figures in by_type.items() if figures is not None}
-
-
-def _none_for_nan(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def _format_rows(title: str, header: Iterable[str], rows: Sequence[tuple[str, list[float]]]) -> str:

@@ -10,13 +10,11 @@ from typing import Any, Literal
 from pycocotools import mask as cocoapi
 
 from maskrcnn.data.coco_file import complete_for_evaluation, read_coco_json
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 
 logger = logging.getLogger(__name__)
 
 IouType = Literal["bbox", "segm"]
-
-SHOWN = 10  # maximum number of ids in a message
 
 
 def read_ground_truth(ground_truth: dict[str, Any] | Path) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def check_references(data: dict[str, Any], results: Sequence[dict[str, Any]]) ->
 
 
 def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
+    return ", ".join(first_of([str(number) for number in ids]))
 
 
 def measurable(iou_types: Sequence[IouType], results: Sequence[dict[str, Any]]) -> list[IouType]:

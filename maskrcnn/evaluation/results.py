@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from maskrcnn.data.coco_file import Rle
-from maskrcnn.data.rle import counts_from_string
+from maskrcnn.data.coco_file import Rle, run_lengths
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.runtime.files import write_atomically
 
@@ -71,12 +69,8 @@ def _problem(result: CocoResult) -> str | None:
     if "segmentation" not in result:
         return None if "bbox" in result else "has neither 'bbox' nor 'segmentation'"
     height, width = result["segmentation"]["size"]
-    counts = result["segmentation"]["counts"]
     try:
-        if isinstance(counts, str):
-            lengths = counts_from_string(counts.encode("ascii", "replace"))
-        else:
-            lengths = np.array(counts, np.int64)
+        lengths = run_lengths(result["segmentation"]["counts"])
     except ValueError as error:
         return f"segmentation: {error}"
     if (lengths < 0).any() or lengths.sum() != height * width:

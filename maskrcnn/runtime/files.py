@@ -1,9 +1,11 @@
-"""Files: atomic writes, and tensors read without executing code."""
+"""Files: atomic writes, JSON without NaN, and tensors read without executing code."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,6 +62,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise OSError(cause.errno, message, str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically; see `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON, with null in place of NaN and infinite numbers, which JSON does not have."""
+    return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
+
+def without_nan(value: Any) -> Any:
+    """Return `value` with NaN and infinite numbers replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def temporary_of(path: Path) -> Path:

@@ -287,6 +287,9 @@ def test_unknown_images_and_masks_of_another_size_are_refused() -> None:
     small = result((10, 10, 4, 4), segmentation=rectangle(10, 10, 4, 4, side=64))
     with pytest.raises(InputError, match=r"size \[64, 64\] for image 1, whose height and width are \[128, 128\]"):
         evaluate(ground_truth, [small])
+    many = [result((10, 10, 40, 40), image_id=number) for number in range(2, 14)]
+    with pytest.raises(InputError, match=r"12 images .*\(image_id 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, and 2 more\)"):
+        evaluate(ground_truth, many)
 
 
 def test_a_file_that_is_not_coco_is_refused(tmp_path: Path) -> None:

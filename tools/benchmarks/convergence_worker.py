@@ -36,7 +36,6 @@ from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import seed_generators
 from maskrcnn.engine.evaluator import coco_results
-from maskrcnn.engine.metrics import without_nan
 from maskrcnn.engine.optimizer import clip_gradients, set_learning_rate
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import evaluate
@@ -45,7 +44,7 @@ from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.mask_tables import full_masks
 from maskrcnn.run_directory import environment
 from maskrcnn.runtime.console import run_main
-from maskrcnn.runtime.files import write_atomically
+from maskrcnn.runtime.files import json_text, write_text
 from maskrcnn.runtime.memory import keep_freed_memory
 from maskrcnn.structures import Batch
 
@@ -273,7 +272,7 @@ def main() -> None:
     config = read_config(Path(job.config), ExperimentConfig, overrides)
     record = train(config, job.side, job.marks, job.high)
     record |= {"job": asdict(job), "environment": environment(torch.device("cpu"))}
-    write_atomically(out, lambda file: file.write(json.dumps(without_nan(record)).encode()))
+    write_text(out, json_text(record))
 
 
 if __name__ == "__main__":
