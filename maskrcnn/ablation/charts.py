@@ -72,7 +72,7 @@ def forest_plot(results: AblationResults, figures: Sequence[str]) -> str:
         (figure, variant.name, variant.differences[figure])
         for figure in figures
         for variant in results.compared
-        if not math.isnan(variant.differences[figure].interval.value)
+        if figure in variant.differences and not math.isnan(variant.differences[figure].interval.value)
     ]
     values = [0.0]
     for _, _, difference in rows:

@@ -21,13 +21,16 @@ class Difference:
 
 
 def compare(variant: Sequence[RunResult], baseline: Sequence[RunResult], *, confidence: float) -> dict[str, Difference]:
-    """Return the difference of every COCO metric, by name; empty if the two have no finished seed in common.
+    """Return the difference of every COCO metric of both, by name; empty if they have no finished seed in common.
 
     The bootstrap uses the same resamples of the images for both sides, and the mean over the seeds.
     """
     baseline_by_seed = {run.run.seed: run for run in baseline}
     pairs = [(run, baseline_by_seed[run.run.seed]) for run in variant if run.run.seed in baseline_by_seed]
-    return {key: _difference(pairs, key, confidence) for key in pairs[0][0].resampled} if pairs else {}
+    if not pairs:
+        return {}
+    common = [key for key in pairs[0][0].resampled if key in pairs[0][1].resampled]
+    return {key: _difference(pairs, key, confidence) for key in common}
 
 
 def _difference(pairs: Sequence[tuple[RunResult, RunResult]], key: str, confidence: float) -> Difference:

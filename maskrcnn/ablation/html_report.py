@@ -50,4 +50,5 @@ def html_page(results: AblationResults, pictures: Sequence[Gallery], notes: Sequ
 
 def _forest_figures(results: AblationResults) -> list[str]:
     default = [f"{part}/{figure}" for part in ("mask", "box") for figure in FOREST]
-    return [results.metric, *(figure for figure in default if figure != results.metric)]
+    compared = {figure for variant in results.compared for figure in variant.differences}
+    return [results.metric, *(figure for figure in default if figure in compared - {results.metric})]

@@ -44,7 +44,7 @@ class RunResult:
     """The measurements of one finished run."""
 
     run: Run
-    matches: Mapping[str, Matches]  # by the keys of `PARTS`
+    matches: Mapping[str, Matches]  # by `Run.parts`
     figures: Mapping[str, float]
     resampled: Mapping[str, np.ndarray]  # (N,): each COCO metric on every resample of the images
     cost: Cost
@@ -68,7 +68,7 @@ def measure(run: Run, ground_truth: dict[str, Any], *, metric: str, resamples: i
     """
     figures: dict[str, float] = {}
     resampled: dict[str, np.ndarray] = {}
-    matches_by_part = {part: load_matches(run, part, ground_truth) for part in PARTS}
+    matches_by_part = {part: load_matches(run, part, ground_truth) for part in run.parts}
     for part, matches in matches_by_part.items():
         counts = draw_counts(len(matches.image_ids), resamples, RESAMPLING_SEED)
         figures |= {f"{part}/{name}": value for name, value in matches.figures().items()}

@@ -67,6 +67,11 @@ class Run:
         """The name of the run in messages."""
         return f"{self.variant}/seed_{self.seed}"
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is measured: `mask` if the model has a mask head, and `box`."""
+        return ("box",) if self.config.model.mask_head is None else ("mask", "box")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -91,8 +96,8 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
         overrides: `KEY=VALUE` strings for the experiments of all variants; the overrides of a variant take precedence.
 
     Raises:
-        InputError: the ablation or the experiment of a variant is invalid, two variants are the same experiment, or
-            variants have different validation images.
+        InputError: the ablation or the experiment of a variant is invalid, two variants are the same experiment,
+            variants have different validation images, or one has no mask head and the metric is of masks.
     """
     config = read_config(path, AblationConfig)
     runs = []
@@ -103,6 +108,7 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
     plan = Plan(config, out, tuple(runs))
     _require_distinct(path, plan)
     _require_same_images(path, plan)
+    _require_metric(path, plan)
     return plan
 
 
@@ -139,4 +145,13 @@ def _require_same_images(path: Path, plan: Plan) -> None:
             raise InputError(
                 f"{path}: variants.{run.variant} has another data.validation than variants.{plan.runs[0].variant}: "
                 "variants are compared on the same images"
+            )
+
+
+def _require_metric(path: Path, plan: Plan) -> None:
+    """Raise an `InputError` if a variant does not have the primary metric."""
+    for run in plan.runs:
+        if plan.config.metric.split("/")[0] not in run.parts:
+            raise InputError(
+                f"{path}: metric is {plan.config.metric}, but variants.{run.variant} has no mask head: use box/AP"
             )

@@ -15,6 +15,7 @@ from maskrcnn.ablation.plan import AblationConfig, Plan
 from maskrcnn.ablation.runner import is_finished
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.bootstrap import check_comparable
+from maskrcnn.evaluation.matches import Matches
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def analyse(plan: Plan) -> AblationResults:
         measure(run, ground_truth, metric=config.metric, resamples=config.resamples)
         for run in tqdm(finished, desc="measuring", leave=False, disable=None)
     ]
+    first: dict[str, Matches] = {}
     for result in run_results:
         for part, matches in result.matches.items():
-            check_comparable(matches, run_results[0].matches[part])
+            check_comparable(matches, first.setdefault(part, matches))
     by_variant = {name: [result for result in run_results if result.run.variant == name] for name in config.variants}
     return AblationResults(
         title=config.title,

@@ -63,9 +63,11 @@ def _bold(cell: Cell) -> str:
 
 def report_tables(results: AblationResults) -> list[Table]:
     """Return the tables of a report in order; tables without data are left out."""
-    tables = [figure_table(results, part) for part in PARTS]
-    if results.compared:
-        tables += [*(difference_table(results, part) for part in PARTS), seed_table(results)]
+    measured = [part for part in PARTS if any(f"{part}/AP" in variant.mean for variant in results.variants)]
+    compared = [part for part in PARTS if any(f"{part}/AP" in variant.differences for variant in results.compared)]
+    tables = [figure_table(results, part) for part in measured]
+    if compared:
+        tables += [*(difference_table(results, part) for part in compared), seed_table(results)]
     if any(variant.paper for variant in results.variants):
         tables.append(paper_table(results))
     if others := other_table(results):
@@ -76,7 +78,7 @@ def report_tables(results: AblationResults) -> list[Table]:
 def figure_table(results: AblationResults, part: str) -> Table:
     """Return the mask or box metrics of each variant: mean and standard deviation over the seeds, in percent."""
     keys = [f"{part}/{figure}" for figure in FIGURES]
-    columns = [[variant.mean[key] for variant in results.variants] for key in keys]
+    columns = [[variant.mean.get(key, math.nan) for variant in results.variants] for key in keys]
     best = [max((value for value in column if not math.isnan(value)), default=math.nan) for column in columns]
     rows = [
         _row(
@@ -84,7 +86,7 @@ def figure_table(results: AblationResults, part: str) -> Table:
             variant,
             [Cell(str(len(variant.runs)))]
             + [
-                Cell(_mean_std(variant, key, _percent), variant.mean[key] == maximum)
+                Cell(_mean_std(variant, key, _percent), variant.mean.get(key) == maximum)
                 for key, maximum in zip(keys, best, strict=True)
             ],
         )
@@ -117,7 +119,7 @@ def other_table(results: AblationResults) -> Table | None:
 def difference_table(results: AblationResults, part: str) -> Table:
     """Return the differences of each variant to the baseline with their intervals, in percentage points."""
     rows = [
-        _row(results, variant, [_difference(variant.differences[f"{part}/{figure}"]) for figure in FIGURES])
+        _row(results, variant, [_difference(variant.differences.get(f"{part}/{figure}")) for figure in FIGURES])
         for variant in results.compared
     ]
     note = (
@@ -128,10 +130,10 @@ def difference_table(results: AblationResults, part: str) -> Table:
     return Table(title, ("variant", *FIGURES), tuple(rows), note)
 
 
-def _difference(difference: Difference) -> Cell:
-    interval = difference.interval
-    if math.isnan(interval.value):
+def _difference(difference: Difference | None) -> Cell:
+    if difference is None or math.isnan(difference.interval.value):
         return Cell(NOTHING)
+    interval = difference.interval
     value, low, high = (signed_points(number) for number in (interval.value, interval.low, interval.high))
     return Cell(f"{value} [{low}, {high}]", interval.verdict != "not told apart")
 
@@ -159,11 +161,17 @@ def paper_table(results: AblationResults) -> Table:
     rows = []
     for variant in results.variants:
         for key, paper_value in variant.paper.items():
-            measured_change = variant.differences[key].interval.value if variant.differences else math.nan
+            measured_change = variant.differences[key].interval.value if key in variant.differences else math.nan
             paper_change = paper_value - paper_by_name.get(results.baseline, {}).get(key, math.nan)
             marked = variant.name == results.baseline
             changes = [NOTHING, NOTHING] if marked else [_signed(measured_change), _signed(paper_change / 100)]
-            cells = [variant.name, key.replace("/", " "), _percent(variant.mean[key]), f"{paper_value:.1f}", *changes]
+            cells = [
+                variant.name,
+                key.replace("/", " "),
+                _percent(variant.mean.get(key, math.nan)),
+                f"{paper_value:.1f}",
+                *changes,
+            ]
             rows.append(Row(tuple(map(Cell, cells)), marked))
     columns = ("variant", "metric", "measured", "paper", "measured minus baseline", "paper minus baseline")
     return Table("Comparison with the paper", columns, tuple(rows), "In percent. The values of the paper are on COCO.")

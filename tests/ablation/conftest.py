@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ variants:
   coarse: {set: [model.rpn.batch_size_per_image=32]}
 """
 
-SHIFTS = {"pool": 3, "align": 1, "same": 3, "coarse": 6}  # pixels
-MEMORY = {"pool": 300, "align": 200, "same": 100, "coarse": 400}  # MiB
+SHIFTS = {"pool": 3, "align": 1, "same": 3, "coarse": 6, "masks": 1, "boxes": 3}  # pixels
+MEMORY = {"pool": 300, "align": 200, "same": 100, "coarse": 400, "masks": 200, "boxes": 100}  # MiB
 SAME_EXCEPT = 4  # `same` is better than `pool` on this image, and worse on the next
 
 
@@ -51,6 +52,29 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     for run in plan.runs:
         if run.name != "coarse/seed_1":
             write_run(run, truth, iterations=30 if run.name == "align/seed_2" else 40)
+    return plan
+
+
+BOXES = """
+title: With and without masks
+experiment: experiment.yaml
+baseline: boxes
+metric: box/AP
+variants:
+  masks: {paper: {mask/AP: 30.0}}
+  boxes: {set: [model.mask_head=null, evaluation.best_metric=box/AP], paper: {mask/AP: 31.0}}
+"""
+
+
+@pytest.fixture
+def box_ablation(tmp_path: Path) -> Plan:
+    """A variant with a mask head, and one without, which is the baseline."""
+    (tmp_path / "experiment.yaml").write_text(EXPERIMENT)
+    (tmp_path / "ablation.yaml").write_text(BOXES)
+    plan = load_plan(tmp_path / "ablation.yaml", tmp_path / "out")
+    truth = plan.runs[0].config.data.build_validation().ground_truth()
+    for run in plan.runs:
+        write_run(run, truth, iterations=40)
     return plan
 
 
@@ -90,7 +114,8 @@ def moved_truth(run: Run, truth: dict[str, Any]) -> list[dict[str, Any]]:
                 "category_id": entry["category_id"],
                 "score": score,
                 "bbox": cocoapi.toBbox(code).tolist(),
-                "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
             }
         )
+        if run.config.model.mask_head is not None:
+            results[-1]["segmentation"] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
     return results

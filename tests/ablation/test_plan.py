@@ -90,6 +90,11 @@ def test_an_ablation_may_build_upon_another(tmp_path: Path) -> None:
         ("pool: {set", "../pool: {set", "variants"),
         ("mask/AP: 30.3", "mask/PA: 30.3", "mask/PA"),
         ("sampling_ratio=1", "sampling_ratio=1, data.validation.seed=2", "align has another data.validation than"),
+        (
+            "sampling_ratio=1",
+            "sampling_ratio=1, model.mask_head=null, evaluation.best_metric=box/AP",
+            "metric is mask/AP, but variants.align has no mask head: use box/AP",
+        ),
     ],
 )
 def test_errors_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -21,6 +21,7 @@ from maskrcnn.ablation.plan import Plan
 from maskrcnn.ablation.report import write_report
 from maskrcnn.ablation.results import AblationResults, analyse
 from maskrcnn.ablation.tables import NOTHING, Cell, Row, Table, other_table, report_tables
+from maskrcnn.evaluation.matches import FIGURES
 
 VOID = {"meta", "img", "path", "circle", "rect"}
 
@@ -183,6 +184,21 @@ def test_a_report_without_comparisons_is_written(ablation: Plan, tmp_path: Path)
     assert "Differences" not in text
     assert "minus those" not in text
     assert "Mask metrics" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_variant_without_masks_is_compared_by_its_boxes(box_ablation: Plan) -> None:
+    results = analyse(box_ablation)
+    (masks,) = results.compared
+    assert set(masks.differences) == {f"box/{figure}" for figure in FIGURES}
+    write_report(box_ablation, results)
+    text = (box_ablation.out / "report.md").read_text(encoding="utf-8")
+    assert f"| boxes (baseline) | 1 | {' | '.join([NOTHING] * 6)} |" in text  # mask metrics
+    assert "## Box metrics minus those of boxes" in text
+    assert "## Mask metrics minus those of boxes" not in text
+    page = Page((box_ablation.out / "report.html").read_text(encoding="utf-8"))
+    assert "box AP50" in page.texts
+    assert "mask AP50" not in page.texts
+    assert galleries(results)[0].gains[0].titles == ("ground truth", "masks, seed 0", "boxes, seed 0")
 
 
 # report.md.
