@@ -132,6 +132,11 @@ class ExperimentConfig(Section):
         transform, head = self.data.build_validation_transform(), self.model.mask_head
         return Predictor(model, classes, transform, "exact" if head is None else head.paste)
 
+    @property
+    def max_detections(self) -> int:
+        """The limit on detections per image and class in the evaluation: COCO's, or a higher one of the model."""
+        return max(100, self.model.detection.detections_per_image)
+
     def evaluator(self, dataset: DetectionDataset) -> Evaluator:
         """Return an evaluator of the dataset."""
         return Evaluator(
@@ -139,6 +144,7 @@ class ExperimentConfig(Section):
             batch_size=self.evaluation.batch_size,
             workers=self.training.workers,
             backend=self.evaluation.backend,
+            max_detections=self.max_detections,
             metrics={metric.kind: metric.build() for metric in self.evaluation.metrics},
         )
 

@@ -91,7 +91,7 @@ def load_matches(run: Run, part: str, ground_truth: dict[str, Any]) -> Matches:
     stored, results = run.directory.evaluation / f"matches_{part}.npz", results_file(run)
     if stored.exists() and stored.stat().st_mtime_ns >= results.stat().st_mtime_ns:
         return Matches.load(stored)
-    matches = match_results(ground_truth, read_results(results), PARTS[part])
+    matches = match_results(ground_truth, read_results(results), PARTS[part], max_detections=run.config.max_detections)
     matches.save(stored)
     return matches
 

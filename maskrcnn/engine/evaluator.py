@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class Evaluator:
     batch_size: int = 1
     workers: int = 0  # data loader processes; 0 loads in this process
     backend: Backend = "faster"  # library that computes COCO's metrics
+    max_detections: int = 100  # per image and class, for all metrics but AR1 and AR10; COCO's limit is 100
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # further metrics by name; see `MetricConfig.build`
 
     def __call__(self, predictor: Predictor, out: Path | None = None) -> Evaluation:
@@ -72,6 +74,7 @@ class Evaluator:
                 out,
                 backend=self.backend,
                 iou_types=["bbox"] if predictor.model.mask_head is None else ["bbox", "segm"],
+                max_detections=self.max_detections,
                 metrics=self.metrics,
             )
 
@@ -128,6 +131,7 @@ def report(
     *,
     backend: Backend,
     iou_types: Sequence[IouType] = ("bbox", "segm"),
+    max_detections: int = 100,
     metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
     """Compute box and mask AP and the given metrics, log the tables, and write `metrics.json`.
@@ -138,11 +142,15 @@ def report(
         out: folder of `metrics.json`; None writes no file.
         backend: implementation of the COCO evaluation.
         iou_types: what to evaluate. Masks are not evaluated if no result has one.
+        max_detections: limit on detections per image and class, at least 100.
         metrics: further metrics by name.
     """
-    evaluation = evaluate(ground_truth, results, iou_types, backend=backend, metrics=metrics)
+    evaluation = evaluate(ground_truth, results, iou_types, (1, 10, max_detections), backend=backend, metrics=metrics)
     logger.info("%s\n\n%s", evaluation.format_class_table(), evaluation.format_table())
-    if not any(metrics.ap50 > 0 for metrics in (evaluation.box, evaluation.mask) if metrics is not None):
+    ap50 = [figures.ap50 for figures in (evaluation.box, evaluation.mask) if figures is not None]
+    if all(map(math.isnan, ap50)):
+        logger.warning("The ground truth has no objects, so there is no AP.")
+    elif not any(value > 0 for value in ap50):
         logger.warning("AP50 is 0. %s", diagnose(ground_truth, results) or "Nothing was detected.")
     if out is not None:
         write_text(out / "metrics.json", json_text(evaluation.to_dict(), indent=2) + "\n")

@@ -1,0 +1,58 @@
+"""The evaluator: its report, and its limit on detections."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from maskrcnn.engine.evaluator import report
+from maskrcnn.experiment import load_config
+
+IMAGES = {"images": [{"id": 1, "height": 100, "width": 100}], "categories": [{"id": 1, "name": "cell"}]}
+
+
+def cell(number: int) -> dict[str, Any]:
+    """Return the annotation of one of 150 objects that do not touch."""
+    x, y = number % 15 * 6, number // 15 * 6
+    polygon = [x, y, x + 4, y, x + 4, y + 4, x, y + 4]
+    box = {"bbox": [x, y, 4, 4], "area": 16, "segmentation": [polygon]}
+    return {"id": number + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, **box}
+
+
+CELLS = [cell(number) for number in range(150)]
+PERFECT = [{"image_id": 1, "category_id": 1, "bbox": each["bbox"], "score": 0.9} for each in CELLS]
+
+
+def test_a_limit_above_100_detections_is_evaluated() -> None:
+    ground_truth = {**IMAGES, "annotations": CELLS}
+    box = report(ground_truth, PERFECT, None, backend="faster", max_detections=150).box
+    assert box is not None
+    assert box.ap == pytest.approx(1.0)
+    assert box.ar[150] == pytest.approx(1.0)
+    limited = report(ground_truth, PERFECT, None, backend="faster").box
+    assert limited is not None
+    assert limited.ar[100] == pytest.approx(100 / 150)
+
+
+def test_the_model_sets_the_limit_above_that_of_coco() -> None:
+    recipe = "shapes/mask_rcnn_r18_fpn"
+    assert load_config(recipe, ["model.detection.detections_per_image=20"]).max_detections == 100
+    assert load_config(recipe, ["model.detection.detections_per_image=300"]).max_detections == 300
+
+
+@pytest.mark.parametrize(
+    ("annotations", "results", "message"),
+    [
+        ([], PERFECT[:1], "The ground truth has no objects, so there is no AP."),
+        (CELLS, [], "AP50 is 0. Nothing was detected."),
+        (CELLS, PERFECT, None),
+    ],
+)
+def test_a_warning_explains_an_ap_of_nothing(
+    annotations: list[Any], results: list[Any], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    report({**IMAGES, "annotations": annotations}, results, None, backend="faster")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ([] if message is None else [message])
