@@ -22,10 +22,12 @@ from maskrcnn.engine.loop import Interrupted, StopRequest
 from maskrcnn.engine.metrics import last_record
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.files import write_text
+from maskrcnn.runtime.threads import usable_cores
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+REPORT_SECONDS = 60.0  # between two lines about the progress where there is no terminal for a bar
 SHOWN_LINES = 15  # lines of console output in the message for a failed run
 
 
@@ -77,11 +79,11 @@ def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
         Interrupted: SIGINT or SIGTERM arrived; all runs have saved a checkpoint.
     """
     gpus = list(range(torch.cuda.device_count()))
-    cores = os.cpu_count() or 1
     waiting = [run for run in plan.runs if not is_finished(run)]
-    parallel = min(jobs or len(gpus) or cores, max(len(waiting), 1))
+    parallel = min(jobs or len(gpus) or usable_cores(), max(len(waiting), 1))
     logger.info("%d of %d runs are finished; %d in parallel", len(plan.runs) - len(waiting), len(plan.runs), parallel)
-    free = [Place(gpus[index % len(gpus)] if gpus else None, max(cores // parallel, 1)) for index in range(parallel)]
+    threads = threads_per_run(parallel)
+    free = [Place(gpus[index % len(gpus)] if gpus else None, threads) for index in range(parallel)]
     with StopRequest() as stop, Progress(plan.runs) as progress, ExitStack() as stack:
         running: list[Job] = []
         failed: list[Job] = []
@@ -100,6 +102,12 @@ def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
         raise Interrupted(stop.signal, "stopped, every run is saved; repeat the command to continue")
     if failed:
         raise RunsFailed("\n\n".join(job.complaint() for job in failed))
+
+
+def threads_per_run(parallel: int) -> int:
+    """Return the number of CPU threads of each run: `OMP_NUM_THREADS`, or an equal share of the cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" would be 4, and 2 in nested regions
+    return int(chosen) if chosen.isdecimal() else max(usable_cores() // parallel, 1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def _visible_gpu(index: int) -> str:
 
 
 class Progress:
-    """A progress bar over the iterations of all runs, with the iteration of each running one."""
+    """A progress bar over the iterations of all runs, or without a terminal, a line in the log each minute."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs
@@ -173,6 +181,7 @@ class Progress:
             disable=None,
             smoothing=0,
         )
+        self._reported_at = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
@@ -186,8 +195,12 @@ class Progress:
         """Update the progress bar from the records of the runs."""
         states = [f"{run.name} {_iterations_done(run)}" for run in running]
         finished = sum(map(is_finished, self._runs))
-        self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs finished; " + ", ".join(states), refresh=False)
+        state = f"{finished} of {len(self._runs)} runs finished; " + ", ".join(states)
+        self._bar.set_postfix_str(state, refresh=False)
         self._bar.update(sum(map(_iterations_done, self._runs)) - self._bar.n)
+        if self._bar.disable and time.monotonic() - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = time.monotonic()
+            logger.info("%s", state)
 
 
 def _iterations(run: Run) -> int:

@@ -330,7 +330,8 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
     Raises:
         InputError: an id is unknown, or a file name points outside the image folder.
     """
-    unknown = sorted(set(image_ids) - {image["id"] for image in images})
+    wanted = set(image_ids)
+    unknown = sorted(wanted - {image["id"] for image in images})
     refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in unknown])
     refuse(
         file,
@@ -340,7 +341,7 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
             if _is_outside(image["file_name"])
         ],
     )
-    chosen = [image for image in images if not image_ids or image["id"] in set(image_ids)]
+    chosen = [image for image in images if not wanted or image["id"] in wanted]
     return sorted(chosen, key=lambda image: image["id"])
 
 

@@ -151,6 +151,7 @@ def training_loader(
     seed: int,
     workers: int,
     size_divisor: int,
+    pin_memory: bool = False,
     start: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -158,7 +159,8 @@ def training_loader(
 ) -> Iterable[tuple[Batch, ...]]:
     """Return an infinite iterable over the micro-batches of each training step, from step `start` on.
 
-    Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images.
+    Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images. Set `pin_memory`
+    if the batches go to a GPU.
 
     Raises:
         InputError: `batch_size` is not divisible by `world * grad_accum_steps`. During iteration: the dataset cannot
@@ -173,8 +175,8 @@ def training_loader(
         world=world,
         grad_accum_steps=grad_accum_steps,
     )
-    batches = iter(_Batches(dataset, transform, sampler, workers=workers, size_divisor=size_divisor))
-    return zip(*[batches] * grad_accum_steps, strict=True)
+    batches = _Batches(dataset, transform, sampler, workers=workers, size_divisor=size_divisor, pin_memory=pin_memory)
+    return zip(*[iter(batches)] * grad_accum_steps, strict=True)
 
 
 def evaluation_loader(
@@ -184,6 +186,7 @@ def evaluation_loader(
     batch_size: int,
     workers: int,
     size_divisor: int,
+    pin_memory: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> Iterable[Batch]:
@@ -197,7 +200,8 @@ def evaluation_loader(
     """
     draws = [Draw(image, seed=image) for image in range(len(dataset))]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
-    return _Batches(dataset, transform, batches[rank::world], workers=workers, size_divisor=size_divisor)
+    own = batches[rank::world]
+    return _Batches(dataset, transform, own, workers=workers, size_divisor=size_divisor, pin_memory=pin_memory)
 
 
 class _Batches:
@@ -211,6 +215,7 @@ class _Batches:
         *,
         workers: int,
         size_divisor: int,
+        pin_memory: bool,
     ) -> None:
         if workers > 0:
             _allow_open_files()
@@ -220,7 +225,7 @@ class _Batches:
             collate_fn=partial(_collate_or_error, size_divisor=size_divisor),
             num_workers=workers,
             worker_init_fn=_ignore_signals,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # keeps the global generator unchanged
         )
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Evaluator:
             if out is not None:
                 write_results(out / "results.json", results)
             return report(
-                self.dataset.ground_truth(),
+                self._ground_truth,
                 results,
                 out,
                 backend=self.backend,
@@ -79,6 +80,11 @@ class Evaluator:
             )
 
         return processes.from_main(compute_metrics), images_per_second
+
+    @cached_property
+    def _ground_truth(self) -> dict[str, Any]:
+        """The ground truth, which a dataset may have to read from a large file; kept for the next evaluation."""
+        return self.dataset.ground_truth()
 
     @torch.no_grad()
     def losses(self, predictor: Predictor, processes: Processes | None = None) -> dict[str, float]:
@@ -113,6 +119,7 @@ class Evaluator:
             batch_size=self.batch_size,
             workers=self.workers,
             size_divisor=predictor.model.size_divisor,
+            pin_memory=predictor.device.type == "cuda",
             rank=processes.rank,
             world=processes.world,
         )

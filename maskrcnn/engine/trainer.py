@@ -140,6 +140,7 @@ class Trainer:
             seed=self.options.seed,
             workers=self.options.workers,
             size_divisor=self.model.size_divisor,
+            pin_memory=processes.device.type == "cuda",
             start=start,
             rank=processes.rank,
             world=processes.world,

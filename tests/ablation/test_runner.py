@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from maskrcnn.ablation import runner
 from maskrcnn.ablation.plan import Plan, load_plan
 from maskrcnn.ablation.runner import RunsFailed, check_runs, is_finished, train_missing
 from maskrcnn.engine.checkpoint import load_checkpoint
@@ -78,6 +79,26 @@ def test_what_is_missing_is_trained_and_what_is_done_is_left_alone(tmp_path: Pat
     modified = [run.directory.last.stat().st_mtime_ns for run in plan.runs]
     train_missing(plan)
     assert [run.directory.last.stat().st_mtime_ns for run in plan.runs] == modified
+
+
+@pytest.mark.parametrize(("chosen", "threads"), [("3", 3), ("4,2", 4), ("", 4), (None, 4)])
+def test_the_user_may_choose_the_threads(chosen: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "usable_cores", lambda: 8)
+    if chosen is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    assert runner.threads_per_run(2) == threads
+
+
+def test_without_a_terminal_the_log_shows_the_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_of(tmp_path)
+    monkeypatch.setattr(runner, "REPORT_SECONDS", 0)
+    with caplog.at_level("INFO"), runner.Progress(plan.runs) as progress:
+        progress.show(plan.runs[:1])
+    assert caplog.messages[-1] == "0 of 2 runs finished; pool/seed_3 0"
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
