@@ -2,7 +2,7 @@
 
 A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
-Shapes: N regions, C channels, S cells along a region's side, D features, K classes, B images.
+Shapes: N regions, C channels, S cells along a region's side, D features, K classes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from maskrcnn.config import Part
 from maskrcnn.models.initialization import Initialization, init_box_predictors, init_linear
-from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
-from maskrcnn.ops.boxes import BoxWeights, encode_deltas
+from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.roi import RoILayerConfig
 
 
@@ -131,13 +128,6 @@ class BoxOutputs(NamedTuple):
     box_deltas: Tensor  # (N, K, 4): box of each class, encoded relative to the proposal
 
 
-class BoxLosses(NamedTuple):
-    """The box head's two loss terms, scalars."""
-
-    loss_classifier: Tensor
-    loss_box_reg: Tensor
-
-
 class BoxHead(nn.Module):
     """A trunk of shared layers, followed by one linear layer for class logits and one for box deltas."""
 
@@ -147,9 +137,6 @@ class BoxHead(nn.Module):
         trunk: nn.Module,
         features: int,
         num_classes: int,
-        bbox_reg_weights: BoxWeights,
-        smooth_l1_beta: float,
-        normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
         """Build the two predictors on `trunk`.
@@ -158,16 +145,10 @@ class BoxHead(nn.Module):
             trunk: maps regions `(N, C, S, S)` to `(N, features)`.
             features: D, number of features that `trunk` returns.
             num_classes: K.
-            bbox_reg_weights: factors of the box deltas (dx, dy, dw, dh).
-            smooth_l1_beta: absolute error from which smooth L1 is linear; 0 is L1.
-            normalizer: see `sample_mean`.
             initialization: scheme of the predictors, see `maskrcnn.models.initialization`.
         """
         super().__init__()
         self.trunk = trunk
-        self.bbox_reg_weights = bbox_reg_weights
-        self.smooth_l1_beta = smooth_l1_beta
-        self.normalizer: Normalizer = normalizer
         self.cls_score = nn.Linear(features, num_classes + 1)
         self.bbox_pred = nn.Linear(features, num_classes * 4)
         init_box_predictors(self.cls_score, self.bbox_pred, how=initialization)
@@ -176,30 +157,3 @@ class BoxHead(nn.Module):
         """Return class logits and box deltas of regions `(N, C, S, S)`."""
         features = self.trunk(regions)
         return BoxOutputs(self.cls_score(features), self.bbox_pred(features).unflatten(1, (-1, 4)))
-
-    def losses(
-        self, outputs: BoxOutputs, *, labels: Tensor, boxes: Tensor, objects: Tensor, images: Tensor, batch: int
-    ) -> BoxLosses:
-        """Return the cross entropy of the classes and the smooth L1 loss of the boxes (Fast R-CNN, section 2.3).
-
-        The box loss uses the positives and, for each, the deltas of its ground-truth class. Both terms are divided by
-        the number of samples, negatives included, so that the box term does not dominate in images with few positives.
-
-        Args:
-            outputs: predictions for N regions.
-            labels: `(N,)` ground-truth class of each region, 0 for background.
-            boxes: `(N, 4)` sampled proposal of each region.
-            objects: `(N, 4)` box of the matched object; ignored for background.
-            images: `(N,)` image index of each region.
-            batch: number of images, B.
-        """
-        counts = boxes.new_zeros(batch).index_add(0, images, torch.ones_like(labels, dtype=boxes.dtype))
-        class_losses = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none")
-        classes = (labels - 1).clamp(min=0)
-        deltas = outputs.box_deltas[torch.arange(len(labels), device=labels.device), classes]  # (N, 4)
-        target_deltas = encode_deltas(objects, boxes, weights=self.bbox_reg_weights)
-        box_losses = box_regression_loss(deltas, target_deltas, beta=self.smooth_l1_beta) * (labels > 0)
-        return BoxLosses(
-            sample_mean(class_losses, images, counts, per=self.normalizer),
-            sample_mean(box_losses, images, counts, per=self.normalizer),
-        )

@@ -6,7 +6,7 @@ classified into the classes and background, as in semantic segmentation (table 2
 
 A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
-Shapes: N regions, C channels, S cells along a region's side, M mask side, K classes, L channels of logits, B images.
+Shapes: N regions, C channels, S cells along a region's side, M mask side, K classes, L channels of logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from maskrcnn.config import Part
 from maskrcnn.models.initialization import Initialization, init_he, init_linear, init_mask_logits
-from maskrcnn.models.losses import Normalizer, sample_mean
 from maskrcnn.ops.roi import RoILayerConfig
 from maskrcnn.structures import ClassRows
 
@@ -51,7 +50,7 @@ class MaskHeadConfig(Part):
     initialization: Initialization = "fan_in"
 
     @abstractmethod
-    def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> MaskHead:
+    def build(self, *, channels: int, side: int, num_classes: int) -> MaskHead:
         """Return the head for regions `(N, channels, side, side)`."""
 
 
@@ -62,7 +61,7 @@ class FCNMaskHeadConfig(MaskHeadConfig):
     depth: NonNegativeInt = 4
     width: PositiveInt = 256
 
-    def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> FCNMaskHead:
+    def build(self, *, channels: int, side: int, num_classes: int) -> FCNMaskHead:
         """Return the head for regions `(N, channels, side, side)`."""
         return FCNMaskHead(
             channels=channels,
@@ -72,7 +71,6 @@ class FCNMaskHeadConfig(MaskHeadConfig):
             num_classes=num_classes,
             output=self.output,
             class_agnostic=self.class_agnostic,
-            normalizer=normalizer,
             initialization=self.initialization,
         )
 
@@ -85,7 +83,7 @@ class MLPMaskHeadConfig(MaskHeadConfig):
     width: PositiveInt = 1024
     mask_size: PositiveInt = 28
 
-    def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> MLPMaskHead:
+    def build(self, *, channels: int, side: int, num_classes: int) -> MLPMaskHead:
         """Return the head for regions `(N, channels, side, side)`."""
         return MLPMaskHead(
             inputs=channels * side * side,
@@ -95,7 +93,6 @@ class MLPMaskHeadConfig(MaskHeadConfig):
             num_classes=num_classes,
             output=self.output,
             class_agnostic=self.class_agnostic,
-            normalizer=normalizer,
             initialization=self.initialization,
         )
 
@@ -108,7 +105,9 @@ class MaskOutputs(NamedTuple):
 
 
 class MaskHead(nn.Module, ABC):
-    """Base class of mask heads: order of the logit channels, probabilities, and loss.
+    """Base class of mask heads: order of the logit channels, and probabilities.
+
+    A head returns the log probabilities of the cells, from which `maskrcnn.models.losses.mask_loss` follows.
 
     The logits have L = K channels in the order of the labels, or L = 1 if the head is class-agnostic. With softmax, a
     background channel precedes them.
@@ -116,14 +115,11 @@ class MaskHead(nn.Module, ABC):
 
     logits: nn.Conv2d | nn.Linear  # the last layer; its parameter rows are in the order of the L channels
 
-    def __init__(
-        self, *, mask_size: int, num_classes: int, output: MaskOutput, class_agnostic: bool, normalizer: Normalizer
-    ) -> None:
+    def __init__(self, *, mask_size: int, num_classes: int, output: MaskOutput, class_agnostic: bool) -> None:
         super().__init__()
         self.mask_size = mask_size  # M
         self.output: MaskOutput = output
         self.class_agnostic = class_agnostic
-        self.normalizer: Normalizer = normalizer
         self.channels = (1 if class_agnostic else num_classes) + (output == "softmax")  # L
 
     @abstractmethod
@@ -152,19 +148,6 @@ class MaskHead(nn.Module, ABC):
         """Return the mask probabilities `(N, M, M)`, float32. See `forward` for the arguments."""
         return self(regions, labels).inside.exp()
 
-    def loss(self, outputs: MaskOutputs, wanted: Tensor, *, images: Tensor, batch: int) -> Tensor:
-        """Return the cross entropy, averaged over the cells of a mask and then over the regions; 0 without regions.
-
-        Args:
-            outputs: predictions for N regions, all of them positives.
-            wanted: `(N, M, M)` mask targets in 0..1.
-            images: `(N,)` image index of each region.
-            batch: number of images, B.
-        """
-        losses = -(wanted * outputs.inside + (1 - wanted) * outputs.outside).mean(dim=(1, 2))
-        counts = losses.new_zeros(batch).index_add(0, images, torch.ones_like(losses))
-        return sample_mean(losses, images, counts, per=self.normalizer)
-
     def class_rows(self) -> dict[str, ClassRows]:
         """Return the parameters whose rows belong to classes, for `engine.checkpoint.load_weights`."""
         if self.class_agnostic:
@@ -186,7 +169,6 @@ class FCNMaskHead(MaskHead):
         num_classes: int,
         output: MaskOutput,
         class_agnostic: bool,
-        normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
         super().__init__(
@@ -194,7 +176,6 @@ class FCNMaskHead(MaskHead):
             num_classes=num_classes,
             output=output,
             class_agnostic=class_agnostic,
-            normalizer=normalizer,
         )
         convs = [nn.Conv2d(channels if index == 0 else width, width, 3, padding=1) for index in range(depth)]
         self.convs = nn.ModuleList(convs)
@@ -241,7 +222,6 @@ class MLPMaskHead(MaskHead):
         num_classes: int,
         output: MaskOutput,
         class_agnostic: bool,
-        normalizer: Normalizer,
         initialization: Initialization = "fan_in",
     ) -> None:
         """Build the layers for regions with `inputs` = C * S * S features."""
@@ -250,7 +230,6 @@ class MLPMaskHead(MaskHead):
             num_classes=num_classes,
             output=output,
             class_agnostic=class_agnostic,
-            normalizer=normalizer,
         )
         hidden = [nn.Linear(inputs if index == 0 else width, width) for index in range(depth)]
         self.hidden = nn.ModuleList(hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
@@ -21,10 +21,11 @@ from maskrcnn.config import Section
 from maskrcnn.models.backbones.parts import Backbone, BackboneConfig
 from maskrcnn.models.backbones.resnet import ResNetConfig
 from maskrcnn.models.box_head import BoxHead, BoxHeadConfig, FCTrunkConfig
-from maskrcnn.models.losses import Normalizer
+from maskrcnn.models.losses import Normalizer, box_head_losses, mask_loss
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfig, MaskTarget
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
+from maskrcnn.ops.boxes import BoxWeights, encode_deltas
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoILayerConfig, RoIPooler
 from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
@@ -90,12 +91,13 @@ class MaskRCNNConfig(Section):
         if pretrained:
             self.backbone.load_pretrained(parts, trunk if self.box_head.kind == "vgg_fc" else None)  # fc6 and fc7
         box_pooler, mask_pooler = self._poolers(backbone.strides[: backbone.roi_levels])
-        normalizer = self.loss_normalizer
         # A seed gives the same initial weights as long as the parts are built in this order.
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
             backbone=backbone,
-            rpn=self.rpn.build(channels=backbone.channels[0], strides=backbone.strides, normalizer=normalizer),
+            rpn=self.rpn.build(
+                channels=backbone.channels[0], strides=backbone.strides, normalizer=self.loss_normalizer
+            ),
             sampler=self.sampling.build(),
             res5=res5,
             box_pooler=box_pooler,
@@ -103,16 +105,12 @@ class MaskRCNNConfig(Section):
                 trunk=trunk,
                 features=trunk.features,
                 num_classes=num_classes,
-                bbox_reg_weights=self.box_head.bbox_reg_weights,
-                smooth_l1_beta=self.box_head.smooth_l1_beta,
-                normalizer=normalizer,
                 initialization=self.box_head.initialization,
             ),
             selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights),
             mask_pooler=mask_pooler,
             mask_head=self._build_mask_head(channels, shrink, num_classes),
-            mask_target=self.mask_head.target if self.mask_head else "coverage",
-            loss_weights=self.loss_weights.model_dump(),
+            losses=self._loss_settings(),
         )
         # With channels_last, convolutions are faster on a CPU, and RoI layers read the channels of a cell contiguously.
         return model.to(memory_format=torch.channels_last)
@@ -120,9 +118,15 @@ class MaskRCNNConfig(Section):
     def _build_mask_head(self, channels: int, shrink: int, num_classes: int) -> MaskHead | None:
         if self.mask_head is None:
             return None
-        side = self.mask_head.pool_size // shrink
-        return self.mask_head.build(
-            channels=channels, side=side, num_classes=num_classes, normalizer=self.loss_normalizer
+        return self.mask_head.build(channels=channels, side=self.mask_head.pool_size // shrink, num_classes=num_classes)
+
+    def _loss_settings(self) -> LossSettings:
+        return LossSettings(
+            normalizer=self.loss_normalizer,
+            bbox_reg_weights=self.box_head.bbox_reg_weights,
+            smooth_l1_beta=self.box_head.smooth_l1_beta,
+            mask_target=self.mask_head.target if self.mask_head else "coverage",
+            weights=self.loss_weights.model_dump(),
         )
 
     def _poolers(self, strides: tuple[int, ...]) -> tuple[RoIPooler, RoIPooler]:
@@ -158,6 +162,16 @@ class PixelNormalizer(nn.Module):
         return pixels.sub(self.mean).div_(self.std).mul_(inside)
 
 
+class LossSettings(NamedTuple):
+    """Settings of the targets and losses of the heads."""
+
+    normalizer: Normalizer
+    bbox_reg_weights: BoxWeights  # of the box head
+    smooth_l1_beta: float  # of the box head
+    mask_target: MaskTarget
+    weights: Mapping[str, float]  # factors of the loss terms, by name; those of the RPN too
+
+
 class MaskRCNN(nn.Module):
     """The complete model: `forward` returns losses, `detect` returns detections, both in train and in eval mode."""
 
@@ -174,15 +188,13 @@ class MaskRCNN(nn.Module):
         selector: DetectionSelector,
         mask_pooler: RoIPooler,
         mask_head: MaskHead | None,
-        mask_target: MaskTarget,
-        loss_weights: Mapping[str, float] = {},
+        losses: LossSettings,
     ) -> None:
         """Assemble the model. If `res5` is given, it runs on each region before both heads.
 
         Without a mask head, `loss_mask` is 0 and the masks of detections have no cells.
 
         If `mask_pooler` is the same object as `box_pooler`, training pools the regions once for both heads.
-        `loss_weights` has factors of the loss terms by name; a term without one has weight 1.
         """
         super().__init__()
         self.pixels = pixels
@@ -195,8 +207,7 @@ class MaskRCNN(nn.Module):
         self.selector = selector
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
-        self.mask_target = mask_target
-        self.loss_weights = dict(loss_weights)
+        self.losses = losses
 
     @property
     def size_divisor(self) -> int:
@@ -215,15 +226,17 @@ class MaskRCNN(nn.Module):
             observe(diagnose(proposals, targets, samples))
 
         image, slot = samples.valid.nonzero(as_tuple=True)  # the N samples without padding
-        labels = samples.labels[image, slot]
-        regions = self._regions(self.box_pooler, features, samples.boxes[image, slot], image)
-        loss_classifier, loss_box_reg = self.box_head.losses(
+        labels, boxes = samples.labels[image, slot], samples.boxes[image, slot]
+        objects = targets.boxes[image, samples.matched[image, slot]]
+        regions = self._regions(self.box_pooler, features, boxes, image)
+        loss_classifier, loss_box_reg = box_head_losses(
             self.box_head(regions),
-            labels=labels,
-            boxes=samples.boxes[image, slot],
-            objects=targets.boxes[image, samples.matched[image, slot]],
+            labels,
+            encode_deltas(objects, boxes, weights=self.losses.bbox_reg_weights),
             images=image,
             batch=len(images),
+            beta=self.losses.smooth_l1_beta,
+            per=self.losses.normalizer,
         )
 
         loss_mask = loss_classifier.new_zeros(())
@@ -234,10 +247,11 @@ class MaskRCNN(nn.Module):
                 regions = regions[positive]
             else:
                 regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
-            wanted = self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot]
-            loss_mask = self.mask_head.loss(self.mask_head(regions, labels), wanted, images=image, batch=len(images))
+            target_masks = self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot]
+            outputs = self.mask_head(regions, labels)
+            loss_mask = mask_loss(outputs, target_masks, images=image, batch=len(images), per=self.losses.normalizer)
         losses = Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
-        return losses.weighted(self.loss_weights)
+        return losses.weighted(self.losses.weights)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> Detections:
@@ -266,7 +280,7 @@ class MaskRCNN(nn.Module):
         """Return the mask targets of the first `max_positives` samples of each image: `(B, max_positives, M, M)`."""
         boxes = samples.boxes[:, : self.sampler.max_positives]
         matched = samples.matched[:, : self.sampler.max_positives]
-        if self.mask_target == "torchvision":
+        if self.losses.mask_target == "torchvision":
             height, width = images.pixels.shape[-2:]
             return mask_targets_torchvision(targets.masks, boxes, matched, side, height, width)
         return mask_targets(targets.masks, boxes, matched, side)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskrcnn.config import Section
 from maskrcnn.models.initialization import init_normal
-from maskrcnn.models.losses import Normalizer, box_regression_loss, sample_mean
+from maskrcnn.models.losses import Normalizer, RPNLosses, rpn_losses
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, encode_deltas
 from maskrcnn.ops.matching import match_boxes, sample_balanced
@@ -89,13 +89,6 @@ class AnchorAssignment(NamedTuple):
     background: float  # IoU below which an anchor is negative
     batch_size_per_image: int  # anchors sampled per image
     positive_fraction: float  # largest fraction of positives among them
-
-
-class RPNLosses(NamedTuple):
-    """The RPN's two loss terms, scalars."""
-
-    loss_objectness: Tensor
-    loss_rpn_box_reg: Tensor
 
 
 class RPN(nn.Module):
@@ -208,14 +201,15 @@ class RPN(nn.Module):
         positive = (matches.labels.gather(1, indices) > 0) & sampled
         objects = targets.boxes.gather(1, matches.matched.gather(1, indices)[..., None].expand(-1, -1, 4))
         logits, deltas = self.sampled_outputs(features, indices)
-        target_deltas = encode_deltas(objects, anchors[indices], weights=self.bbox_reg_weights)
-        objectness = F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
-        box = box_regression_loss(deltas, target_deltas, beta=self.smooth_l1_beta)
-        return RPNLosses(self._mean(objectness * sampled, sampled), self._mean(box * positive, sampled))
-
-    def _mean(self, values: Tensor, sampled: Tensor) -> Tensor:
-        images = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
-        return sample_mean(values.flatten(), images.flatten(), sampled.sum(dim=1), per=self.normalizer)
+        return rpn_losses(
+            logits,
+            deltas,
+            encode_deltas(objects, anchors[indices], weights=self.bbox_reg_weights),
+            positive=positive,
+            sampled=sampled,
+            beta=self.smooth_l1_beta,
+            per=self.normalizer,
+        )
 
     def sampled_outputs(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `(B, S)` and deltas `(B, S, 4)` of the anchors `indices` `(B, S)` only.

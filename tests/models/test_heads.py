@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskrcnn.engine.checkpoint import load_weights
-from maskrcnn.models.box_head import BoxHead, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
-from maskrcnn.models.losses import box_regression_loss, sample_mean
+from maskrcnn.models.box_head import BoxHead, BoxOutputs, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
+from maskrcnn.models.losses import BoxLosses, box_head_losses, box_regression_loss, mask_loss, sample_mean
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskOutputs, MLPMaskHeadConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler
 from maskrcnn.ops.boxes import decode_deltas, encode_deltas
@@ -26,9 +26,14 @@ WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 def box_head(trunk: nn.Module, features: int) -> BoxHead:
-    return BoxHead(
-        trunk=trunk, features=features, num_classes=K, bbox_reg_weights=WEIGHTS, smooth_l1_beta=0.0, normalizer="image"
-    )
+    return BoxHead(trunk=trunk, features=features, num_classes=K)
+
+
+def box_losses(
+    outputs: BoxOutputs, *, labels: Tensor, boxes: Tensor, objects: Tensor, images: Tensor, batch: int
+) -> BoxLosses:
+    target_deltas = encode_deltas(objects, boxes, weights=WEIGHTS)
+    return box_head_losses(outputs, labels, target_deltas, images=images, batch=batch, beta=0.0, per="image")
 
 
 # The mean of losses.
@@ -78,7 +83,7 @@ def test_box_losses_by_hand() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 20]]).expand(4, 4)
     objects = torch.tensor([[1.0, 0, 11, 20], [0, 0, 20, 20], [0, 0, 0, 0], [0, 0, 0, 0]])
     images = torch.tensor([0, 0, 0, 1])
-    losses = head.losses(
+    losses = box_losses(
         head(regions), labels=torch.tensor([2, 1, 0, 0]), boxes=boxes, objects=objects, images=images, batch=2
     )
     total = math.e + math.e**2 + 4
@@ -95,7 +100,7 @@ def test_the_deltas_of_other_classes_get_no_gradient() -> None:
     head = box_head(nn.Flatten(), 3)
     outputs = head(torch.randn(2, 3, 1, 1))
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 30, 20]])
-    losses = head.losses(
+    losses = box_losses(
         outputs,
         labels=torch.tensor([2, 0]),
         boxes=boxes,
@@ -133,7 +138,7 @@ def test_trunks_return_the_stated_number_of_features(trunk: Any, features: int) 
     assert head.trunk(torch.randn(3, 4, 7, 7)).shape == (3, features)
     outputs = head(torch.zeros(0, 4, 7, 7))
     assert outputs.class_logits.shape == (0, K + 1)
-    losses = head.losses(
+    losses = box_losses(
         outputs,
         labels=torch.zeros(0, dtype=torch.int64),
         boxes=torch.zeros(0, 4),
@@ -166,7 +171,7 @@ for_each_or_for_all = pytest.mark.parametrize("class_agnostic", [False, True], i
 
 def mask_head(branch: str = "fcn", *, output: str = "sigmoid", class_agnostic: bool = False) -> MaskHead:
     config = BRANCHES[branch].model_copy(update={"output": output, "class_agnostic": class_agnostic})
-    head = config.build(channels=6, side=7, num_classes=K, normalizer="image")
+    head = config.build(channels=6, side=7, num_classes=K)
     nn.init.normal_(head.logits.weight)  # the initial logits are nearly 0
     nn.init.normal_(head.logits.bias)
     return head
@@ -176,9 +181,9 @@ def regions_of(labels: Tensor) -> Tensor:
     return torch.randn(len(labels), 6, 7, 7, requires_grad=True)
 
 
-def mask_loss(head: MaskHead, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of regions that belong to one image."""
-    return head.loss(head(regions, labels), targets, images=torch.zeros_like(labels), batch=1)
+def loss_of_one_image(head: MaskHead, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return the mask loss of regions that belong to one image."""
+    return mask_loss(head(regions, labels), targets, images=torch.zeros_like(labels), batch=1, per="image")
 
 
 def slow_mask(logits: list[float], label: int, head: MaskHead) -> tuple[float, float]:
@@ -212,14 +217,16 @@ def test_masks_equal_a_loop_over_cells(branch: str, output: str, class_agnostic:
     torch.testing.assert_close(torch.stack(outputs, dim=-1), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(head.probabilities(regions, labels), expected[..., 0].exp(), rtol=1e-4, atol=1e-5)
     losses = -(mask_targets * expected[..., 0] + (1 - mask_targets) * expected[..., 1])
-    torch.testing.assert_close(mask_loss(head, regions, labels, mask_targets), losses.mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loss_of_one_image(head, regions, labels, mask_targets), losses.mean(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_an_mlp_by_hand(depth: int) -> None:
     """One cell of one channel is 3. Each hidden layer outputs 2 x and -2 x, and its ReLU sets the latter to 0."""
     config = MLPMaskHeadConfig(depth=depth, width=2, mask_size=2)
-    head = config.build(channels=2, side=2, num_classes=2, normalizer="image")
+    head = config.build(channels=2, side=2, num_classes=2)
     regions = torch.zeros(1, 2, 2, 2)
     regions[0, 1, 0, 1] = 3.0
     with torch.no_grad():
@@ -252,7 +259,7 @@ def test_own_masks_equal_the_selected_channels_of_all_masks(branch: str) -> None
 
 def channels_with_gradient(head: MaskHead, labels: Tensor) -> list[int]:
     """Return the logit channels with a gradient from the loss of regions with these labels."""
-    mask_loss(head, regions_of(labels), labels, torch.rand(len(labels), M, M).round()).backward()
+    loss_of_one_image(head, regions_of(labels), labels, torch.rand(len(labels), M, M).round()).backward()
     weight, bias = head.logits.weight.grad, head.logits.bias.grad
     assert weight is not None
     assert bias is not None
@@ -321,7 +328,7 @@ def test_softmax_between_two_is_a_sigmoid_of_their_difference(branch: str) -> No
     labels, mask_targets = torch.tensor([2, 5]), torch.rand(2, M, M)
     regions = regions_of(labels)
     torch.testing.assert_close(softmax.probabilities(regions, labels), sigmoid.probabilities(regions, labels))
-    losses = [mask_loss(head, regions, labels, mask_targets) for head in (softmax, sigmoid)]
+    losses = [loss_of_one_image(head, regions, labels, mask_targets) for head in (softmax, sigmoid)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, regions)[0] for loss in losses))
 
@@ -337,7 +344,8 @@ def test_the_mask_loss_by_hand(output: str) -> None:
     mask_targets = torch.ones(3, M, M)
     mask_targets[1, : M // 2] = 0
     labels = torch.tensor([1, 2, 3])
-    loss = head.loss(head(regions_of(labels), labels), mask_targets, images=torch.tensor([0, 0, 1]), batch=2)
+    outputs = head(regions_of(labels), labels)
+    loss = mask_loss(outputs, mask_targets, images=torch.tensor([0, 0, 1]), batch=2, per="image")
     if output == "sigmoid":
         inside = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
         outside = math.log1p(math.e)
@@ -351,7 +359,7 @@ def test_the_mask_loss_by_hand(output: str) -> None:
 
 def test_a_fractional_target_weights_both_losses() -> None:
     outputs = MaskOutputs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[-3.0, -5.0]]]))
-    loss = mask_head().loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1)
+    loss = mask_loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1, per="image")
     assert loss == (0.25 * 1 + 0.75 * 3 + 2) / 2
 
 
@@ -361,7 +369,7 @@ def test_a_certain_mask_has_a_finite_loss(output: str) -> None:
     with torch.no_grad():
         head.logits.weight.zero_()
         head.logits.bias.copy_(torch.linspace(-1e4, 1e4, head.channels))
-    loss = mask_loss(head, regions_of(labels), labels, torch.tensor([0.0, 1]).view(2, 1, 1).expand(2, M, M))
+    loss = loss_of_one_image(head, regions_of(labels), labels, torch.tensor([0.0, 1]).view(2, 1, 1).expand(2, M, M))
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in head.parameters())
@@ -374,7 +382,7 @@ def test_without_regions_the_loss_is_zero_and_gradients_exist(branch: str, outpu
     head, labels = mask_head(branch, output=output, class_agnostic=class_agnostic), torch.zeros(0, dtype=torch.int64)
     regions, mask_targets = torch.zeros(0, 6, 7, 7), torch.zeros(0, M, M)
     assert head.probabilities(regions, labels).shape == (0, M, M)
-    loss = head.loss(head(regions, labels), mask_targets, images=labels, batch=2)
+    loss = mask_loss(head(regions, labels), mask_targets, images=labels, batch=2, per="image")
     assert loss == 0
     loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
@@ -387,9 +395,9 @@ def test_mask_logits_in_bfloat16_have_a_loss_in_float32(branch: str, output: str
     regions, mask_targets = regions_of(labels), torch.rand(2, M, M)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head.all_masks(regions).dtype == torch.bfloat16
-        loss = mask_loss(head, regions, labels, mask_targets)
+        loss = loss_of_one_image(head, regions, labels, mask_targets)
         assert loss.dtype == head.probabilities(regions, labels).dtype == torch.float32
-    torch.testing.assert_close(loss, mask_loss(head, regions, labels, mask_targets), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(loss, loss_of_one_image(head, regions, labels, mask_targets), rtol=0.05, atol=0.0)
 
 
 @each_branch

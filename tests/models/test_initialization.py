@@ -14,6 +14,7 @@ from maskrcnn.config import read_config
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.box_head import BoxHead, FCTrunkConfig
 from maskrcnn.models.initialization import Initialization
+from maskrcnn.models.losses import mask_loss
 from maskrcnn.models.mask_head import FCNMaskHead, FCNMaskHeadConfig, MLPMaskHeadConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -22,7 +23,7 @@ WIDTH, CLASSES = 256, 80
 
 def fcn(how: Initialization) -> FCNMaskHead:
     config = FCNMaskHeadConfig(initialization=how)
-    return config.build(channels=WIDTH, side=14, num_classes=CLASSES, normalizer="image")
+    return config.build(channels=WIDTH, side=14, num_classes=CLASSES)
 
 
 def box_head(how: Initialization) -> BoxHead:
@@ -31,9 +32,6 @@ def box_head(how: Initialization) -> BoxHead:
         trunk=trunk,
         features=trunk.features,
         num_classes=CLASSES,
-        bbox_reg_weights=(10, 10, 5, 5),
-        smooth_l1_beta=0,
-        normalizer="image",
         initialization=how,
     )
 
@@ -60,10 +58,10 @@ def test_every_layer_of_the_mask_head_learns_from_the_first_step(config) -> None
     ratios = {}
     for how in ("fan_in", "detectron2"):
         torch.manual_seed(0)
-        built = config(initialization=how).build(channels=WIDTH, side=14, num_classes=CLASSES, normalizer="image")
+        built = config(initialization=how).build(channels=WIDTH, side=14, num_classes=CLASSES)
         outputs = built(torch.randn(8, WIDTH, 14, 14).relu(), torch.arange(1, 9))
         wanted = (torch.rand(8, built.mask_size, built.mask_size) < 0.5).float()
-        built.loss(outputs, wanted, images=torch.zeros(8, dtype=torch.int64), batch=1).backward()
+        mask_loss(outputs, wanted, images=torch.zeros(8, dtype=torch.int64), batch=1, per="image").backward()
         first, last = (built.convs if hasattr(built, "convs") else built.hidden)[0], built.logits
         ratios[how] = float(first.weight.grad.norm() / last.weight.grad.norm())
     assert ratios["fan_in"] > 20 * ratios["detectron2"]

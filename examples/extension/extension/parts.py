@@ -28,7 +28,6 @@ from maskrcnn.engine.schedule import Schedule, ScheduleConfig
 from maskrcnn.evaluation.metric import Metric, MetricConfig
 from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, BackboneParts
 from maskrcnn.models.box_head import BoxHeadConfig, BoxTrunk
-from maskrcnn.models.losses import Normalizer
 from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig
 from maskrcnn.ops.roi import RoILayer, RoILayerConfig
 from maskrcnn.structures import ClassTable, Example, MaskCrop
@@ -128,7 +127,7 @@ class LinearConfig(MaskHeadConfig):
 
     kind: Literal["linear"] = "linear"
 
-    def build(self, *, channels: int, side: int, num_classes: int, normalizer: Normalizer) -> MaskHead:
+    def build(self, *, channels: int, side: int, num_classes: int) -> MaskHead:
         """Return the head; its masks have the side of the regions."""
         return LinearMaskHead(
             channels,
@@ -136,7 +135,6 @@ class LinearConfig(MaskHeadConfig):
             num_classes=num_classes,
             output=self.output,
             class_agnostic=self.class_agnostic,
-            normalizer=normalizer,
         )
 
 
