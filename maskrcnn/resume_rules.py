@@ -39,6 +39,7 @@ RULES: Mapping[str, Rule] = {
     "model.backbone.checkpoint_activations": Rule("harmless", "same results with less memory"),
     "model.loss_weights": _NEXT_STEP,
     "model.rpn.inference": _MEASURED,
+    "model.rpn.sparse_loss": _ROUNDING,
     "model.detection": _MEASURED,
     "model.mask_head.paste": _MEASURED,
     "data.root": _PLACE,

@@ -306,10 +306,12 @@ def test_levels_change_what_they_name(screening: ModuleType) -> None:
             "box_head.cls_score.weight": 0.01 * (3 * 256) ** 0.5,
             "box_head.bbox_pred.weight": 0.001 * (3 * 256) ** 0.5,
         },
-        "rpn_layers": {f"rpn.{layer}.weight": 100 * (3 * (64 * 9 if layer == "conv" else 64)) ** -0.5 for layer in rpn},
+        "rpn_layers": {
+            f"rpn.head.{layer}.weight": 100 * (3 * (64 * 9 if layer == "conv" else 64)) ** -0.5 for layer in rpn
+        },
         "pyramid": dict.fromkeys(levels, 3**-0.5),
         "background_prior": {"box_head.cls_score.bias": None},
-        "objectness_prior": {"rpn.objectness_logits.bias": None},
+        "objectness_prior": {"rpn.head.objectness_logits.bias": None},
         "last_stage": {f"backbone.body.layer4.{block}.conv2.weight": 0.0 for block in (0, 1)},
     }
     assert scales.keys() == {name for name, factor in screening.FACTORS.items() if factor.start is not None}

@@ -229,7 +229,7 @@ def test_class_rows_are_loaded_by_class_name(run: Path, tmp_path: Path) -> None:
     before, after = load_checkpoint(source), load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     source_rows, rows = before.model["mask_head.logits.weight"], after.model["mask_head.logits.weight"]
     torch.testing.assert_close(rows[[0, 2, 3]], source_rows[[2, 0, 1]])
-    torch.testing.assert_close(after.model["rpn.conv.weight"], before.model["rpn.conv.weight"])
+    torch.testing.assert_close(after.model["rpn.head.conv.weight"], before.model["rpn.head.conv.weight"])
     assert after.iteration == 1
 
 

@@ -219,8 +219,7 @@ class MaskRCNN(nn.Module):
     ) -> Losses:
         """Return the losses of a batch. `observe`, if given, is called with the `Diagnostics` of the batch."""
         features = self.backbone(self.pixels(images))
-        proposals = self.rpn.propose(features, images.sizes, self.rpn.training_counts)
-        loss_objectness, loss_rpn_box_reg = self.rpn.losses(features, targets, images.seeds)
+        proposals, (loss_objectness, loss_rpn_box_reg) = self.rpn(features, images, targets)
         samples = self.sampler(proposals, targets, images.seeds)
         if observe is not None:
             observe(diagnose(proposals, targets, samples))
@@ -294,7 +293,7 @@ class MaskRCNN(nn.Module):
         sizes of 1 and region counts of 0 and 1 separately.
         """
         self.backbone.compile(**options)
-        heads = (self.rpn, self.res5, self.box_head, self.mask_head)
+        heads = (self.rpn.head, self.res5, self.box_head, self.mask_head)
         for head in (head for head in heads if head is not None):
             head.compile(**{"dynamic": True, **options})
 

@@ -1,5 +1,7 @@
 """Region proposal network (arXiv 1506.01497): scores anchors for objectness and regresses their boxes.
 
+Its parts: the head (`rpn_head`), the anchor generator, the selection of proposals, and the loss on sampled anchors.
+
 Shapes: B images, L levels, A anchors per cell, N anchors per image, P proposals, S samples, C channels.
 The N anchors of an image are ordered by level, row, column and anchor within the cell.
 """
@@ -10,18 +12,17 @@ from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Section
-from maskrcnn.models.initialization import init_normal
 from maskrcnn.models.losses import Normalizer, RPNLosses, rpn_losses
+from maskrcnn.models.rpn_head import RPNHead, RPNOutputs, gathered_outputs, sampled_outputs
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, encode_deltas
 from maskrcnn.ops.matching import match_boxes, sample_balanced
 from maskrcnn.ops.nms import batched_nms
-from maskrcnn.structures import Proposals, Targets
+from maskrcnn.structures import ImageBatch, Proposals, Targets
 
 RPN_STREAM = 0  # random stream of the anchor sampling; see `sample_balanced`
 
@@ -52,6 +53,7 @@ class RPNConfig(Section):
     inference: ProposalCounts = ProposalCounts(pre_nms_top_n=1000, post_nms_top_n=1000)
     nms_threshold: Share = 0.7
     min_size: NonNegativeFloat = 0.0
+    sparse_loss: bool = Field(True, description="run the head with gradient only at the sampled anchors: equal, faster")
 
     @model_validator(mode="after")
     def _same_anchors_a_cell(self) -> RPNConfig:
@@ -63,97 +65,71 @@ class RPNConfig(Section):
 
     def build(self, *, channels: int, strides: Sequence[int], normalizer: Normalizer) -> RPN:
         """Return the RPN for feature maps with these channels and strides."""
+        base = [base_anchors(sizes, self.anchor_ratios, rounded=self.round_anchors) for sizes in self.anchor_sizes]
         return RPN(
-            channels=channels,
-            strides=strides,
-            base=tuple(
-                base_anchors(sizes, self.anchor_ratios, rounded=self.round_anchors) for sizes in self.anchor_sizes
+            head=RPNHead(channels=channels, num_anchors=len(base[0])),
+            anchor_generator=AnchorGenerator(base, strides=strides),
+            selector=ProposalSelector(
+                bbox_reg_weights=self.bbox_reg_weights, nms_threshold=self.nms_threshold, min_size=self.min_size
             ),
-            assignment=AnchorAssignment(
-                self.foreground, self.background, self.batch_size_per_image, self.positive_fraction
+            loss=RPNLoss(
+                AnchorAssignment(self.foreground, self.background, self.batch_size_per_image, self.positive_fraction),
+                bbox_reg_weights=self.bbox_reg_weights,
+                smooth_l1_beta=self.smooth_l1_beta,
+                normalizer=normalizer,
             ),
-            bbox_reg_weights=self.bbox_reg_weights,
-            smooth_l1_beta=self.smooth_l1_beta,
-            nms_threshold=self.nms_threshold,
-            min_size=self.min_size,
             training_counts=self.training,
             inference_counts=self.inference,
-            normalizer=normalizer,
+            sparse_loss=self.sparse_loss,
         )
 
 
-class AnchorAssignment(NamedTuple):
-    """Rule that labels and samples anchors for the RPN loss (section 3.1.2)."""
+class AnchorGenerator(nn.Module):
+    """Places the anchors of one cell on every cell of the feature maps."""
 
-    foreground: float  # smallest IoU of a positive anchor
-    background: float  # IoU below which an anchor is negative
-    batch_size_per_image: int  # anchors sampled per image
-    positive_fraction: float  # largest fraction of positives among them
-
-
-class RPN(nn.Module):
-    """RPN head (a 3x3 convolution and two sibling 1x1 convolutions, shared by all levels), proposals and losses."""
-
-    def __init__(
-        self,
-        *,
-        channels: int,
-        strides: Sequence[int],
-        base: Sequence[Tensor],
-        assignment: AnchorAssignment,
-        bbox_reg_weights: BoxWeights,
-        smooth_l1_beta: float,
-        nms_threshold: float,
-        min_size: float,
-        training_counts: ProposalCounts,
-        inference_counts: ProposalCounts,
-        normalizer: Normalizer,
-    ) -> None:
-        """Build the head. `base` holds for each level the anchors `(A, 4)` of one cell, centred on the origin."""
+    def __init__(self, base: Sequence[Tensor], *, strides: Sequence[int]) -> None:
+        """Store for each level the anchors of one cell `(A, 4)`, centred on the origin, and the stride in pixels."""
         super().__init__()
         assert len(base) == len(strides), (len(base), strides)
         self.strides = tuple(strides)
-        self.assignment = assignment
-        self.bbox_reg_weights = bbox_reg_weights
-        self.smooth_l1_beta = smooth_l1_beta
-        self.nms_threshold = nms_threshold
-        self.min_size = min_size
-        self.training_counts = training_counts
-        self.inference_counts = inference_counts
-        self.normalizer: Normalizer = normalizer
         self.base: Tensor
         self.register_buffer("base", torch.stack(tuple(base)), persistent=False)  # (L, A, 4)
-        anchors = self.base.shape[1]
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness_logits = nn.Conv2d(channels, anchors, 1)
-        self.anchor_deltas = nn.Conv2d(channels, anchors * 4, 1)
-        for layer in (self.conv, self.objectness_logits, self.anchor_deltas):
-            init_normal(layer, std=0.01)
 
-    def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors of each level, `(H * W * A, 4)`."""
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors of each level `(B, C, H, W)`, each `(H * W * A, 4)`."""
         return [
             grid_anchors(base, height=level.shape[-2], width=level.shape[-1], stride=stride)
             for base, level, stride in zip(self.base, features, self.strides, strict=True)
         ]
 
-    @torch.no_grad()
-    def propose(self, features: Sequence[Tensor], sizes: Tensor, counts: ProposalCounts) -> Proposals:
-        """Return the highest-scoring boxes of each image, decoded, clipped and after NMS.
 
-        Proposals carry no gradient: the heads treat them as constants ("approximate joint training", section 3.2).
+class ProposalSelector:
+    """Selects the highest-scoring boxes of each image: decoded, clipped and after NMS."""
+
+    def __init__(self, *, bbox_reg_weights: BoxWeights, nms_threshold: float, min_size: float) -> None:
+        self.bbox_reg_weights = bbox_reg_weights
+        self.nms_threshold = nms_threshold
+        self.min_size = min_size
+
+    @torch.no_grad()
+    def __call__(
+        self, outputs: Sequence[RPNOutputs], anchors: Sequence[Tensor], sizes: Tensor, counts: ProposalCounts
+    ) -> Proposals:
+        """Return the proposals.
+
+        They carry no gradient: the heads treat them as constants ("approximate joint training", section 3.2).
 
         Args:
-            features: one map `(B, C, H, W)` per level.
+            outputs: outputs of the head for all anchors of each level.
+            anchors: `(H * W * A, 4)` of each level.
             sizes: `(B, 2)` height and width of each image.
             counts: number of boxes to keep before and after NMS.
         """
         boxes, scores, levels = [], [], []
-        for index, (level, anchors) in enumerate(zip(features, self.anchors(features), strict=True)):
-            logits, deltas = self(level.detach())  # same requires_grad in training and inference: one compilation
+        for index, ((logits, deltas), level_anchors) in enumerate(zip(outputs, anchors, strict=True)):
             top_logits, top_indices = logits.topk(min(counts.pre_nms_top_n, logits.shape[1]), dim=1)
-            deltas = deltas.gather(1, top_indices[..., None].expand(-1, -1, 4))
-            boxes.append(decode_deltas(deltas, anchors[top_indices], weights=self.bbox_reg_weights))
+            top_deltas = deltas.gather(1, top_indices[..., None].expand(-1, -1, 4))
+            boxes.append(decode_deltas(top_deltas, level_anchors[top_indices], weights=self.bbox_reg_weights))
             scores.append(top_logits.float())
             levels.append(torch.full_like(top_indices, index))
         clipped = clip_boxes(torch.cat(boxes, dim=1), sizes)
@@ -167,23 +143,43 @@ class RPN(nn.Module):
         )
         return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), kept_scores)
 
-    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `(B, H * W * A)` and deltas `(B, H * W * A, 4)` of all anchors of one level."""
-        hidden = F.relu_(self.conv(level))
-        # (B, A, H, W) -> (B, H, W, A): the order of the anchors.
-        logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.anchor_deltas(hidden).permute(0, 2, 3, 1).reshape(len(logits), -1, 4)
-        return logits, deltas
 
-    def losses(self, features: Sequence[Tensor], targets: Targets, seeds: Tensor) -> RPNLosses:
-        """Return both loss terms, on a sample of the anchors.
+class AnchorAssignment(NamedTuple):
+    """Rule that labels and samples anchors for the RPN loss (section 3.1.2)."""
 
-        Args:
-            features: one map `(B, C, H, W)` per level.
-            targets: ground truth.
-            seeds: `(B,)` random seed of each image.
-        """
-        anchors = torch.cat(self.anchors(features))  # (N, 4)
+    foreground: float  # smallest IoU of a positive anchor
+    background: float  # IoU below which an anchor is negative
+    batch_size_per_image: int  # anchors sampled per image
+    positive_fraction: float  # largest fraction of positives among them
+
+
+class AnchorSamples(NamedTuple):
+    """S sampled anchors of each image, and their targets."""
+
+    indices: Tensor  # (B, S) int64, 0..N-1
+    sampled: Tensor  # (B, S) bool, False for padding
+    positive: Tensor  # (B, S) bool
+    target_deltas: Tensor  # (B, S, 4); meaningless for negatives
+
+
+class RPNLoss:
+    """Labels and samples the anchors, and computes both loss terms on the sample."""
+
+    def __init__(
+        self,
+        assignment: AnchorAssignment,
+        *,
+        bbox_reg_weights: BoxWeights,
+        smooth_l1_beta: float,
+        normalizer: Normalizer,
+    ) -> None:
+        self.assignment = assignment
+        self.bbox_reg_weights = bbox_reg_weights
+        self.smooth_l1_beta = smooth_l1_beta
+        self.normalizer: Normalizer = normalizer
+
+    def sample(self, anchors: Tensor, targets: Targets, seeds: Tensor) -> AnchorSamples:
+        """Return a sample of the anchors `(N, 4)`. That of an image depends only on its seed, not on its batch."""
         matches = match_boxes(
             anchors,
             targets,
@@ -200,56 +196,64 @@ class RPN(nn.Module):
         )
         positive = (matches.labels.gather(1, indices) > 0) & sampled
         objects = targets.boxes.gather(1, matches.matched.gather(1, indices)[..., None].expand(-1, -1, 4))
-        logits, deltas = self.sampled_outputs(features, indices)
+        target_deltas = encode_deltas(objects, anchors[indices], weights=self.bbox_reg_weights)
+        return AnchorSamples(indices, sampled, positive, target_deltas)
+
+    def __call__(self, outputs: RPNOutputs, samples: AnchorSamples) -> RPNLosses:
+        """Return both terms for the outputs of the sampled anchors, `(B, S)` and `(B, S, 4)`."""
         return rpn_losses(
-            logits,
-            deltas,
-            encode_deltas(objects, anchors[indices], weights=self.bbox_reg_weights),
-            positive=positive,
-            sampled=sampled,
+            outputs.logits,
+            outputs.deltas,
+            samples.target_deltas,
+            positive=samples.positive,
+            sampled=samples.sampled,
             beta=self.smooth_l1_beta,
             per=self.normalizer,
         )
 
-    def sampled_outputs(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `(B, S)` and deltas `(B, S, 4)` of the anchors `indices` `(B, S)` only.
 
-        The loss uses at most S anchors per image, so the 3x3 convolution is evaluated only on their neighbourhoods,
-        as one matrix product. Values and gradients equal those of `forward` at these anchors, without a backward pass
-        over all positions (a sixth of the training step on a CPU) and without a feature map stored for it.
-        """
-        num_anchors, channels = self.base.shape[1], features[0].shape[1]
-        patches = self._neighbourhoods(features, indices // num_anchors)  # (B, S, 9 * C)
-        kernel = self.conv.weight.permute(0, 2, 3, 1).reshape(channels, -1)  # (C', C, 3, 3) -> (C', 9 * C)
-        hidden = F.relu_(F.linear(patches, kernel, self.conv.bias))
-        logits = F.linear(hidden, self.objectness_logits.weight.flatten(1), self.objectness_logits.bias)  # (B, S, A)
-        deltas = F.linear(hidden, self.anchor_deltas.weight.flatten(1), self.anchor_deltas.bias)  # (B, S, A * 4)
-        anchor = (indices % num_anchors)[..., None]  # (B, S, 1), 0..A-1: anchor within the cell
-        deltas = deltas.unflatten(-1, (num_anchors, 4)).gather(2, anchor[..., None].expand(-1, -1, -1, 4))
-        return logits.gather(2, anchor)[..., 0], deltas[:, :, 0]
+class RPN(nn.Module):
+    """The RPN: `forward` returns proposals and losses for training, `propose` returns proposals alone."""
 
-    def _neighbourhoods(self, features: Sequence[Tensor], cells: Tensor) -> Tensor:
-        """Return the 3x3 neighbourhoods of `cells` `(B, S)`, indices over all levels: `(B, S, 9 * C)`, zero-padded."""
-        patches: Tensor | None = None
-        offset = 0  # index of the level's first cell
-        for level in features:
-            local = cells - offset
-            inside = (local >= 0) & (local < level.shape[-2] * level.shape[-1])
-            patch = _patches(level, torch.where(inside, local, 0)) * inside[..., None]
-            patches = patch if patches is None else patches + patch  # each cell is on one level, so the sum selects
-            offset += level.shape[-2] * level.shape[-1]
-        assert patches is not None
-        return patches
+    def __init__(
+        self,
+        *,
+        head: RPNHead,
+        anchor_generator: AnchorGenerator,
+        selector: ProposalSelector,
+        loss: RPNLoss,
+        training_counts: ProposalCounts,
+        inference_counts: ProposalCounts,
+        sparse_loss: bool = True,
+    ) -> None:
+        """Assemble the RPN. With `sparse_loss`, the head runs with gradient only in `sampled_outputs`."""
+        super().__init__()
+        self.head = head
+        self.anchor_generator = anchor_generator
+        self.selector = selector
+        self.loss = loss
+        self.training_counts = training_counts
+        self.inference_counts = inference_counts
+        self.sparse_loss = sparse_loss
 
+    def forward(self, features: Sequence[Tensor], images: ImageBatch, targets: Targets) -> tuple[Proposals, RPNLosses]:
+        """Return proposals to train the heads, and the losses. `features` holds one map `(B, C, H, W)` per level."""
+        anchors = self.anchor_generator(features)
+        samples = self.loss.sample(torch.cat(anchors), targets, images.seeds)
+        if self.sparse_loss:
+            outputs = self._constant_outputs(features)
+            sampled = sampled_outputs(self.head, features, samples.indices)
+        else:
+            outputs = [self.head(level) for level in features]
+            sampled = gathered_outputs(outputs, samples.indices)
+        proposals = self.selector(outputs, anchors, images.sizes, self.training_counts)
+        return proposals, self.loss(sampled, samples)
 
-def _patches(level: Tensor, cells: Tensor) -> Tensor:
-    """Return the 3x3 neighbourhoods of `cells` `(B, S)` in one map `(B, C, H, W)`: `(B, S, 9 * C)`, zero-padded."""
-    batch, channels, height, width = level.shape
-    offsets = torch.arange(-1, 2, device=cells.device)
-    y = (cells // width)[..., None, None] + offsets[:, None]  # (B, S, 3, 1)
-    x = (cells % width)[..., None, None] + offsets  # (B, S, 1, 3)
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # (B, S, 3, 3)
-    image_index = torch.arange(batch, device=cells.device)[:, None, None, None]
-    rows = (image_index * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
-    table = level.permute(0, 2, 3, 1).reshape(-1, channels)  # a view if the map is channels_last
-    return (F.embedding(rows, table) * inside[..., None]).flatten(2)
+    def propose(self, features: Sequence[Tensor], sizes: Tensor, counts: ProposalCounts) -> Proposals:
+        """Return the proposals alone; see `ProposalSelector` for the arguments."""
+        return self.selector(self._constant_outputs(features), self.anchor_generator(features), sizes, counts)
+
+    @torch.no_grad()
+    def _constant_outputs(self, features: Sequence[Tensor]) -> list[RPNOutputs]:
+        # `detach`: same requires_grad in training and inference, so that the head is compiled once.
+        return [self.head(level.detach()) for level in features]

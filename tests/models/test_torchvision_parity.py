@@ -149,7 +149,7 @@ def test_gradients_agree(models, scene) -> None:
     sum(theirs(list(pixels / 255), [dict(target) for target in targets]).values()).backward()
     ours(images, dense).total.backward()
     for their_layer, our_layer in [
-        (theirs.rpn.head.conv[0][0], ours.rpn.conv),  # evaluated only at the sampled anchors in our model
+        (theirs.rpn.head.conv[0][0], ours.rpn.head.conv),  # evaluated only at the sampled anchors in our model
         (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0].conv),
         (theirs.backbone.body.layer2[0].conv1, ours.backbone.body.layer2[0].conv1),
         (theirs.roi_heads.mask_predictor.conv5_mask, ours.mask_head.upsample),

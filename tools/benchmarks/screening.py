@@ -78,11 +78,11 @@ def _background_prior(model: MaskRCNN) -> None:
 
 
 def _objectness_prior(model: MaskRCNN) -> None:
-    model.rpn.objectness_logits.bias.fill_(-math.log(9))
+    model.rpn.head.objectness_logits.bias.fill_(-math.log(9))
 
 
 def _rpn_layers(model: MaskRCNN) -> None:
-    _as_torch((model.rpn.conv, model.rpn.objectness_logits, model.rpn.anchor_deltas))
+    _as_torch((model.rpn.head.conv, model.rpn.head.objectness_logits, model.rpn.head.anchor_deltas))
 
 
 def _pyramid(model: MaskRCNN) -> None:
