@@ -14,7 +14,7 @@ from maskrcnn.engine.optimizer import AdamWConfig, SGDConfig
 from maskrcnn.engine.schedule import MultiStepConfig
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.runtime.processes import Processes
-from maskrcnn.structures import Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, ImageBatch, Losses, MaskTables, Targets
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -60,7 +60,7 @@ def make_batch(iteration):
             torch.zeros(4, dtype=torch.int64),
         ),
         targets=Targets(torch.rand(4, 1, 4, generator=generator), torch.ones(4, 1, dtype=torch.int64), masks),
-        scales=((1.0, 1.0),) * 4,
+        maps=(AxisAlignedMap(),) * 4,
         original_sizes=((2, 2),) * 4,
     )
 

@@ -16,7 +16,7 @@ from maskrcnn.engine.ema import ExponentialAverage
 from maskrcnn.engine.optimizer import SGDConfig
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.runtime.processes import Processes
-from maskrcnn.structures import Batch, Diagnostics, ImageBatch, Losses, MaskTables, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, Diagnostics, ImageBatch, Losses, MaskTables, Targets
 
 CPU = Processes(torch.device("cpu"))
 
@@ -51,7 +51,7 @@ def batch_of(seeds: Sequence[int]) -> Batch:
         image_ids=tuple(seeds),
         images=ImageBatch(torch.stack(pixels), torch.full((count, 2), 2), torch.tensor(seeds)),
         targets=Targets(boxes, torch.ones(count, 1, dtype=torch.int64), masks),
-        scales=((1.0, 1.0),) * count,
+        maps=(AxisAlignedMap(),) * count,
         original_sizes=((2, 2),) * count,
     )
 
