@@ -1,5 +1,6 @@
 import io
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -152,6 +153,7 @@ def test_tensorboard_reads_the_events_back_across_a_resume(tmp_path):
         for iteration in (10, 20, 30):
             writer.log_step(step(iteration))
         writer.log_evaluation(20, Measurement({"segm/AP": 0.5}, 7.5))
+    time.sleep(1)  # TensorBoard orders files by the second of their creation, then by a number as text
     with MetricsWriter(tmp_path, start=20) as writer:
         writer.log_step(step(30, objectness=1.0))
         writer.log_step(step(40, objectness=2.0))
