@@ -34,6 +34,7 @@ from maskrcnn.runtime.files import temporary_of, write_text
 # Number of threads, choice of GPUs, and settings of the GPU libraries that affect the numerical results.
 VARIABLES = (
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "CUBLAS_WORKSPACE_CONFIG",

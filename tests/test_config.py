@@ -13,7 +13,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from maskrcnn.config import Part, Section, differences, json_schema, read_config, to_dict, to_yaml
+from maskrcnn.config.composition import merge, read_overrides
 from maskrcnn.config.recipes import RECIPES, find_config
+from maskrcnn.config.yaml_text import traced
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 
@@ -202,6 +204,17 @@ def test_a_list_replaces_a_list_of_parts(write: Write) -> None:
 def test_wrong_changes_of_a_list_of_parts(write: Write, override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_config(write(one=FLIP_AND_RESIZE), Augmented, [override])
+
+
+def test_the_message_has_the_whole_path(write: Write) -> None:
+    below, above = traced({"data": {"list": [traced({"kind": "flip"}, "a")]}}, "a"), ["data.list.crop.side=3"]
+    with pytest.raises(InputError, match=r"^data\.list\.crop: .*\[--set\]$"):
+        merge(below, read_overrides(above, []))
+
+
+def test_an_empty_list_has_no_parts_to_change(write: Write) -> None:
+    with pytest.raises(InputError, match="transforms: expected a list, got a mapping"):
+        read_config(write(one="transforms: []"), Augmented, ["transforms.resize.side=3"])
 
 
 def test_a_kind_that_is_twice_in_a_list_needs_the_whole_list(write: Write) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from maskrcnn.ablation.runner import threads_per_run
 from maskrcnn.runtime import threads
 
 
@@ -47,6 +48,22 @@ def environment_of_a_command(**variables: str) -> list[str]:
         [sys.executable, "-c", code], env={**inherited, **variables}, capture_output=True, text=True, check=True
     )
     return done.stdout.split()
+
+
+def test_the_default_of_a_quota_is_no_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ablation divides the cores among its runs, but does not override the user."""
+    monkeypatch.setattr(threads, "affinity", lambda: 64)
+    monkeypatch.setattr(threads, "_cpu_quota", lambda: 4.0)
+    monkeypatch.setattr(threads, "_defaults", set())
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # restores the variable after the test
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    threads.set_thread_defaults()
+    assert threads.chosen_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.set_thread_defaults()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert threads.chosen_threads() is None
+    assert threads_per_run(2) == 2
 
 
 def test_a_command_sets_what_the_user_has_not_set() -> None:

@@ -22,7 +22,7 @@ from maskrcnn.engine.loop import Interrupted, StopRequest
 from maskrcnn.engine.metrics import last_record
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.files import write_text
-from maskrcnn.runtime.threads import usable_cores
+from maskrcnn.runtime.threads import chosen_threads, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ def train_missing(plan: Plan, *, jobs: int | None = None) -> None:
 
 def threads_per_run(parallel: int) -> int:
     """Return the number of CPU threads of each run: `OMP_NUM_THREADS`, or an equal share of the cores."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" would be 4, and 2 in nested regions
-    return int(chosen) if chosen.isdecimal() else max(usable_cores() // parallel, 1)
+    return chosen_threads() or max(usable_cores() // parallel, 1)
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,11 @@ def _find_base(name: str, folder: Path) -> Path:
     return path if path.suffix in SUFFIXES or path.exists() else find_config(Path(name))
 
 
-def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
+def merge(below: TracedMapping, above: TracedMapping, path: str = "") -> TracedMapping:
     """Merge two mappings recursively; values of `above` take precedence, and a different `kind` replaces `below`.
 
-    A mapping above a list of parts changes the parts of the kinds that are its keys.
+    A mapping above a list of parts changes the parts of the kinds that are its keys. `path` is that of the mappings in
+    messages, with a dot at its end.
 
     Raises:
         InputError: a mapping above a list of parts names a kind that is not in the list exactly once.
@@ -82,29 +83,33 @@ def merge(below: TracedMapping, above: TracedMapping) -> TracedMapping:
     for key in below.keys() & above.keys():
         if isinstance(above[key], TracedMapping):
             if isinstance(below[key], TracedMapping):
-                merged[key] = merge(below[key], above[key])
+                merged[key] = merge(below[key], above[key], f"{path}{key}.")
             elif is_list_of_parts(below[key]):
-                merged[key] = _merge_into_list(below[key], above[key], key)
+                merged[key] = _merge_into_list(below[key], above[key], f"{path}{key}.")
     return merged
 
 
 def is_list_of_parts(value: Any) -> bool:
-    """Return whether a value is a list of mappings with a `kind`."""
-    return isinstance(value, list) and all(isinstance(item, TracedMapping) and "kind" in item for item in value)
+    """Return whether a value is a list of mappings with a `kind`, at least one."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(item, TracedMapping) and "kind" in item for item in value)
+    )
 
 
-def _merge_into_list(parts: list[TracedMapping], above: TracedMapping, key: str) -> list[TracedMapping]:
+def _merge_into_list(parts: list[TracedMapping], above: TracedMapping, path: str) -> list[TracedMapping]:
     """Return the list with the mapping `above[kind]` merged into its part of each kind that `above` names."""
     parts = list(parts)
     for kind, changes in above.items():
         indices = [index for index, part in enumerate(parts) if part["kind"] == kind]
         if len(indices) != 1 or not isinstance(changes, TracedMapping):
-            kinds = ", ".join(str(part["kind"]) for part in parts) or "none"
+            kinds = ", ".join(str(part["kind"]) for part in parts)
             raise InputError(
-                f"{key}.{kind}: expected a mapping of keys for the one part of this kind in a list (of {kinds}); "
+                f"{path}{kind}: expected a mapping of keys for the one part of this kind in a list (of {kinds}); "
                 f"to change the list itself, write the whole list [{above.origins[kind]}]"
             )
-        parts[indices[0]] = merge(parts[indices[0]], changes)
+        parts[indices[0]] = merge(parts[indices[0]], changes, f"{path}{kind}.")
     return parts
 
 

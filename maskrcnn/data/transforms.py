@@ -129,10 +129,11 @@ def resize(example: Example, size: tuple[int, int], *, antialias: bool = True) -
 def crop(example: Example, top: int, left: int, height: int, width: int) -> Example:
     """Crop the image to a window inside it, clip the boxes, and remove objects of which no box is left.
 
-    Masks are not cropped. A box is not tightened to the part of the mask that is visible.
+    The window has at least one pixel. Masks are not cropped. A box is not tightened to the part of the mask that is
+    visible.
     """
-    assert 0 <= top <= top + height <= example.pixels.shape[1], (top, height)
-    assert 0 <= left <= left + width <= example.pixels.shape[2], (left, width)
+    assert 0 <= top < top + height <= example.pixels.shape[1], (top, height)
+    assert 0 <= left < left + width <= example.pixels.shape[2], (left, width)
     boxes = example.boxes - torch.tensor([left, top, left, top])
     boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height], dtype=torch.float32))
     visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)

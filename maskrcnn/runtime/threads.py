@@ -11,6 +11,8 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 
+_defaults: set[str] = set()  # the variables that `set_thread_defaults` has set in this process
+
 
 def set_thread_defaults() -> None:
     """Set `OMP_WAIT_POLICY` and `OMP_NUM_THREADS` of this process and its children, unless they are set.
@@ -19,8 +21,15 @@ def set_thread_defaults() -> None:
     threads with work need. The number of threads is limited where the quota of a container is below that of cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if usable_cores() < affinity():
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    if usable_cores() < affinity() and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+        _defaults.add("OMP_NUM_THREADS")
+
+
+def chosen_threads() -> int | None:
+    """Return the number of threads that the user chose with `OMP_NUM_THREADS`; None without a choice."""
+    number = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" would be 4, and 2 in nested regions
+    return int(number) if number.isdecimal() and "OMP_NUM_THREADS" not in _defaults else None
 
 
 def usable_cores() -> int:
