@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from maskrcnn.engine.evaluator import report
+from maskrcnn.data.shapes import ShapesDataset
+from maskrcnn.engine.evaluator import Evaluator, report
 from maskrcnn.experiment import load_config
 
 IMAGES = {"images": [{"id": 1, "height": 100, "width": 100}], "categories": [{"id": 1, "name": "cell"}]}
@@ -56,3 +57,26 @@ def test_a_warning_explains_an_ap_of_nothing(
     report({**IMAGES, "annotations": annotations}, results, None, backend="faster")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ([] if message is None else [message])
+
+
+class Counted(ShapesDataset):
+    """Generated scenes that count how often their ground truth is read."""
+
+    reads = 0
+
+    def ground_truth(self) -> dict[str, Any]:
+        self.reads += 1
+        return super().ground_truth()
+
+
+def test_the_ground_truth_is_read_once_for_all_evaluations() -> None:
+    settings = load_config(
+        "shapes/mask_rcnn_r18_fpn", ["data.validation.length=2", "model.detection.detections_per_image=5"]
+    )
+    dataset = settings.data.build_validation()
+    dataset.__class__ = Counted
+    evaluator = Evaluator(dataset)
+    predictor = settings.predictor(settings.model.build(len(dataset.classes)), dataset.classes)
+    assert evaluator(predictor).summary() == pytest.approx(evaluator(predictor).summary(), nan_ok=True)
+    assert isinstance(dataset, Counted)
+    assert dataset.reads == 1
