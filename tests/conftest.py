@@ -64,8 +64,8 @@ def choose() -> Callable[[type[Part], dict[str, Any]], Part]:
 
 
 RENAMED = {
-    "backbone.fpn.inner_blocks.{}.0": "backbone.lateral.{}.conv",
-    "backbone.fpn.layer_blocks.{}.0": "backbone.output.{}.conv",
+    "backbone.fpn.inner_blocks.{}.0": "neck.lateral.{}.conv",
+    "backbone.fpn.layer_blocks.{}.0": "neck.output.{}.conv",
     "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
     "rpn.head.conv.0.0": "rpn.head.conv",
     "rpn.head.cls_logits": "rpn.head.objectness_logits",
@@ -91,6 +91,6 @@ def _copy_weights(theirs: nn.Module, ours: nn.Module) -> None:
     state = {}
     for name, tensor in theirs.state_dict().items():
         module, kind = name.rsplit(".", 1)
-        new = NAMES.get(module, module)
+        new = NAMES.get(module, module.replace("backbone.body.", "backbone."))
         state[f"{new}.{kind}"] = tensor[BACKGROUND_ROWS.get(new, 0) :]
     ours.load_state_dict(state)

@@ -177,9 +177,10 @@ def test_torchvisions_side_has_our_sizes_and_backbone(convergence_worker: Module
     ours = config.model.build(4, pretrained=False)
     theirs = convergence_worker.torchvision_model(config, 4, ours)
     body = theirs.backbone.body.state_dict()
-    for name, tensor in ours.backbone.body.state_dict().items():
+    for name, tensor in ours.backbone.state_dict().items():
         assert torch.equal(body[name], tensor), name
-    learns = [sum(p.numel() for p in model.backbone.parameters() if p.requires_grad) for model in (ours, theirs)]
+    parameters = ([*ours.backbone.parameters(), *ours.neck.parameters()], [*theirs.backbone.parameters()])
+    learns = [sum(p.numel() for p in side if p.requires_grad) for side in parameters]
     assert learns[0] == learns[1] > 0
     heads = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     background = 4 * (256 + 1) + (64 + 1)  # torchvision predicts a box and a mask for background, too
@@ -296,7 +297,7 @@ def test_levels_change_what_they_name(screening: ModuleType) -> None:
 
     low = weights()
     rpn = ("conv", "objectness_logits", "anchor_deltas")
-    levels = [f"backbone.{part}.{level}.conv.weight" for part in ("lateral", "output") for level in range(4)]
+    levels = [f"neck.{part}.{level}.conv.weight" for part in ("lateral", "output") for level in range(4)]
     scales = {  # of the deviation of the weights
         "mask_logits": {"mask_head.logits.weight": 0.5**0.5 * 64**0.5 / 4},
         "mask_upsample": {"mask_head.upsample.weight": 2.0},
@@ -312,7 +313,7 @@ def test_levels_change_what_they_name(screening: ModuleType) -> None:
         "pyramid": dict.fromkeys(levels, 3**-0.5),
         "background_prior": {"box_head.cls_score.bias": None},
         "objectness_prior": {"rpn.head.objectness_logits.bias": None},
-        "last_stage": {f"backbone.body.layer4.{block}.conv2.weight": 0.0 for block in (0, 1)},
+        "last_stage": {f"backbone.layer4.{block}.conv2.weight": 0.0 for block in (0, 1)},
     }
     assert scales.keys() == {name for name, factor in screening.FACTORS.items() if factor.start is not None}
     for name, expected in scales.items():

@@ -227,7 +227,7 @@ def test_an_ablation_opens_with_its_command(path: Path) -> None:
         "model.pixels.std=[0, 1, 1]",
         "model.backbone.groups=0",
         "model.backbone.freeze=6",
-        "model.backbone.fpn={norm: gn, channels: 100}",
+        "model.neck={norm: gn, channels: 100}",
     ],
 )
 def test_values_out_of_range_are_refused(override: str) -> None:

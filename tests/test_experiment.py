@@ -33,7 +33,8 @@ LAST = 4
 
 EXPERIMENT = """
 model:
-  backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: gn, freeze: 5, weights: none}
+  backbone: {kind: resnet, depth: 18, norm: gn, freeze: 5, weights: none}
+  neck: {kind: fpn, channels: 8}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
     training: {pre_nms_top_n: 30, post_nms_top_n: 20}

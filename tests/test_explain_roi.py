@@ -33,7 +33,8 @@ from maskrcnn.visualization.roi_layers import (
 
 EXPERIMENT = """
 model:
-  backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 4}, norm: bn, freeze: 0, weights: none}
+  backbone: {kind: resnet, depth: 18, width: 8, norm: bn, freeze: 0, weights: none}
+  neck: {kind: fpn, channels: 4}
   rpn: {anchor_sizes: [[8], [16], [32], [48], [64]]}
   box_head: {kind: fc, width: 8}
 data:

@@ -109,6 +109,7 @@ MESSAGES = {
     "evaluation.metrics=[{kind: found, min_score: 2}]": "evaluation.metrics[0].min_score: expected a value less than",
     "evaluation.metrics=[{kind: found}, {kind: found}]": "evaluation.metrics: the kind 'found' is there already",
     "evaluation.best_metric=found/object": "mask/APl, found/objects; did you mean 'found/objects'? [--set]",
+    "model.neck.kind=projektion": "model.neck.kind: 'projektion' is not one of fpn, none, projection; did you mean",
     "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of csv, tensorboard, wandb; did you",
 }
 

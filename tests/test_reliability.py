@@ -37,7 +37,8 @@ TIMEOUT = 300  # seconds; only a hanging process takes this long
 # All state of a run: momenta, running statistics, averaged weights. Also gradient accumulation and evaluations.
 EXPERIMENT = """
 model:
-  backbone: {kind: resnet, depth: 18, width: 8, output: fpn, fpn: {channels: 8}, norm: bn, freeze: 0, weights: none}
+  backbone: {kind: resnet, depth: 18, width: 8, norm: bn, freeze: 0, weights: none}
+  neck: {kind: fpn, channels: 8}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
     training: {pre_nms_top_n: 30, post_nms_top_n: 20}

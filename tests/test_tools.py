@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).parents[1]
 TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
 
 MODEL = """
-  backbone: {kind: resnet, depth: 18, output: fpn, fpn: {channels: 8}, norm: frozen_bn, freeze: 5, weights: none}
+  backbone: {kind: resnet, depth: 18, norm: frozen_bn, freeze: 5, weights: none}
+  neck: {kind: fpn, channels: 8}
   rpn:
     anchor_sizes: [[8], [16], [32], [48], [64]]
     training: {pre_nms_top_n: 30, post_nms_top_n: 20}
@@ -352,7 +353,7 @@ def test_a_missing_device_is_refused(tool: Run, dataset: Dataset, tmp_path: Path
         ("training.batch_size=two", ["training.batch_size", "expected an int", "'two'"]),
         ("training.workers=-1", ["training.workers"]),
         ("training.workers", ["--set training.workers: expected KEY=VALUE"]),
-        ("model.rpn.anchor_sizes=[[8]]", ["anchor_sizes has 1 levels", "has 5"]),
+        ("model.rpn.anchor_sizes=[[8]]", ["anchor_sizes has 1 levels", "returns 5 maps"]),
         ("model.backbone.weights=absent.pth", ["absent.pth"]),
     ],
 )

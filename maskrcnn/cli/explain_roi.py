@@ -205,7 +205,7 @@ def _feature_map(model: MaskRCNN, transform: Transform, pixels: Tensor, box: Box
     resized = transform(example, np.random.default_rng(0))
     images = collate([resized], [0], model.size_divisor).images
     with torch.no_grad():
-        features = model.backbone(model.pixels(images))
+        features = model.features(images)
     level = int(model.box_pooler.assign_levels(resized.boxes)[0])
     x1, y1, x2, y2 = resized.boxes[0].tolist()
     return features[level][0].float(), model.box_pooler.strides[level], (x1, y1, x2, y2)

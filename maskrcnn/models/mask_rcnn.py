@@ -18,11 +18,14 @@ from torch import Tensor, nn
 import maskrcnn.models.backbones.timm_features
 import maskrcnn.models.backbones.vgg  # noqa: F401 (these two define kinds of backbones)
 from maskrcnn.config import Section
-from maskrcnn.models.backbones.parts import Backbone, BackboneConfig
+from maskrcnn.errors import InputError
+from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, RegionStage
 from maskrcnn.models.backbones.resnet import ResNetConfig
 from maskrcnn.models.box_head import BoxHead, BoxHeadConfig, FCTrunkConfig
 from maskrcnn.models.losses import Normalizer, box_head_losses, mask_loss
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskHeadConfig, MaskTarget
+from maskrcnn.models.necks.fpn import FPNConfig
+from maskrcnn.models.necks.parts import Neck, NeckConfig, describe_maps
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
@@ -60,6 +63,7 @@ class MaskRCNNConfig(Section):
 
     pixels: PixelConfig = PixelConfig()
     backbone: BackboneConfig = ResNetConfig()
+    neck: NeckConfig = FPNConfig()
     rpn: RPNConfig = RPNConfig()
     roi: RoILayerConfig = RoIAlignConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -71,9 +75,13 @@ class MaskRCNNConfig(Section):
 
     @model_validator(mode="after")
     def _sections_match(self) -> MaskRCNNConfig:
-        levels, stride = self.backbone.levels, self.backbone.region_stride
-        if len(self.rpn.anchor_sizes) != levels:
-            raise ValueError(f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but the backbone has {levels}")
+        strides, stride = self.neck.out_strides(self.backbone.strides), self.backbone.region_stride
+        if len(self.rpn.anchor_sizes) != len(strides):
+            raise ValueError(
+                f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} levels, but neck.kind {self.neck.kind} returns "
+                f"{describe_maps(strides)}: the RPN needs one list of sizes for each; backbone.out_features and neck "
+                "select the maps"
+            )
         if any(head.pool_size % stride for head in (self.box_head, self.mask_head) if head is not None):
             raise ValueError(
                 f"the pool_size of both heads must be a multiple of {stride}: the backbone's last stage runs on the "
@@ -83,23 +91,29 @@ class MaskRCNNConfig(Section):
 
     def build(self, num_classes: int, *, pretrained: bool = True) -> MaskRCNN:
         """Return the model for labels 1..`num_classes`; `pretrained` loads the weights of `backbone.weights`."""
-        parts = self.backbone.build()
-        backbone, res5 = parts.backbone, parts.res5
-        channels = backbone.channels[0] if res5 is None else res5.channels
-        shrink = 1 if res5 is None else res5.stride
+        # A seed gives the same initial weights as long as the parts are built in this order.
+        backbone = self.backbone.build()
+        neck = self.neck.build(channels=backbone.channels, strides=backbone.strides)
+        region_stage = self.backbone.build_region_stage()
+        if region_stage is not None and region_stage.in_channels != neck.channels:
+            raise InputError(
+                f"model.neck: it returns maps of {neck.channels} channels, but a stage of model.backbone that runs on "
+                f"regions needs {region_stage.in_channels}; set model.neck.kind to none"
+            )
+        channels = neck.channels if region_stage is None else region_stage.channels
+        shrink = 1 if region_stage is None else region_stage.stride
         trunk = self.box_head.build(channels=channels, side=self.box_head.pool_size // shrink)
         if pretrained:
-            self.backbone.load_pretrained(parts, trunk if self.box_head.kind == "vgg_fc" else None)  # fc6 and fc7
-        box_pooler, mask_pooler = self._poolers(backbone.strides[: backbone.roi_levels])
-        # A seed gives the same initial weights as long as the parts are built in this order.
+            pretrained_trunk = trunk if self.box_head.kind == "vgg_fc" else None  # fc6 and fc7
+            self.backbone.load_pretrained(backbone, region_stage, pretrained_trunk)
+        box_pooler, mask_pooler = self._poolers(neck.strides[: neck.roi_levels])
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
             backbone=backbone,
-            rpn=self.rpn.build(
-                channels=backbone.channels[0], strides=backbone.strides, normalizer=self.loss_normalizer
-            ),
+            neck=neck,
+            rpn=self.rpn.build(channels=neck.channels, strides=neck.strides, normalizer=self.loss_normalizer),
             sampler=self.sampling.build(),
-            res5=res5,
+            region_stage=region_stage,
             box_pooler=box_pooler,
             box_head=BoxHead(
                 trunk=trunk,
@@ -180,9 +194,10 @@ class MaskRCNN(nn.Module):
         *,
         pixels: nn.Module,
         backbone: Backbone,
+        neck: Neck,
         rpn: RPN,
         sampler: RegionSampler,
-        res5: nn.Module | None,
+        region_stage: RegionStage | None,
         box_pooler: RoIPooler,
         box_head: BoxHead,
         selector: DetectionSelector,
@@ -190,7 +205,7 @@ class MaskRCNN(nn.Module):
         mask_head: MaskHead | None,
         losses: LossSettings,
     ) -> None:
-        """Assemble the model. If `res5` is given, it runs on each region before both heads.
+        """Assemble the model, one argument for each of its stages. The region stage, if any, runs before both heads.
 
         Without a mask head, `loss_mask` is 0 and the masks of detections have no cells.
 
@@ -199,10 +214,11 @@ class MaskRCNN(nn.Module):
         super().__init__()
         self.pixels = pixels
         self.backbone = backbone
+        self.neck = neck
         self.rpn = rpn
         self.sampler = sampler
         self.box_pooler = box_pooler
-        self.res5 = res5
+        self.region_stage = region_stage
         self.box_head = box_head
         self.selector = selector
         self.mask_pooler = mask_pooler
@@ -212,13 +228,17 @@ class MaskRCNN(nn.Module):
     @property
     def size_divisor(self) -> int:
         """The sides of `ImageBatch.pixels` must be multiples of this."""
-        return max(self.box_pooler.strides)  # without P6, whose sides are rounded up
+        return max(*self.backbone.strides, *self.box_pooler.strides)  # without P6, whose sides are rounded up
+
+    def features(self, images: ImageBatch) -> tuple[Tensor, ...]:
+        """Return the feature maps of RPN and heads, each `(B, C, H / stride, W / stride)`."""
+        return self.neck(self.backbone(self.pixels(images)))
 
     def forward(
         self, images: ImageBatch, targets: Targets, observe: Callable[[Diagnostics], None] | None = None
     ) -> Losses:
         """Return the losses of a batch. `observe`, if given, is called with the `Diagnostics` of the batch."""
-        features = self.backbone(self.pixels(images))
+        features = self.features(images)
         proposals, (loss_objectness, loss_rpn_box_reg) = self.rpn(features, images, targets)
         samples = self.sampler(proposals, targets, images.seeds)
         if observe is not None:
@@ -255,7 +275,7 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> Detections:
         """Return the detections of a batch of images, with masks, in pixels of the resized images."""
-        features = self.backbone(self.pixels(images))
+        features = self.features(images)
         proposals = self.rpn.propose(features, images.sizes, self.rpn.inference_counts)
 
         image, slot = proposals.valid.nonzero(as_tuple=True)
@@ -273,7 +293,7 @@ class MaskRCNN(nn.Module):
     def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
         """Return the regions of boxes `(N, 4)`, the input of the heads: `(N, C, S, S)`."""
         regions = pooler(features[: len(pooler.strides)], boxes, images)
-        return regions if self.res5 is None else self.res5(regions)
+        return regions if self.region_stage is None else self.region_stage(regions)
 
     def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch, *, side: int) -> Tensor:
         """Return the mask targets of the first `max_positives` samples of each image: `(B, max_positives, M, M)`."""
@@ -285,24 +305,25 @@ class MaskRCNN(nn.Module):
         return mask_targets(targets.masks, boxes, matched, side)
 
     def compile_dense(self, **options: Any) -> None:
-        """Compile backbone, RPN head, stage 5 and heads in place; parameter names do not change.
+        """Compile backbone, neck, RPN head, region stage and heads in place; parameter names do not change.
 
-        Proposals, sampling and RoI layers are not compiled. `options` are passed to `torch.compile`. The backbone is
-        compiled for a fixed image size first, and at the first other size again, for any size. The other modules are
-        compiled for dynamic shapes from the start, because the number of regions always differs. torch compiles batch
-        sizes of 1 and region counts of 0 and 1 separately.
+        Proposals, sampling and RoI layers are not compiled. `options` are passed to `torch.compile`. Backbone and neck
+        are compiled for a fixed image size first, and at the first other size again, for any size. The other modules
+        are compiled for dynamic shapes from the start, because the number of regions always differs. torch compiles
+        batch sizes of 1 and region counts of 0 and 1 separately.
         """
         self.backbone.compile(**options)
-        heads = (self.rpn.head, self.res5, self.box_head, self.mask_head)
+        self.neck.compile(**options)
+        heads = (self.rpn.head, self.region_stage, self.box_head, self.mask_head)
         for head in (head for head in heads if head is not None):
             head.compile(**{"dynamic": True, **options})
 
     def stages(self) -> list[nn.Module]:
         """Return the backbone's stages, first to last, for `engine.optimizer.parameter_groups`.
 
-        Stage 5 is included also if it runs on regions, because it has pretrained weights, too.
+        The region stage is included, because it has pretrained weights, too.
         """
-        return [*self.backbone.stages(), *([] if self.res5 is None else [self.res5])]
+        return [*self.backbone.stages(), *([] if self.region_stage is None else [self.region_stage])]
 
     def class_rows(self) -> Mapping[str, ClassRows]:
         """Return the parameters whose rows belong to classes, for `engine.checkpoint.load_weights`."""

@@ -26,7 +26,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 EXPERIMENT = """
 model:
-  backbone: {kind: resnet, depth: 18, width: 8, output: c5, norm: bn, freeze: 0, weights: none}
+  backbone: {kind: resnet, depth: 18, width: 8, out_features: [res5], norm: bn, freeze: 0, weights: none}
+  neck: {kind: none}
   rpn:
     anchor_sizes: [[32]]
     batch_size_per_image: 8

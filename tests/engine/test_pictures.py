@@ -20,7 +20,15 @@ def experiment() -> ExperimentConfig:
     return ExperimentConfig.model_validate(
         {
             "model": {
-                "backbone": {"kind": "resnet", "depth": 18, "output": "c5", "width": 8, "weights": "none", "freeze": 0},
+                "backbone": {
+                    "kind": "resnet",
+                    "depth": 18,
+                    "out_features": ["res5"],
+                    "width": 8,
+                    "weights": "none",
+                    "freeze": 0,
+                },
+                "neck": {"kind": "none"},
                 "rpn": {"anchor_sizes": [[16, 32]], "inference": {"pre_nms_top_n": 20, "post_nms_top_n": 10}},
                 "box_head": {"kind": "fc", "width": 8},
                 "mask_head": {"kind": "fcn", "depth": 1, "width": 8},

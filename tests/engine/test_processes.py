@@ -62,10 +62,14 @@ SMALL: dict[str, Any] = {
     "detection": {"score_threshold": 0.0, "detections_per_image": 5},
 }
 RESNET: dict[str, Any] = {"kind": "resnet", "depth": 18, "width": 8, "freeze": 0, "weights": "none"}
-FPN = {**RESNET, "output": "fpn", "norm": "none", "fpn": {"channels": 32}}
-SYNC = {"backbone": {**FPN, "norm": "sync_bn", "fpn": {"channels": 32, "norm": "sync_bn"}}}
+FPN: dict[str, Any] = {"backbone": {**RESNET, "norm": "none"}, "neck": {"kind": "fpn", "channels": 32}}
+SYNC = {
+    "backbone": {**RESNET, "norm": "sync_bn"},
+    "neck": {"kind": "fpn", "channels": 32, "norm": "sync_bn"},
+}
 C4 = {
-    "backbone": {**RESNET, "output": "c4", "norm": "sync_bn"},
+    "backbone": {**RESNET, "out_features": ["res4"], "res5_on_regions": True, "norm": "sync_bn"},
+    "neck": {"kind": "none"},
     "rpn": {**SMALL["rpn"], "anchor_sizes": [[8, 16, 32, 48]]},
     "box_head": {"kind": "mean", "initialization": "detectron2"},
     # With its own RoI layer, stage 5 and its norms run on the positives only, of which there may be none.
@@ -90,10 +94,10 @@ class Training(NamedTuple):
 
 
 TRAININGS = {
-    "frozen norms": Training({"backbone": {**FPN, "norm": "frozen_bn"}}),
-    "group norm": Training({"backbone": {**FPN, "fpn": {"channels": 32, "norm": "gn"}}}),
-    "one process without objects": Training({"backbone": FPN}, empty=True),
-    "gradient accumulation": Training({"backbone": FPN}, accumulation_steps=2),
+    "frozen norms": Training({**FPN, "backbone": {**RESNET, "norm": "frozen_bn"}}),
+    "group norm": Training({**FPN, "neck": {"kind": "fpn", "channels": 32, "norm": "gn"}}),
+    "one process without objects": Training(FPN, empty=True),
+    "gradient accumulation": Training(FPN, accumulation_steps=2),
     "shared batch norm": Training(SYNC, lr=0.002),
     "shared batch norm of regions, one process without objects": Training(C4, empty=True, lr=0.002),
 }
@@ -162,7 +166,7 @@ def evaluation(group: Processes, out: Path) -> dict[str, Any]:
     scenes = {"kind": "shapes", "length": 5, "height": SIDE, "width": SIDE}
     config = ExperimentConfig.model_validate(
         {
-            "model": {**SMALL, "backbone": {**FPN, "norm": "bn"}},
+            "model": {**SMALL, **FPN, "backbone": {**RESNET, "norm": "bn"}},
             "data": {
                 "train": scenes,
                 "validation": scenes,
@@ -305,7 +309,7 @@ def test_two_processes_train_what_one_does(name: str, results_of_two: dict[str, 
 
 def test_the_heads_have_no_norms() -> None:
     """Only stage 5 of a C4 model normalizes RoIs. All other norms run on feature maps, which every process has."""
-    for settings, stages in ((SYNC, ()), (C4, ("res5.",))):
+    for settings, stages in ((SYNC, ("neck.",)), (C4, ("region_stage.",))):
         model = MaskRCNNConfig.model_validate({**SMALL, **settings}).build(3)
         norms = [name for name, module in model.named_modules() if isinstance(module, SyncBatchNorm)]
         assert norms
@@ -426,7 +430,8 @@ def test_inconsistent_environment_variables_are_refused(
 
 EXPERIMENT = """
 model:
-  backbone: {kind: resnet, depth: 18, width: 8, output: c5, freeze: 0, weights: none}
+  backbone: {kind: resnet, depth: 18, width: 8, out_features: [res5], freeze: 0, weights: none}
+  neck: {kind: none}
   rpn:
     anchor_sizes: [[32]]
     batch_size_per_image: 8

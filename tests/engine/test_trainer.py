@@ -20,7 +20,8 @@ from maskrcnn.training_run import train_experiment
 
 SHAPES = "{kind: shapes, length: 6, height: 64, width: 64, classes: [disc, cross]}"
 OVERRIDES = [
-    "model.backbone={kind: resnet, depth: 18, output: c5, width: 8, weights: none, freeze: 0, norm: bn}",
+    "model.backbone={kind: resnet, depth: 18, out_features: [res5], width: 8, weights: none, freeze: 0, norm: bn}",
+    "model.neck={kind: none}",
     "model.rpn={anchor_sizes: [[16, 32]], batch_size_per_image: 16}",
     "model.sampling.batch_size_per_image=8",
     "model.box_head={kind: fc, width: 8}",

@@ -91,7 +91,15 @@ def model() -> MaskRCNN:
     torch.manual_seed(1)
     return MaskRCNNConfig.model_validate(
         {
-            "backbone": {"kind": "resnet", "depth": 18, "output": "c5", "width": 8, "weights": "none", "freeze": 0},
+            "backbone": {
+                "kind": "resnet",
+                "depth": 18,
+                "out_features": ["res5"],
+                "width": 8,
+                "weights": "none",
+                "freeze": 0,
+            },
+            "neck": {"kind": "none"},
             "rpn": {
                 "anchor_sizes": [[16, 32]],
                 "training": {"pre_nms_top_n": 20, "post_nms_top_n": 10},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn.data.loader import collate
 from maskrcnn.engine.optimizer import HasStages
+from maskrcnn.errors import InputError
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
+from maskrcnn.models.necks.parts import NoNeck, NoNeckConfig
 from maskrcnn.structures import Batch, Example, ImageBatch, Losses, MaskCrop
 
 K = 4
@@ -24,19 +27,22 @@ SIDE = 64
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "fpn": {
-        "backbone": {"kind": "resnet", "depth": 18, "output": "fpn", "fpn": {"channels": 16}},
+        "backbone": {"kind": "resnet", "depth": 18},
+        "neck": {"kind": "fpn", "channels": 16},
         "rpn": {"anchor_sizes": [[8], [16], [32], [64], [128]]},
         "box_head": {"kind": "fc", "width": 32},
         "mask_head": {"kind": "fcn", "depth": 1, "width": 16},
     },
     "c4": {
-        "backbone": {"kind": "resnet", "depth": 18, "output": "c4"},
+        "backbone": {"kind": "resnet", "depth": 18, "out_features": ["res4"], "res5_on_regions": True},
+        "neck": {"kind": "none"},
         "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
         "box_head": {"kind": "mean"},
         "mask_head": {"kind": "fcn", "depth": 0, "width": 16},
     },
     "conv5": {
-        "backbone": {"kind": "vgg", "depth": 11, "output": "conv5"},
+        "backbone": {"kind": "vgg", "depth": 11, "out_features": ["conv5"]},
+        "neck": {"kind": "none"},
         "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
         "box_head": {"kind": "fc", "width": 32},
         "mask_head": {"kind": "fcn", "depth": 1, "width": 16},
@@ -232,7 +238,7 @@ def test_five_hundred_objects(model: MaskRCNN) -> None:
 
 
 def shapes(model: MaskRCNN, inputs: Batch) -> list[tuple[int, ...]]:
-    features = model.backbone(model.pixels(inputs.images))
+    features = model.features(inputs.images)
     proposals = model.rpn.propose(features, inputs.images.sizes, model.rpn.training_counts)
     samples = model.sampler(proposals, inputs.targets, inputs.images.seeds)
     detections = model.detect(inputs.images)
@@ -253,7 +259,7 @@ def test_intermediate_shapes_are_constant(model: MaskRCNN) -> None:
         )
     )
     assert all(other == first for other in others)
-    side = model.mask_pooler.size // (2 if model.res5 is not None else 1) * 2
+    side = model.mask_pooler.size // (2 if model.region_stage is not None else 1) * 2
     assert first[-9:] == [
         (2, 30, 4), (2, 30), (2, 16, 4), (2, 16), (2, 16), (2, 10, 4), (2, 10), (2, 10), (2, 10, side, side)
     ]  # fmt: skip
@@ -294,8 +300,9 @@ def test_compiled_modules_give_the_same_results_for_several_sizes(kind: str) -> 
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
         counts.append(counter.frame_count)
-    modules = 4 if compiled.res5 is None else 5
-    assert counts == [modules, modules + 1, modules + 1]  # only the backbone is compiled for a fixed size first
+    fixed = 2 if kind == "fpn" else 1  # backbone and, if it has layers, neck: compiled for a fixed size first
+    modules = fixed + 3 + (compiled.region_stage is not None)
+    assert counts == [modules, modules + fixed, modules + fixed]
 
 
 def _trainable(model: MaskRCNN) -> list[nn.Parameter]:
@@ -432,8 +439,7 @@ def test_the_stages_hold_the_parameters_of_the_classifier(model: MaskRCNN) -> No
     stages = model.stages()
     assert len(stages) == 5
     in_stages = {id(parameter) for stage in stages for parameter in stage.parameters()}
-    names = {name.removeprefix("backbone.body.") for name, p in model.named_parameters() if id(p) in in_stages}
-    names = {name.removeprefix("backbone.").removeprefix("res5.") for name in names}
+    names = {name.partition(".")[2] for name, p in model.named_parameters() if id(p) in in_stages}
     assert {name.split(".")[0] for name in names} <= {"conv1", "layer1", "layer2", "layer3", "layer4", "features"}
     assert "features.0.weight" in names or {"conv1.weight", "layer4.1.conv2.weight"} <= names
 
@@ -491,9 +497,86 @@ def test_each_head_may_have_a_roi_layer_of_its_own(kind: str) -> None:
         torch.testing.assert_close(results[name].loss_mask, mask.loss_mask)
 
 
-def test_every_level_needs_its_anchors() -> None:
-    with pytest.raises(ValueError, match=r"anchor_sizes has 1 levels, but the backbone has 5"):
-        build("fpn", rpn={"anchor_sizes": [[32]]})
+RES4 = {"kind": "resnet", "depth": 18, "out_features": ["res4"]}
+RES45 = {"kind": "resnet", "depth": 18, "out_features": ["res4", "res5"]}
+ALL = {"kind": "resnet", "depth": 18}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"rpn": {"anchor_sizes": [[32]]}},
+            "rpn.anchor_sizes has 1 levels, but neck.kind fpn returns 5 maps (strides 4,",
+        ),
+        (
+            {"backbone": RES4},
+            "neck.kind fpn needs two or more feature maps whose strides double, but the backbone returns 1 map "
+            "(stride 16): set backbone.out_features, or neck.kind to none",
+        ),
+        ({"backbone": {**RES45, "res5_dilation": 2}}, "the backbone returns 2 maps (strides 16, 16)"),
+        (
+            {"backbone": RES45, "neck": {"kind": "none"}, "rpn": {"anchor_sizes": [[32]]}},
+            "rpn.anchor_sizes has 1 levels, but neck.kind none returns 2 maps (strides 16, 32): the RPN needs one list "
+            "of sizes for each; backbone.out_features and neck select the maps",
+        ),
+        ({"backbone": {**RES4, "res5_dilation": 2}}, "res5_dilation needs res5 in out_features"),
+        ({"backbone": {**RES45, "res5_on_regions": True}}, "res5_on_regions needs out_features: [res4]"),
+        ({"backbone": {**ALL, "out_features": ["res5", "res2"]}}, "one or more of res2, res3, res4, res5, in this"),
+        ({"backbone": {**ALL, "out_features": []}}, "one or more of res2, res3, res4, res5, in this order, each"),
+        (
+            {"backbone": {"kind": "vgg", "out_features": ["conv5", "conv5"]}},
+            "one or more of conv3, conv4, conv5, pool5, in this order",
+        ),
+    ],
+)
+def test_backbone_neck_and_anchors_must_fit(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MaskRCNNConfig.model_validate(sections)
+
+
+def test_without_a_neck_the_maps_need_equal_channels() -> None:
+    sections = {
+        "backbone": {**RES45, "weights": "none"},
+        "neck": {"kind": "none"},
+        "rpn": {"anchor_sizes": [[32], [64]]},
+    }
+    with pytest.raises(
+        InputError, match=r"model\.neck: .* maps of 256, 512: select one in model\.backbone\.out_features"
+    ):
+        MaskRCNNConfig.model_validate(sections).build(2)
+
+
+def test_two_maps_of_equal_channels_need_no_neck() -> None:
+    """A VGG's conv4 and conv5 both have 512 channels."""
+    vgg = {"kind": "vgg", "depth": 11, "out_features": ["conv4", "conv5"], "weights": "none"}
+    model = build("conv5", backbone=vgg, rpn={"anchor_sizes": [[16], [32]]})
+    assert model.rpn.anchor_generator.strides == model.box_pooler.strides == (8, 16)
+    assert_learns(model, losses(model, example()))
+
+
+def test_a_pyramid_may_have_fewer_levels() -> None:
+    resnet = {**ALL, "out_features": ["res3", "res4", "res5"], "weights": "none"}
+    model = build("fpn", backbone=resnet, rpn={"anchor_sizes": [[16], [32], [64], [128]]})
+    assert model.rpn.anchor_generator.strides == (8, 16, 32, 64)
+    assert model.box_pooler.strides == (8, 16, 32)
+    assert_learns(model, losses(model, example()))
+
+
+def test_a_region_stage_needs_the_channels_of_the_backbone() -> None:
+    class Narrow(NoNeck):
+        def __init__(self) -> None:
+            super().__init__(8, (16,))
+
+    config = MaskRCNNConfig.model_validate(
+        {**BACKBONES["c4"], "backbone": {**BACKBONES["c4"]["backbone"], "weights": "none"}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NoNeckConfig, "build", lambda self, **maps: Narrow())
+        with pytest.raises(
+            InputError, match=r"maps of 8 channels, but a stage of model\.backbone that runs on regions needs 256"
+        ):
+            config.build(2)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

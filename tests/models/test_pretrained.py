@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from maskrcnn.errors import InputError
 from maskrcnn.models import pretrained
-from maskrcnn.models.backbones.parts import BackboneParts
-from maskrcnn.models.backbones.resnet import ResNetConfig
+from maskrcnn.models.backbones.resnet import ResNet, ResNetConfig
 from maskrcnn.models.backbones.vgg import VGGConfig
 from maskrcnn.models.box_head import VGGFullyConnected
 from maskrcnn.models.mask_rcnn import MaskRCNNConfig
@@ -25,8 +24,11 @@ def real_file(shared_data: Path) -> Path:
     return shared_data / "resnet18_imagenet" / "resnet18_imagenet_conv1_to_layer3.pth"
 
 
-def resnet18(output: str = "c4") -> BackboneParts:
-    return ResNetConfig.model_validate({"depth": 18, "output": output}).build()
+C4 = ResNetConfig(depth=18, out_features=("res4",), res5_on_regions=True)
+
+
+def resnet18(config: ResNetConfig = C4) -> ResNet:
+    return config.build()
 
 
 def load(modules: list[nn.Module | None], path: Path, architecture: str = "resnet18") -> None:
@@ -46,7 +48,7 @@ def full_state(body: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_tensor_of_the_body_comes_from_the_file(tmp_path: Path) -> None:
-    body = resnet18().body
+    body = resnet18()
     state = full_state(body)
     extra = {"fc.weight": torch.zeros(3, 3), "bn1.num_batches_tracked": torch.tensor(5)}
     load([body], saved(tmp_path / "w.pth", state | extra))
@@ -54,16 +56,16 @@ def test_every_tensor_of_the_body_comes_from_the_file(tmp_path: Path) -> None:
 
 
 def test_body_and_separate_stage_5_load_from_one_file(tmp_path: Path) -> None:
-    modules = resnet18()
-    assert modules.res5 is not None
-    state = full_state(modules.body) | full_state(modules.res5)
-    load([modules.body, modules.res5, None], saved(tmp_path / "w.pth", state))
-    assert torch.equal(modules.res5.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
-    assert torch.equal(modules.body.conv1.weight, state["conv1.weight"])
+    body, res5 = C4.build(), C4.build_region_stage()
+    assert res5 is not None
+    state = full_state(body) | full_state(res5)
+    load([body, res5, None], saved(tmp_path / "w.pth", state))
+    assert torch.equal(res5.layer4[0].conv1.weight, state["layer4.0.conv1.weight"])
+    assert torch.equal(body.conv1.weight, state["conv1.weight"])
 
 
 def test_the_real_file_fills_c4(real_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    body = resnet18().body
+    body = resnet18()
     with caplog.at_level(logging.INFO):
         load([body], real_file)
     state = torch.load(real_file, weights_only=True)
@@ -76,7 +78,7 @@ def test_the_real_file_fills_c4(real_file: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_tensors_missing_in_the_real_file_are_listed(real_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    body = resnet18("fpn").body
+    body = resnet18(ResNetConfig(depth=18))
     before = body.layer4[1].conv2.weight.clone()
     with caplog.at_level(logging.INFO):
         load([body], real_file)
@@ -87,7 +89,7 @@ def test_tensors_missing_in_the_real_file_are_listed(real_file: Path, caplog: py
 
 
 def test_fc6_and_fc7_come_from_a_vgg(tmp_path: Path) -> None:
-    body, trunk = VGGConfig(depth=11).build().body, VGGFullyConnected(8, width=4)
+    body, trunk = VGGConfig(depth=11).build(), VGGFullyConnected(8, width=4)
     state = full_state(body) | full_state(trunk) | {"classifier.6.weight": torch.zeros(1000, 4)}
     load([body, None, trunk], saved(tmp_path / "vgg.pth", state), "vgg11")
     assert torch.equal(trunk.classifier[0].weight, state["classifier.0.weight"])
@@ -96,7 +98,7 @@ def test_fc6_and_fc7_come_from_a_vgg(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_the_weights_that_its_config_names(tmp_path: Path) -> None:
-    body = resnet18("fpn").body
+    body = resnet18(ResNetConfig(depth=18))
     state = full_state(body)
     path = saved(tmp_path / "w.pth", state)
     settings = {
@@ -105,12 +107,12 @@ def test_the_model_takes_the_weights_that_its_config_names(tmp_path: Path) -> No
     }
     config = MaskRCNNConfig.model_validate(settings)
     model = config.build(2)
-    assert torch.equal(model.backbone.body.conv1.weight, state["conv1.weight"])
-    assert not torch.equal(config.build(2, pretrained=False).backbone.body.conv1.weight, state["conv1.weight"])
+    assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
+    assert not torch.equal(config.build(2, pretrained=False).backbone.conv1.weight, state["conv1.weight"])
 
 
 def test_unused_tensors_are_logged_except_the_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    body = resnet18().body
+    body = resnet18()
     state = full_state(body) | {"layer4.0.conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}
     with caplog.at_level(logging.INFO):
         load([body], saved(tmp_path / "w.pth", state))
@@ -122,7 +124,7 @@ def test_unused_tensors_are_logged_except_the_classifier(tmp_path: Path, caplog:
 
 
 def test_another_shape_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
-    body = resnet18().body
+    body = resnet18()
     before = body.conv1.weight.clone()
     state = full_state(body) | {"layer1.0.conv1.weight": torch.zeros(128, 64, 3, 3)}
     path = saved(tmp_path / "w.pth", state)
@@ -135,7 +137,7 @@ def test_another_shape_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_long_list_of_wrong_shapes_is_truncated(tmp_path: Path) -> None:
-    body = resnet18().body
+    body = resnet18()
     path = saved(tmp_path / "w.pth", {name: torch.zeros(2, 2) for name in body.state_dict()})
     with pytest.raises(InputError, match=f"and {len(body.state_dict()) - 10} more"):
         load([body], path)
@@ -143,24 +145,24 @@ def test_a_long_list_of_wrong_shapes_is_truncated(tmp_path: Path) -> None:
 
 def test_the_real_file_does_not_fit_another_depth(real_file: Path) -> None:
     with pytest.raises(InputError, match=r"does not fit resnet50.*\n.*layer1\.0\.conv1\.weight: \(64, 64, 3, 3\)"):
-        load([ResNetConfig(depth=50, output="c4").build().body], real_file, "resnet50")
+        load([ResNetConfig(depth=50, out_features=("res4",)).build()], real_file, "resnet50")
 
 
 @pytest.mark.parametrize("state", [{"stem.conv.weight": torch.zeros(2)}, {"model": {}, "iteration": 3}, {}])
 def test_a_file_without_known_names_is_refused(tmp_path: Path, state: dict[str, object]) -> None:
     path = saved(tmp_path / "w.pth", state)
     with pytest.raises(InputError, match="has a parameter name of resnet18") as error:
-        load([resnet18().body], path)
+        load([resnet18()], path)
     assert str(path) in str(error.value)
     assert min(state, default="nothing") in str(error.value)
 
 
 def test_no_file_and_a_broken_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.pth"):
-        load([resnet18().body], tmp_path / "absent.pth")
+        load([resnet18()], tmp_path / "absent.pth")
     (tmp_path / "broken.pth").write_bytes(b"not a zip")
     with pytest.raises(InputError, match=r"broken\.pth"):
-        load([resnet18().body], tmp_path / "broken.pth")
+        load([resnet18()], tmp_path / "broken.pth")
 
 
 # torchvision's cache and download.
@@ -196,7 +198,7 @@ def test_a_cache_that_cannot_be_written_raises_an_input_error(cache: Path) -> No
 
 def test_a_cached_file_is_used(cache: Path) -> None:
     cache.mkdir(parents=True)
-    body = resnet18().body
+    body = resnet18()
     state = full_state(body)
     path = saved(cache / "resnet18-f37072fd.pth", state)
     assert imagenet_file("resnet18") == path
@@ -205,7 +207,7 @@ def test_a_cached_file_is_used(cache: Path) -> None:
 
 
 def test_a_missing_file_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = full_state(resnet18().body)
+    state = full_state(resnet18())
     monkeypatch.setattr(pretrained, "download_url_to_file", lambda url, path: torch.save(state, path))
     assert imagenet_file("resnet18") == cache / "resnet18-f37072fd.pth"
     assert (cache / "resnet18-f37072fd.pth").is_file()

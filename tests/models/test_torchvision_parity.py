@@ -109,7 +109,7 @@ def test_features_agree(models, scene) -> None:
     (theirs, ours), (pixels, _, images, _) = models, scene
     batch, _ = theirs.transform(list(pixels / 255))
     torch.testing.assert_close(ours.pixels(images), batch.tensors, atol=1e-5, rtol=1e-5)
-    features = ours.backbone(ours.pixels(images))
+    features = ours.features(images)
     for level, expected in zip(features, theirs.backbone(batch.tensors).values(), strict=True):
         torch.testing.assert_close(level, expected, atol=1e-4, rtol=1e-4)
 
@@ -119,7 +119,7 @@ def test_proposals_agree(models, scene) -> None:
     batch, _ = theirs.transform(list(pixels / 255))
     with torch.no_grad():
         expected, _ = theirs.eval().rpn(batch, theirs.backbone(batch.tensors))
-        proposals = ours.rpn.propose(ours.backbone(ours.pixels(images)), images.sizes, ours.rpn.inference_counts)
+        proposals = ours.rpn.propose(ours.features(images), images.sizes, ours.rpn.inference_counts)
     for index in range(2):
         boxes = proposals.boxes[index][proposals.valid[index]]
         assert len(boxes) == len(expected[index]) > 100
@@ -150,8 +150,8 @@ def test_gradients_agree(models, scene) -> None:
     ours(images, dense).total.backward()
     for their_layer, our_layer in [
         (theirs.rpn.head.conv[0][0], ours.rpn.head.conv),  # evaluated only at the sampled anchors in our model
-        (theirs.backbone.fpn.inner_blocks[0][0], ours.backbone.lateral[0].conv),
-        (theirs.backbone.body.layer2[0].conv1, ours.backbone.body.layer2[0].conv1),
+        (theirs.backbone.fpn.inner_blocks[0][0], ours.neck.lateral[0].conv),
+        (theirs.backbone.body.layer2[0].conv1, ours.backbone.layer2[0].conv1),
         (theirs.roi_heads.mask_predictor.conv5_mask, ours.mask_head.upsample),
     ]:
         expected = their_layer.weight.grad

@@ -96,11 +96,12 @@ def torchvision_side(config: ExperimentConfig, dataset: DetectionDataset) -> Sid
 def torchvision_model(config: ExperimentConfig, num_classes: int, ours: MaskRCNN) -> TorchvisionMaskRCNN:
     """Build torchvision's Mask R-CNN; the backbone's stages start from those of `ours`, random ones too."""
     part = config.model
-    if part.backbone.kind != "resnet" or part.backbone.output != "fpn" or part.backbone.norm not in NORMS:
+    resnet = part.backbone.kind == "resnet" and part.backbone.strides == (4, 8, 16, 32) and part.backbone.norm in NORMS
+    if not resnet or part.neck.kind != "fpn":
         raise InputError("the convergence benchmark compares ResNets with a pyramid and norm frozen_bn or bn")
     if part.box_head.kind != "fc" or part.mask_head.kind != "fcn" or part.box_head.depth != 2:
         raise InputError("the convergence benchmark compares a box head of two layers and a convolutional mask head")
-    channels = part.backbone.fpn.channels
+    channels = part.neck.channels
     # Without fields of their own in torchvision: what its parts take as objects.
     box_pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=part.box_head.pool_size, sampling_ratio=2)
     mask_pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=part.mask_head.pool_size, sampling_ratio=2)
@@ -138,12 +139,12 @@ NORMS = {"frozen_bn": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}
 def _torchvision_backbone(config: ExperimentConfig, ours: MaskRCNN, channels: int) -> BackboneWithFPN:
     part = config.model.backbone
     body = RESNETS[part.depth](norm_layer=NORMS[part.norm])
-    state = ours.backbone.body.state_dict()
+    state = ours.backbone.state_dict()
     body.load_state_dict(state, strict=False)  # all but the classifier's last layer
-    learns = {name for name, parameter in ours.backbone.body.named_parameters() if parameter.requires_grad}
+    learns = {name for name, parameter in ours.backbone.named_parameters() if parameter.requires_grad}
     for name, parameter in body.named_parameters():
         parameter.requires_grad_(name in learns)
-    widths = list(ours.backbone.body.channels)
+    widths = list(ours.backbone.channels)
     layers = {f"layer{stage}": str(stage - 1) for stage in (1, 2, 3, 4)}
     return BackboneWithFPN(body, layers, widths, channels)
 

@@ -88,7 +88,7 @@ def _rpn_layers(model: MaskRCNN) -> None:
 def _pyramid(model: MaskRCNN) -> None:
     from torch import nn
 
-    layers = [*model.backbone.lateral.modules(), *model.backbone.output.modules()]
+    layers = [*model.neck.lateral.modules(), *model.neck.output.modules()]
     _as_torch(layer for layer in layers if isinstance(layer, nn.Conv2d))
 
 

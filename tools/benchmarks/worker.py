@@ -145,7 +145,9 @@ def _draw_weights(model: nn.Module, scores: nn.Linear) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        std = (2 / parameter[0].numel()) ** 0.5 if name.startswith("backbone.body") else 0.01 * (parameter.dim() > 1)
+        # torchvision calls our `neck` `backbone.fpn`.
+        in_backbone = name.startswith("backbone.") and not name.startswith("backbone.fpn.")
+        std = (2 / parameter[0].numel()) ** 0.5 if in_backbone else 0.01 * (parameter.dim() > 1)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     for name, weight in model.named_buffers():
         if name.endswith(

@@ -26,9 +26,10 @@ from maskrcnn.engine.loggers import Logger, LoggerConfig
 from maskrcnn.engine.optimizer import OptimizerConfig, scaled_lr
 from maskrcnn.engine.schedule import Schedule, ScheduleConfig
 from maskrcnn.evaluation.metric import Metric, MetricConfig
-from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, BackboneParts
+from maskrcnn.models.backbones.parts import Backbone, BackboneConfig
 from maskrcnn.models.box_head import BoxHeadConfig, BoxTrunk
 from maskrcnn.models.mask_head import MaskHead, MaskHeadConfig
+from maskrcnn.models.necks.parts import Neck, NeckConfig
 from maskrcnn.ops.roi import RoILayer, RoILayerConfig
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
@@ -42,14 +43,13 @@ class PlainConfig(BackboneConfig):
     width: PositiveInt = 32
 
     @property
-    def levels(self) -> int:
-        """One feature map."""
-        return 1
+    def strides(self) -> tuple[int, ...]:
+        """One feature map at stride 16."""
+        return (16,)
 
-    def build(self) -> BackboneParts:
-        """Return the backbone, which is its own body."""
-        backbone = Plain(self.width)
-        return BackboneParts(backbone, body=backbone, res5=None)
+    def build(self) -> Plain:
+        """Return the backbone."""
+        return Plain(self.width)
 
 
 class Plain(Backbone):
@@ -69,6 +69,37 @@ class Plain(Backbone):
         for conv in self.convs:
             pixels = conv(pixels).relu()
         return (pixels,)
+
+
+# ---- Neck: fewer or more channels
+
+
+class ProjectionConfig(NeckConfig):
+    """A 1 x 1 convolution of each feature map."""
+
+    kind: Literal["projection"] = "projection"
+    channels: PositiveInt = 16
+
+    def out_strides(self, strides: Sequence[int]) -> tuple[int, ...]:
+        """The maps keep their size."""
+        return tuple(strides)
+
+    def build(self, *, channels: Sequence[int], strides: Sequence[int]) -> Projection:
+        """Return the neck."""
+        return Projection(channels, strides, channels=self.channels)
+
+
+class Projection(Neck):
+    """Maps `(B, C_i, H, W)` to `(B, channels, H, W)`."""
+
+    def __init__(self, in_channels: Sequence[int], strides: Sequence[int], *, channels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(inputs, channels, 1) for inputs in in_channels)
+        self.channels, self.strides, self.roi_levels = channels, tuple(strides), len(strides)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the projected maps."""
+        return tuple(conv(level) for conv, level in zip(self.convs, features, strict=True))
 
 
 # ---- RoI layer: the value of one cell per bin

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -26,21 +26,23 @@ class Backbone(nn.Module, ABC):
     """Base class of backbones.
 
     `forward` maps normalised pixels `(B, 3, H, W)` to feature maps `(B, channels[i], H / strides[i], W / strides[i])`,
-    fine to coarse. H and W are multiples of all strides except that of FPN's P6, whose sides are rounded up.
+    fine to coarse. H and W are multiples of all strides.
 
     Attributes:
         channels: channels of each feature map.
         strides: image pixels per cell of each feature map.
-        roi_levels: number of feature maps, from the first on, that the RoI layers use; all if None.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
-    roi_levels: int | None = None
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:
-        """Return the stages of the body, first to last: the units that `freeze_stages` freezes."""
+        """Return the stages, first to last: the units that `freeze_stages` freezes."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps."""
 
 
 class BackboneConfig(Part):
@@ -50,20 +52,24 @@ class BackboneConfig(Part):
 
     @property
     @abstractmethod
-    def levels(self) -> int:
-        """Number of feature maps of the RPN."""
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the feature maps that the backbone returns, fine to coarse, to check a configuration."""
 
     @property
     def region_stride(self) -> int:
-        """The factor by which `BackboneParts.res5` reduces the side of a region; 1 without it."""
+        """The factor by which the region stage reduces the side of a region; 1 without one."""
         return 1
 
     @abstractmethod
-    def build(self) -> BackboneParts:
+    def build(self) -> Backbone:
         """Return the backbone with random weights."""
 
-    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
-        """Load `weights` into the modules that `build` returned, and into a trunk of the box head that has some too.
+    def build_region_stage(self) -> RegionStage | None:
+        """Return the region stage with random weights, if the backbone has one."""
+        return None
+
+    def load_pretrained(self, backbone: Backbone, region_stage: RegionStage | None, trunk: nn.Module | None) -> None:
+        """Load `weights` into the modules that this config built, and into a trunk of the box head that has some too.
 
         Raises:
             InputError: the weights cannot be read or do not fit.
@@ -71,18 +77,20 @@ class BackboneConfig(Part):
 
 
 class RegionStage(nn.Module):
-    """A stage that runs on pooled regions: `(N, C, S, S) -> (N, channels, S / stride, S / stride)`."""
+    """A stage of the backbone that runs on pooled regions, before both heads (Detectron2's `Res5ROIHeads`).
 
+    `forward` maps `(N, in_channels, S, S)` to `(N, channels, S / stride, S / stride)`.
+    """
+
+    in_channels: int
     channels: int
     stride: int
 
 
-class BackboneParts(NamedTuple):
-    """The modules that a backbone config builds."""
-
-    backbone: Backbone
-    body: Backbone  # the part with pretrained classifier weights, under torchvision's parameter names
-    res5: RegionStage | None  # stage 5, for C4 models
+def require_features(out_features: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ValueError unless `out_features` are some of `names`, in their order, each at most once."""
+    if not out_features or list(out_features) != [name for name in names if name in out_features]:
+        raise ValueError(f"out_features must be one or more of {', '.join(names)}, in this order, each at most once")
 
 
 def freeze_stages(body: nn.Module, stages: Sequence[nn.Module]) -> None:

@@ -1,13 +1,14 @@
 """ResNet and ResNeXt (arXiv 1512.03385, 1611.05431), with torchvision's parameter names.
 
-Shapes: B images, C channels, H x W cells. Stage k has stride 2^k and its output is called Ck; C1 is the stem.
+Shapes: B images, C channels, H x W cells. Stage k has stride 2^k. Its output is Ck in the papers, and `resk` in the
+configuration, as in Detectron2; C1 is the stem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -16,18 +17,20 @@ from torch import Tensor, nn
 from maskrcnn.models.backbones.parts import (
     Backbone,
     BackboneConfig,
-    BackboneParts,
     CheckpointActivations,
     CheckpointedSequential,
     RegionStage,
     freeze_stages,
+    require_features,
 )
 from maskrcnn.models.initialization import init_convolutions
-from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import GROUPS, NormFactory, NormKind, build_norm, conv_norm
 from maskrcnn.models.pretrained import load_pretrained
 
 Depth = Literal[18, 34, 50, 101, 152]
+Feature = Literal["res2", "res3", "res4", "res5"]
+
+FEATURES: tuple[Feature, ...] = ("res2", "res3", "res4", "res5")
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
@@ -41,8 +44,9 @@ BLOCKS: dict[int, tuple[int, int, int, int]] = {
 class ResNetConfig(BackboneConfig):
     """A ResNet or, with `groups` and `width_per_group`, a ResNeXt (50 and 101: 32x4d is 32 and 4).
 
-    `output` selects the feature maps of the RPN and the heads. `c4`: C4; stage 5 runs on each region. `c5`: C5 at
-    stride 32. `dc5`: C5 with dilation 2, at stride 16. `fpn`: P2 to P6.
+    `out_features`: the stages whose feature maps the backbone returns. All four are for a feature pyramid.
+    `res5_dilation`: 2 dilates stage 5, which then keeps the stride 16 (DC5).
+    `res5_on_regions`: stage 5 runs on each pooled region instead of the image (C4), with `out_features: [res4]`.
     """
 
     kind: Literal["resnet"] = "resnet"
@@ -50,8 +54,9 @@ class ResNetConfig(BackboneConfig):
     width: PositiveInt = 64  # channels of the stem and of C2's 3x3 convolutions; ImageNet weights have 64
     groups: PositiveInt = 1
     width_per_group: PositiveInt = 64
-    output: Literal["c4", "c5", "dc5", "fpn"] = "fpn"
-    fpn: FPNConfig = FPNConfig()
+    out_features: tuple[Feature, ...] = FEATURES
+    res5_dilation: Literal[1, 2] = 1
+    res5_on_regions: bool = False
     norm: NormKind = "frozen_bn"
     norm_eps: NonNegativeFloat = 1e-5
     stride_in_1x1: bool = False
@@ -77,15 +82,24 @@ class ResNetConfig(BackboneConfig):
             raise ValueError(f"depth {self.depth} has basic blocks: no groups, width_per_group or stride_in_1x1")
         return self
 
+    @model_validator(mode="after")
+    def _features_and_stage_5_fit(self) -> ResNetConfig:
+        require_features(self.out_features, FEATURES)
+        if self.res5_dilation != 1 and "res5" not in self.out_features:
+            raise ValueError("res5_dilation needs res5 in out_features")
+        if self.res5_on_regions and self.out_features != ("res4",):
+            raise ValueError("res5_on_regions needs out_features: [res4], the map from which regions are pooled")
+        return self
+
     @property
-    def levels(self) -> int:
-        """Number of feature maps."""
-        return 5 if self.output == "fpn" else 1
+    def strides(self) -> tuple[int, ...]:
+        """4, 8, 16 and 32 for C2 to C5, or 16 for a dilated C5."""
+        return tuple(_stride(int(name[-1]), self.res5_dilation) for name in self.out_features)
 
     @property
     def region_stride(self) -> int:
-        """2 for C4: stage 5 halves the regions."""
-        return 2 if self.output == "c4" else 1
+        """2 if stage 5 runs on regions."""
+        return Res5.stride if self.res5_on_regions else 1
 
     @property
     def architecture(self) -> str:
@@ -94,27 +108,32 @@ class ResNetConfig(BackboneConfig):
             return f"resnet{self.depth}"
         return f"resnext{self.depth}_{self.groups}x{self.width_per_group}d"
 
-    def build(self) -> BackboneParts:
-        """Return the backbone, and for C4 stage 5 as a separate module, with random weights."""
-        shared: dict[str, Any] = {
-            "depth": self.depth,
-            "width": self.width,
-            "make_norm": partial(build_norm, self.norm, eps=self.norm_eps),
-            "groups": self.groups,
-            "width_per_group": self.width_per_group,
-            "stride_in_1x1": self.stride_in_1x1,
-            "checkpoint_activations": self.checkpoint_activations,
-        }
-        stages = {"c4": (4,), "c5": (5,), "dc5": (5,), "fpn": (2, 3, 4, 5)}[self.output]
-        body = ResNet(outputs=stages, dilate_c5=self.output == "dc5", **shared)
-        freeze_stages(body, body.stages()[: self.freeze])
-        backbone = FPN(body, channels=self.fpn.channels, norm=self.fpn.norm) if self.output == "fpn" else body
-        return BackboneParts(backbone, body, Res5(**shared) if self.output == "c4" else None)
+    def build(self) -> ResNet:
+        """Return the backbone with random weights."""
+        stages = [int(name[-1]) for name in self.out_features]
+        backbone = ResNet(self._blocks(), out_stages=stages, res5_dilation=self.res5_dilation)
+        freeze_stages(backbone, backbone.stages()[: self.freeze])
+        return backbone
 
-    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
+    def build_region_stage(self) -> Res5 | None:
+        """Return stage 5 with random weights if it runs on regions."""
+        return Res5(self._blocks()) if self.res5_on_regions else None
+
+    def load_pretrained(self, backbone: Backbone, region_stage: RegionStage | None, trunk: nn.Module | None) -> None:
         """Load the weights of torchvision's classifier."""
         if self.weights != "none":
-            load_pretrained([parts.body, parts.res5, trunk], self.weights, architecture=self.architecture)
+            load_pretrained([backbone, region_stage, trunk], self.weights, architecture=self.architecture)
+
+    def _blocks(self) -> Blocks:
+        return Blocks(
+            depth=self.depth,
+            make_norm=partial(build_norm, self.norm, eps=self.norm_eps),
+            width=self.width,
+            groups=self.groups,
+            width_per_group=self.width_per_group,
+            stride_in_1x1=self.stride_in_1x1,
+            checkpoint_activations=self.checkpoint_activations,
+        )
 
 
 class Shortcut(nn.Sequential):
@@ -194,46 +213,70 @@ class Bottleneck(nn.Module):
         return F.relu_(conv_norm(self.conv3, self.bn3, out).add_(identity))
 
 
+class Blocks(NamedTuple):
+    """What all stages of a ResNet share: the settings of their blocks."""
+
+    depth: Depth
+    make_norm: NormFactory
+    width: int
+    groups: int
+    width_per_group: int
+    stride_in_1x1: bool
+    checkpoint_activations: bool
+
+    def channels(self, stage: int) -> int:
+        """Return the number of channels of `C{stage}`, for stages 2 to 5."""
+        expansion = BasicBlock.expansion if self.depth < 50 else Bottleneck.expansion
+        return self.width * 2 ** (stage - 2) * expansion
+
+    def build_stage(self, stage: int, *, stride: int, dilation: int) -> nn.Sequential:
+        """Return stage 2, 3, 4 or 5."""
+        inputs = self.width if stage == 2 else self.channels(stage - 1)
+        blocks = [self._block(stage, inputs, stride=stride, dilation=dilation)]
+        for _ in range(BLOCKS[self.depth][stage - 2] - 1):
+            blocks.append(self._block(stage, self.channels(stage), stride=1, dilation=dilation))
+        return (CheckpointedSequential if self.checkpoint_activations else nn.Sequential)(*blocks)
+
+    def _block(self, stage: int, inputs: int, *, stride: int, dilation: int) -> nn.Module:
+        planes = self.width * 2 ** (stage - 2)
+        if self.depth < 50:
+            return BasicBlock(inputs, planes, stride=stride, dilation=dilation, make_norm=self.make_norm)
+        return Bottleneck(
+            inputs,
+            planes,
+            stride=stride,
+            dilation=dilation,
+            make_norm=self.make_norm,
+            groups=self.groups,
+            width_per_group=self.width_per_group,
+            stride_in_1x1=self.stride_in_1x1,
+        )
+
+
 class ResNet(Backbone):
-    """The stages of a ResNet up to the last one in `outputs`.
+    """The stages of a ResNet up to the last one in `out_stages`.
 
     Attributes:
         channels: channels of each output.
         strides: image pixels per cell of each output.
     """
 
-    def __init__(
-        self,
-        *,
-        depth: Depth,
-        make_norm: NormFactory,
-        width: int = 64,
-        outputs: Sequence[int],
-        dilate_c5: bool = False,
-        groups: int = 1,
-        width_per_group: int = 64,
-        stride_in_1x1: bool = False,
-        checkpoint_activations: bool = False,
-    ) -> None:
-        """Build stages 1 to `max(outputs)`. With `dilate_c5`, C5 keeps C4's stride and has dilation 2."""
+    def __init__(self, blocks: Blocks, *, out_stages: Sequence[int], res5_dilation: int = 1) -> None:
+        """Build stages 1 to `max(out_stages)`. With a dilation of 2, C5 keeps C4's stride."""
         super().__init__()
-        block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
-        build_stage = partial(_stage, block, depth, width, checkpoint_activations)
-        self.outputs = tuple(outputs)
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = make_norm(width)
-        inputs = width
-        for stage in range(2, max(outputs) + 1):
-            dilated = dilate_c5 and stage == 5
-            stride = 1 if stage == 2 or dilated else 2
-            layer, inputs = build_stage(stage, inputs, stride=stride, dilation=2 if dilated else 1)
-            setattr(self, f"layer{stage - 1}", layer)
-        self.channels = tuple(stage_channels(depth, stage, width) for stage in outputs)
-        self.strides = tuple(16 if dilate_c5 and stage == 5 else 2**stage for stage in outputs)
+        self.out_stages = tuple(out_stages)
+        self.conv1 = nn.Conv2d(3, blocks.width, 7, 2, 3, bias=False)
+        self.bn1 = blocks.make_norm(blocks.width)
+        for stage in range(2, max(out_stages) + 1):
+            dilation = res5_dilation if stage == 5 else 1
+            stride = 1 if stage == 2 or dilation > 1 else 2
+            setattr(self, f"layer{stage - 1}", blocks.build_stage(stage, stride=stride, dilation=dilation))
+        self.channels = tuple(blocks.channels(stage) for stage in out_stages)
+        self.strides = tuple(_stride(stage, res5_dilation) for stage in out_stages)
         init_convolutions(self)
 
     def stages(self) -> list[nn.Module]:
-        """Return the stem and stages 2 to `max(outputs)`, first to last."""
+        """Return the stem and stages 2 to `max(out_stages)`, first to last."""
         layers = [module for name, module in self.named_children() if name.startswith("layer")]
         return [nn.ModuleList([self.conv1, self.bn1]), *layers]
 
@@ -242,38 +285,22 @@ class ResNet(Backbone):
         features = F.relu_(conv_norm(self.conv1, self.bn1, pixels))
         features = F.max_pool2d(features, 3, 2, 1)
         feature_maps = []
-        for stage in range(2, max(self.outputs) + 1):
+        for stage in range(2, max(self.out_stages) + 1):
             features = getattr(self, f"layer{stage - 1}")(features)
-            if stage in self.outputs:
+            if stage in self.out_stages:
                 feature_maps.append(features)
         return tuple(feature_maps)
 
 
 class Res5(RegionStage):
-    """Stage 5 on the pooled regions of a C4 model (He et al., 2016; Mask R-CNN, figure 4 left).
+    """Stage 5 on the pooled regions of a C4 model (He et al., 2016; Mask R-CNN, figure 4 left)."""
 
-    Attributes:
-        channels: channels of the output.
-        stride: factor by which the side of a region shrinks.
-    """
+    stride = 2
 
-    def __init__(
-        self,
-        *,
-        depth: Depth,
-        make_norm: NormFactory,
-        width: int = 64,
-        groups: int = 1,
-        width_per_group: int = 64,
-        stride_in_1x1: bool = False,
-        checkpoint_activations: bool = False,
-    ) -> None:
+    def __init__(self, blocks: Blocks) -> None:
         super().__init__()
-        block = _block(depth, make_norm, groups, width_per_group, stride_in_1x1)
-        build_stage = partial(_stage, block, depth, width, checkpoint_activations)
-        inputs = stage_channels(depth, 4, width)
-        self.layer4, self.channels = build_stage(5, inputs, stride=2, dilation=1)
-        self.stride = 2
+        self.in_channels, self.channels = blocks.channels(4), blocks.channels(5)
+        self.layer4 = blocks.build_stage(5, stride=self.stride, dilation=1)
         init_convolutions(self)
 
     def forward(self, regions: Tensor) -> Tensor:
@@ -281,38 +308,5 @@ class Res5(RegionStage):
         return self.layer4(regions)
 
 
-def stage_channels(depth: Depth, stage: int, width: int = 64) -> int:
-    """Return the number of channels of `C{stage}`, for stages 2 to 5."""
-    expansion = BasicBlock.expansion if depth < 50 else Bottleneck.expansion
-    return width * 2 ** (stage - 2) * expansion
-
-
-def _block(
-    depth: Depth, make_norm: NormFactory, groups: int, width_per_group: int, stride_in_1x1: bool
-) -> Callable[..., nn.Module]:
-    if depth < 50:
-        return partial(BasicBlock, make_norm=make_norm)
-    return partial(
-        Bottleneck,
-        make_norm=make_norm,
-        groups=groups,
-        width_per_group=width_per_group,
-        stride_in_1x1=stride_in_1x1,
-    )
-
-
-def _stage(
-    block: Callable[..., nn.Module],
-    depth: Depth,
-    width: int,
-    checkpoint_activations: bool,
-    stage: int,
-    inputs: int,
-    *,
-    stride: int,
-    dilation: int,
-) -> tuple[nn.Sequential, int]:
-    planes, outputs = width * 2 ** (stage - 2), stage_channels(depth, stage, width)
-    blocks = [block(inputs, planes, stride=stride, dilation=dilation)]
-    blocks += [block(outputs, planes, stride=1, dilation=dilation) for _ in range(BLOCKS[depth][stage - 2] - 1)]
-    return (CheckpointedSequential if checkpoint_activations else nn.Sequential)(*blocks), outputs
+def _stride(stage: int, res5_dilation: int) -> int:
+    return 2**stage // (res5_dilation if stage == 5 else 1)

@@ -1,4 +1,4 @@
-"""Backbones of timm (PyTorch Image Models), with a feature pyramid.
+"""Backbones of timm (PyTorch Image Models).
 
 Shapes: B images, C channels, H x W cells.
 """
@@ -12,15 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from maskrcnn.errors import InputError
-from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, BackboneParts
-from maskrcnn.models.necks.fpn import FPN, FPNConfig
+from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, RegionStage
 from maskrcnn.runtime.files import read_tensors
 
 STRIDES = (4, 8, 16, 32)
 
 
 class TimmConfig(BackboneConfig):
-    """A model of timm that supports `features_only` and has feature maps at strides 4, 8, 16 and 32.
+    """A model of timm that supports `features_only` and has feature maps at strides 4, 8, 16 and 32, all returned.
 
     Needs `pip install 'maskrcnn[timm]'`. `model.pixels` must match the weights.
     """
@@ -28,55 +27,54 @@ class TimmConfig(BackboneConfig):
     kind: Literal["timm"] = "timm"
     name: str = Field(description="timm's name of the model, such as convnext_tiny.fb_in22k")
     weights: str = "imagenet"  # "imagenet" (timm downloads them), "none", or the path of timm's state dict
-    fpn: FPNConfig = FPNConfig()
     freeze: int = Field(2, ge=0, le=5, description="number of frozen stages, from the first on; 2: the stem and C2")
     frozen_norms: bool = Field(True, description="batch norms of all stages keep their statistics and weights")
 
     @property
-    def levels(self) -> int:
-        """P2 to P6."""
-        return 5
+    def strides(self) -> tuple[int, ...]:
+        """Those of C2 to C5."""
+        return STRIDES
 
-    def build(self) -> BackboneParts:
+    def build(self) -> TimmFeatures:
         """Return the backbone with random weights.
 
         Raises:
             InputError: timm is not installed, has no such model, or the model lacks one of the feature maps.
         """
-        body = TimmFeatures(_create(self.name, pretrained=False), self.name)
-        self._freeze(body)
-        return BackboneParts(FPN(body, channels=self.fpn.channels, norm=self.fpn.norm), body, res5=None)
+        backbone = TimmFeatures(_create(self.name, pretrained=False), self.name)
+        self._freeze(backbone)
+        return backbone
 
-    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
-        """Load the weights into the body.
+    def load_pretrained(self, backbone: Backbone, region_stage: RegionStage | None, trunk: nn.Module | None) -> None:
+        """Load the weights into the backbone.
 
         Raises:
-            InputError: the file cannot be read or does not have the tensors of the body, or the download failed.
+            InputError: the file cannot be read or does not have the tensors of the backbone, or the download failed.
         """
-        assert isinstance(parts.body, TimmFeatures)
+        assert isinstance(backbone, TimmFeatures)
         if self.weights == "none":
             return
         if self.weights == "imagenet":
             pretrained = _create(self.name, pretrained=True)
-            parts.body.features.load_state_dict(pretrained.state_dict())
+            backbone.features.load_state_dict(pretrained.state_dict())
             return
         state = read_tensors(Path(self.weights))
-        wanted = parts.body.features.state_dict()
+        wanted = backbone.features.state_dict()
         if any(name not in state for name in wanted):
             # `features_only` renames modules of most models: `stages.0` is `stages_0`.
-            state = {_flat_name(name, parts.body.features): tensor for name, tensor in state.items()}
+            state = {_flat_name(name, backbone.features): tensor for name, tensor in state.items()}
         for name, tensor in wanted.items():
             if name not in state or state[name].shape != tensor.shape:
                 problem = f"has the shape {list(state[name].shape)}" if name in state else "is missing"
                 raise InputError(f"{self.weights}: these are not the weights of {self.name}: {name} {problem}")
-        parts.body.features.load_state_dict({name: state[name] for name in wanted})
+        backbone.features.load_state_dict({name: state[name] for name in wanted})
 
-    def _freeze(self, body: TimmFeatures) -> None:
+    def _freeze(self, backbone: TimmFeatures) -> None:
         from timm.utils.model import freeze_batch_norm_2d  # keeps the activations that timm fuses with its norms
 
         if self.frozen_norms:
-            body.features = freeze_batch_norm_2d(body.features)
-        for stage in body.stages()[: self.freeze]:
+            backbone.features = freeze_batch_norm_2d(backbone.features)
+        for stage in backbone.stages()[: self.freeze]:
             stage.requires_grad_(False)
 
 

@@ -9,23 +9,26 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.models.backbones.parts import (
     Backbone,
     BackboneConfig,
-    BackboneParts,
     CheckpointActivations,
+    RegionStage,
     checkpointed,
     freeze_stages,
+    require_features,
 )
 from maskrcnn.models.initialization import init_convolutions
-from maskrcnn.models.necks.fpn import FPN, FPNConfig
 from maskrcnn.models.norms import NormFactory, NormKind, build_norm
 from maskrcnn.models.pretrained import load_pretrained
 
 Depth = Literal[11, 13, 16, 19]
+Feature = Literal["conv3", "conv4", "conv5", "pool5"]
+
+STAGES: dict[Feature, int] = {"conv3": 3, "conv4": 4, "conv5": 5, "pool5": 6}
 
 CONVOLUTIONS: dict[int, tuple[int, int, int, int, int]] = {
     11: (1, 1, 2, 2, 2),
@@ -39,52 +42,55 @@ WIDTHS = (64, 128, 256, 512, 512)
 class VGGConfig(BackboneConfig):
     """A VGG, with batch norm if `norm` is not "none".
 
-    `output` selects the feature maps of the RPN and the heads. `conv5`: the last convolution, at stride 16, as in Fast
-    R-CNN. `pool5`: after the last pooling, at stride 32. `fpn`: P2 to P6, on conv3, conv4, conv5 and pool5.
+    `out_features`: the feature maps that the backbone returns. `conv3`, `conv4`, `conv5`: after the last convolution of
+    that stage, at stride 4, 8, 16; Fast R-CNN uses conv5. `pool5`: after the last pooling, at stride 32. All four are
+    for a feature pyramid.
     """
 
     kind: Literal["vgg"] = "vgg"
     depth: Depth = 16
-    output: Literal["conv5", "pool5", "fpn"] = "conv5"
-    fpn: FPNConfig = FPNConfig()
+    out_features: tuple[Feature, ...] = tuple(STAGES)
     norm: NormKind = "none"
     norm_eps: NonNegativeFloat = 1e-5
     freeze: int = Field(2, ge=0, le=5)  # number of frozen stages, from the first on; 2 as in Fast R-CNN
     checkpoint_activations: CheckpointActivations = False  # per stage
     weights: str = "imagenet"  # "imagenet", "none", or the path of a torchvision-named state dict
 
+    @model_validator(mode="after")
+    def _features_are_in_order(self) -> VGGConfig:
+        require_features(self.out_features, tuple(STAGES))
+        return self
+
     @property
-    def levels(self) -> int:
-        """Number of feature maps."""
-        return 5 if self.output == "fpn" else 1
+    def strides(self) -> tuple[int, ...]:
+        """4, 8, 16 and 32 for conv3 to pool5."""
+        return tuple(_stride(STAGES[name]) for name in self.out_features)
 
     @property
     def architecture(self) -> str:
         """torchvision's name for the classifier with this body."""
         return f"vgg{self.depth}" + ("" if self.norm == "none" else "_bn")
 
-    def build(self) -> BackboneParts:
+    def build(self) -> VGG:
         """Return the backbone with random weights."""
         make_norm = None if self.norm == "none" else partial(build_norm, self.norm, eps=self.norm_eps)
-        stages = {"conv5": (5,), "pool5": (6,), "fpn": (3, 4, 5, 6)}[self.output]
-        body = VGG(
+        backbone = VGG(
             depth=self.depth,
             make_norm=make_norm,
-            outputs=stages,
+            out_stages=[STAGES[name] for name in self.out_features],
             checkpoint_activations=self.checkpoint_activations,
         )
-        freeze_stages(body, body.stages()[: self.freeze])
-        backbone = FPN(body, channels=self.fpn.channels, norm=self.fpn.norm) if self.output == "fpn" else body
-        return BackboneParts(backbone, body, None)
+        freeze_stages(backbone, backbone.stages()[: self.freeze])
+        return backbone
 
-    def load_pretrained(self, parts: BackboneParts, trunk: nn.Module | None) -> None:
+    def load_pretrained(self, backbone: Backbone, region_stage: RegionStage | None, trunk: nn.Module | None) -> None:
         """Load the weights of torchvision's classifier."""
         if self.weights != "none":
-            load_pretrained([parts.body, parts.res5, trunk], self.weights, architecture=self.architecture)
+            load_pretrained([backbone, trunk], self.weights, architecture=self.architecture)
 
 
 class VGG(Backbone):
-    """The convolutions of a VGG up to the last stage in `outputs`.
+    """The convolutions of a VGG up to the last stage in `out_stages`.
 
     Stage 5 is conv5_3 of VGG-16, at stride 16; stage 6 is pool5, at stride 32.
 
@@ -98,29 +104,29 @@ class VGG(Backbone):
         *,
         depth: Depth,
         make_norm: NormFactory | None,
-        outputs: Sequence[int],
+        out_stages: Sequence[int],
         checkpoint_activations: bool = False,
     ) -> None:
-        """Build stages 1 to `max(outputs)`, without norms if `make_norm` is None, as in the paper."""
+        """Build stages 1 to `max(out_stages)`, without norms if `make_norm` is None, as in the paper."""
         super().__init__()
         layers: list[nn.Module] = []
         ends = []  # index in `layers` at which each stage ends
         inputs = 3
         for stage, (count, width) in enumerate(zip(CONVOLUTIONS[depth], WIDTHS, strict=True), start=1):
-            for _ in range(count if stage <= max(outputs) else 0):
+            for _ in range(count if stage <= max(out_stages) else 0):
                 norm = [make_norm(width)] if make_norm else []
                 layers += [nn.Conv2d(inputs, width, 3, padding=1), *norm, nn.ReLU(inplace=True)]
                 inputs = width
             ends.append(len(layers))
-            if stage < max(outputs):
+            if stage < max(out_stages):
                 layers.append(nn.MaxPool2d(2))
         ends.append(len(layers))
         self.features = nn.Sequential(*layers)
         self.ends = tuple(ends)
-        self.outputs = tuple(outputs)
+        self.out_stages = tuple(out_stages)
         self.checkpoint_activations = checkpoint_activations
-        self.channels = tuple(WIDTHS[min(stage, 5) - 1] for stage in outputs)
-        self.strides = tuple(2 ** (stage - 1) for stage in outputs)
+        self.channels = tuple(WIDTHS[min(stage, 5) - 1] for stage in out_stages)
+        self.strides = tuple(_stride(stage) for stage in out_stages)
         init_convolutions(self)
 
     def stages(self) -> list[nn.Module]:
@@ -133,11 +139,15 @@ class VGG(Backbone):
         feature_maps = []
         features = pixels
         start = 0
-        for stage in range(1, max(self.outputs) + 1):
+        for stage in range(1, max(self.out_stages) + 1):
             end = self.ends[stage - 1]
             layers = self.features[start:end]
             features = checkpointed(layers, features) if self.checkpoint_activations else layers(features)
             start = end
-            if stage in self.outputs:
+            if stage in self.out_stages:
                 feature_maps.append(features)
         return tuple(feature_maps)
+
+
+def _stride(stage: int) -> int:
+    return 2 ** (stage - 1)

@@ -1,25 +1,29 @@
-"""Feature pyramid network (arXiv 1612.03144) on top of any backbone.
+"""Feature pyramid network (arXiv 1612.03144).
 
 Shapes: B images, C channels, H x W cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
 import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
-from maskrcnn.models.backbones.parts import Backbone
 from maskrcnn.models.initialization import init_uniform
+from maskrcnn.models.necks.parts import Neck, NeckConfig, describe_maps
 from maskrcnn.models.norms import GROUPS, ConvNorm, NormKind, build_norm
 
 
-class FPNConfig(Section):
-    """Channels of the pyramid and the norm after each of its convolutions."""
+class FPNConfig(NeckConfig):
+    """A feature pyramid on two or more maps, and one more level for the RPN."""
 
+    kind: Literal["fpn"] = "fpn"
     channels: PositiveInt = 256
-    norm: NormKind = "none"
+    norm: NormKind = "none"  # after each convolution of the pyramid
 
     @model_validator(mode="after")
     def _channels_form_groups(self) -> FPNConfig:
@@ -27,36 +31,44 @@ class FPNConfig(Section):
             raise ValueError(f"norm 'gn' needs a multiple of {GROUPS} channels, not {self.channels}")
         return self
 
+    def out_strides(self, strides: Sequence[int]) -> tuple[int, ...]:
+        """Return the strides of the backbone and twice the last one.
 
-class FPN(Backbone):
-    """Feature pyramid with equal channels on all levels: P2 to P5 from C2 to C5, and P6.
+        Raises:
+            ValueError: there is one map, or the strides do not double.
+        """
+        if len(strides) < 2 or any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+            raise ValueError(
+                f"neck.kind fpn needs two or more feature maps whose strides double, but the backbone returns "
+                f"{describe_maps(strides)}: set backbone.out_features, or neck.kind to none"
+            )
+        return (*strides, strides[-1] * 2)
 
-    Attributes:
-        channels: channels of each output.
-        strides: image pixels per cell of each output.
-    """
+    def build(self, *, channels: Sequence[int], strides: Sequence[int]) -> FPN:
+        """Return the pyramid with random weights."""
+        return FPN(channels, self.out_strides(strides), channels=self.channels, norm=self.norm)
 
-    def __init__(self, body: Backbone, *, channels: int, norm: NormKind = "none") -> None:
-        """Build the pyramid on `body`. The outputs of `body` go from fine to coarse; the stride doubles each time."""
+
+class FPN(Neck):
+    """Feature pyramid with equal channels on all levels: P2 to P5 from C2 to C5, and P6."""
+
+    def __init__(
+        self, in_channels: Sequence[int], strides: Sequence[int], *, channels: int, norm: NormKind = "none"
+    ) -> None:
+        """Build the pyramid on maps with `in_channels`. `strides` are those of the outputs, one more than inputs."""
         super().__init__()
-        self.body = body
-        self.lateral = nn.ModuleList(_conv(inputs, channels, kernel=1, norm=norm) for inputs in body.channels)
-        self.output = nn.ModuleList(_conv(channels, channels, kernel=3, norm=norm) for _ in body.channels)
-        self.strides = (*body.strides, body.strides[-1] * 2)
-        self.channels = (channels,) * len(self.strides)
-        self.roi_levels = len(body.strides)  # all but P6
+        self.lateral = nn.ModuleList(_conv(inputs, channels, kernel=1, norm=norm) for inputs in in_channels)
+        self.output = nn.ModuleList(_conv(channels, channels, kernel=3, norm=norm) for _ in in_channels)
+        self.channels, self.strides = channels, tuple(strides)
+        self.roi_levels = len(in_channels)  # all but P6
 
-    def stages(self) -> list[nn.Module]:
-        """Return the stages of the body."""
-        return self.body.stages()
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map normalised pixels `(B, 3, H, W)` to one `(B, C, H / stride, W / stride)` per level."""
-        laterals = [lateral(features) for lateral, features in zip(self.lateral, self.body(pixels), strict=True)]
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Map one `(B, C_i, H, W)` per level, fine to coarse, to one `(B, C, H, W)` per level and the extra one."""
+        laterals = [lateral(level) for lateral, level in zip(self.lateral, features, strict=True)]
         for fine in reversed(range(len(laterals) - 1)):
             coarse = F.interpolate(laterals[fine + 1], size=laterals[fine].shape[-2:], mode="nearest")
             laterals[fine] = laterals[fine] + coarse
-        levels = [output(features) for output, features in zip(self.output, laterals, strict=True)]
+        levels = [output(level) for output, level in zip(self.output, laterals, strict=True)]
         # P6, every second cell of P5, is used only by the RPN, for the largest anchors (section 4.1, footnote).
         return (*levels, F.max_pool2d(levels[-1], 1, 2))
 
