@@ -31,32 +31,18 @@ pytestmark = pytest.mark.usefixtures("logging_restored")
 CPU = torch.device("cpu")
 LAST = 4
 
-EXPERIMENT = """
+EXPERIMENT = f"""
+base: {Path(__file__).parent / "tiny_fpn.yaml"}
 model:
-  backbone: {kind: resnet, depth: 18, norm: gn, freeze: 5, weights: none}
-  neck: {kind: fpn, channels: 8}
-  rpn:
-    anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
-    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
-    batch_size_per_image: 16
-  sampling: {batch_size_per_image: 16}
-  box_head: {kind: fc, width: 16}
-  mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, detections_per_image: 5}
+  backbone: {{width: 32, norm: gn, freeze: 5}}
 data:
-  train: {kind: shapes, length: 8, height: 64, width: 64, classes: [disc, cross, star]}
-  validation: {kind: shapes, length: 3, seed: 1, height: 64, width: 64, classes: [disc, cross, star]}
-  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
-  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
+  train: {{length: 8, classes: [disc, cross, star]}}
+  validation: {{length: 3, classes: [disc, cross, star]}}
 training:
-  batch_size: 2
-  optimizer: {kind: sgd, lr: 0.05}
-  schedule: {kind: cosine, iterations: 4, warmup_iterations: 0}
-  workers: 0
+  optimizer: {{kind: sgd, lr: 0.05}}
+  schedule: {{iterations: 4}}
   evaluate_every: 2
-  log_every: 1
-evaluation: {pictures: 2, picture_score: 0.0}
+evaluation: {{pictures: 2}}
 """
 
 

@@ -35,36 +35,20 @@ REPOSITORY = Path(__file__).parents[1]
 TIMEOUT = 300  # seconds; only a hanging process takes this long
 
 # All state of a run: momenta, running statistics, averaged weights. Also gradient accumulation and evaluations.
-EXPERIMENT = """
-model:
-  backbone: {kind: resnet, depth: 18, width: 8, norm: bn, freeze: 0, weights: none}
-  neck: {kind: fpn, channels: 8}
-  rpn:
-    anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
-    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
-    batch_size_per_image: 16
-  sampling: {batch_size_per_image: 16}
-  box_head: {kind: fc, width: 16}
-  mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, detections_per_image: 5}
+EXPERIMENT = f"""
+base: {Path(__file__).parent / "tiny_fpn.yaml"}
 data:
-  train: {kind: shapes, length: 20, height: 64, width: 64}
-  validation: {kind: shapes, length: 2, seed: 1, height: 64, width: 64}
-  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [48, 64], long_side: 64}]
-  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
+  train: {{length: 20}}
+  train_transforms: {{resize: {{short_side: [48, 64]}}}}
 training:
   batch_size: 4
   grad_accum_steps: 2
   ema_decay: 0.9
-  optimizer: {kind: sgd, lr: 0.05}
-  schedule: {kind: cosine, iterations: 12, warmup_iterations: 3}
-  workers: 0
+  optimizer: {{kind: sgd, lr: 0.05}}
+  schedule: {{iterations: 12, warmup_iterations: 3}}
   evaluate_every: 6
   checkpoint_every: 2
   keep_checkpoints: 2
-  log_every: 1
-evaluation: {pictures: 1, picture_score: 0.0}
 """
 
 LAUNCHER = """

@@ -22,33 +22,16 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
 
-MODEL = """
-  backbone: {kind: resnet, depth: 18, norm: frozen_bn, freeze: 5, weights: none}
-  neck: {kind: fpn, channels: 8}
-  rpn:
-    anchor_sizes: [[8], [16], [32], [48], [64]]
-    training: {pre_nms_top_n: 30, post_nms_top_n: 20}
-    inference: {pre_nms_top_n: 30, post_nms_top_n: 10}
-    batch_size_per_image: 16
-  sampling: {batch_size_per_image: 16}
-  box_head: {kind: fc, width: 16}
-  mask_head: {kind: fcn, depth: 1, width: 8}
-  detection: {score_threshold: 0.0, detections_per_image: 5}
-"""
 EXPERIMENT = f"""
-model: {MODEL}
+base: {REPOSITORY / "tests" / "tiny_fpn.yaml"}
+model:
+  backbone: {{norm: frozen_bn, freeze: 5}}
 data:
   root: DATA
   train: {{kind: coco, annotations: objects.json, images: images}}
   validation: {{kind: coco, annotations: objects.json, images: images}}
-  train_transforms: [{{kind: horizontal_flip}}, {{kind: resize, short_side: [48], long_side: 64}}]
-  validation_transforms: [{{kind: resize, short_side: [48], long_side: 64}}]
-training:
-  batch_size: 2
-  schedule: {{kind: cosine, iterations: 2, warmup_iterations: 0}}
-  workers: 0
-  log_every: 1
-evaluation: {{pictures: 1, picture_score: 0.0}}
+  train_transforms: {{resize: {{short_side: [48]}}}}
+  validation_transforms: {{resize: {{short_side: [48]}}}}
 """
 
 

@@ -30,33 +30,15 @@ pytestmark = pytest.mark.usefixtures("logging_restored")
 REPOSITORY = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
-EXPERIMENT = """
-model:
-  backbone: {kind: resnet, depth: 18, width: 8, out_features: [res5], norm: bn, freeze: 0, weights: none}
-  neck: {kind: none}
-  rpn:
-    anchor_sizes: [[32]]
-    batch_size_per_image: 8
-    training: {pre_nms_top_n: 8, post_nms_top_n: 8}
-    inference: {pre_nms_top_n: 8, post_nms_top_n: 8}
-  sampling: {batch_size_per_image: 8}
-  box_head: {kind: fc, width: 16}
-  mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
-  detection: {detections_per_image: 4, score_threshold: 0.0}
-data:
-  train: {kind: shapes, length: 10, height: 64, width: 64, classes: [disc, cross]}
-  validation: {kind: shapes, length: 2, height: 64, width: 64, classes: [disc, cross], seed: 1}
-  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
-  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
+EXPERIMENT = f"""
+base: {Path(__file__).parent / "tiny.yaml"}
 training:
   batch_size: 4
-  workers: 0
-  optimizer: {kind: adamw, lr: 1.0e-3, base_batch: 4}
-  schedule: {kind: cosine, iterations: 6, warmup_iterations: 2}
+  optimizer: {{kind: adamw, lr: 1.0e-3, base_batch: 4}}
+  schedule: {{iterations: 6, warmup_iterations: 2}}
   evaluate_every: 4
   checkpoint_every: 2
-  log_every: 1
-evaluation: {batch_size: 2, pictures: 1}
+evaluation: {{batch_size: 2}}
 """
 
 

@@ -8,35 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskrcnn.config import read_config
 from maskrcnn.engine import pictures
 from maskrcnn.engine.pictures import PREVIEW_IMAGES, draw_predictions, preview_pictures
 from maskrcnn.experiment import ExperimentConfig
 
-SHAPES = {"kind": "shapes", "length": 6, "height": 64, "width": 64, "classes": ["disc", "cross"]}
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 
 def experiment() -> ExperimentConfig:
-    resize = {"kind": "resize", "short_side": [64], "long_side": 64}
-    return ExperimentConfig.model_validate(
-        {
-            "model": {
-                "backbone": {
-                    "kind": "resnet",
-                    "depth": 18,
-                    "out_features": ["res5"],
-                    "width": 8,
-                    "weights": "none",
-                    "freeze": 0,
-                },
-                "neck": {"kind": "none"},
-                "rpn": {"anchor_sizes": [[16, 32]], "inference": {"pre_nms_top_n": 20, "post_nms_top_n": 10}},
-                "box_head": {"kind": "fc", "width": 8},
-                "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
-                "detection": {"score_threshold": 0.0, "detections_per_image": 5},
-            },
-            "data": {"train": SHAPES, "validation": SHAPES, "validation_transforms": [resize]},
-        }
-    )
+    return read_config(TINY, ExperimentConfig, ["data.validation.length=6"])
 
 
 def previews(count: int, out: Path) -> dict[str, np.ndarray]:

@@ -12,23 +12,16 @@ from PIL import Image
 from maskrcnn.data.transforms import Resize
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
-from maskrcnn.models.mask_rcnn import MaskRCNNConfig
+from maskrcnn.experiment import load_config
 from maskrcnn.structures import ClassTable
 
-MODEL = {
-    "backbone": {"kind": "resnet", "depth": 18, "out_features": ["res5"], "width": 8, "weights": "none", "freeze": 0},
-    "neck": {"kind": "none"},
-    "rpn": {"anchor_sizes": [[16, 32]], "inference": {"pre_nms_top_n": 20, "post_nms_top_n": 10}},
-    "box_head": {"kind": "fc", "width": 8},
-    "mask_head": {"kind": "fcn", "depth": 1, "width": 8},
-    "detection": {"score_threshold": 0.0, "detections_per_image": 5},
-}
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
     torch.manual_seed(0)
-    model = MaskRCNNConfig.model_validate(MODEL).build(2)
+    model = load_config(TINY).model.build(2)
     return Predictor(model, ClassTable(("disc", "cross"), (1, 2)), Resize((64,), 64))
 
 

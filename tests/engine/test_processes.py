@@ -428,32 +428,17 @@ def test_inconsistent_environment_variables_are_refused(
 
 # Runs started by torchrun.
 
-EXPERIMENT = """
-model:
-  backbone: {kind: resnet, depth: 18, width: 8, out_features: [res5], freeze: 0, weights: none}
-  neck: {kind: none}
-  rpn:
-    anchor_sizes: [[32]]
-    batch_size_per_image: 8
-    training: {pre_nms_top_n: 8, post_nms_top_n: 8}
-    inference: {pre_nms_top_n: 8, post_nms_top_n: 8}
-  sampling: {batch_size_per_image: 8}
-  box_head: {kind: fc, width: 16}
-  mask_head: {kind: fcn, pool_size: 7, depth: 1, width: 8}
+EXPERIMENT = f"""
+base: {Path(__file__).parents[1] / "tiny.yaml"}
 data:
-  train: {kind: coco, annotations: train.json, images: images}
-  validation: {kind: coco, annotations: train.json, images: images}
-  train_transforms: [{kind: horizontal_flip}, {kind: resize, short_side: [64], long_side: 64}]
-  validation_transforms: [{kind: resize, short_side: [64], long_side: 64}]
+  train: {{kind: coco, annotations: train.json, images: images}}
+  validation: {{kind: coco, annotations: train.json, images: images}}
 training:
-  batch_size: 2
   workers: 1
-  optimizer: {kind: sgd, lr: 0.002, base_batch: 2}
-  schedule: {kind: cosine, iterations: 200, warmup_iterations: 2}
+  optimizer: {{kind: sgd, lr: 0.002, base_batch: 2}}
+  schedule: {{iterations: 200, warmup_iterations: 2}}
   evaluate_every: 1000
   checkpoint_every: 1000
-  log_every: 1
-evaluation: {pictures: 1}
 """
 
 

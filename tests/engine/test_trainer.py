@@ -18,30 +18,17 @@ from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.training_run import train_experiment
 
-SHAPES = "{kind: shapes, length: 6, height: 64, width: 64, classes: [disc, cross]}"
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 OVERRIDES = [
-    "model.backbone={kind: resnet, depth: 18, out_features: [res5], width: 8, weights: none, freeze: 0, norm: bn}",
-    "model.neck={kind: none}",
-    "model.rpn={anchor_sizes: [[16, 32]], batch_size_per_image: 16}",
-    "model.sampling.batch_size_per_image=8",
-    "model.box_head={kind: fc, width: 8}",
-    "model.mask_head={kind: fcn, depth: 1, width: 8}",
-    f"data.train={SHAPES}",
-    f"data.validation={SHAPES}",
-    "data.train_transforms.resize={short_side: [64], long_side: 64}",
-    "data.validation_transforms.resize={short_side: [64], long_side: 64}",
-    "training.batch_size=2",
-    "training.ema_decay=null",
-    "training.workers=0",
     "training.optimizer={kind: sgd, lr: 0.02, base_batch: 2}",
-    "training.schedule={kind: cosine, iterations: 3, warmup_iterations: 0, epochs: null}",
+    "training.schedule.iterations=3",
     "training.loggers=[]",
     "evaluation.pictures=0",
 ]
 
 
 def config() -> maskrcnn.experiment.ExperimentConfig:
-    return maskrcnn.load_config("shapes/mask_rcnn_r18_fpn", OVERRIDES)
+    return maskrcnn.load_config(TINY, OVERRIDES)
 
 
 def trainer(dataset: DetectionDataset) -> maskrcnn.Trainer:
