@@ -73,9 +73,11 @@ class BoxTrunk(nn.Module):
 
     Attributes:
         features: D, the number of outputs.
+        pretrained: whether the file of the backbone's pretrained weights has these layers, too.
     """
 
     features: int
+    pretrained: bool = False
 
 
 class FullyConnected(BoxTrunk, nn.Sequential):
@@ -96,6 +98,8 @@ class VGGFullyConnected(BoxTrunk):
 
     VGG's dropout is omitted: it would make the loss of an image depend on the rest of its batch.
     """
+
+    pretrained = True
 
     def __init__(self, inputs: int, *, width: int = 4096) -> None:
         super().__init__()

@@ -104,8 +104,7 @@ class MaskRCNNConfig(Section):
         shrink = 1 if region_stage is None else region_stage.stride
         trunk = self.box_head.build(channels=channels, side=self.box_head.pool_size // shrink)
         if pretrained:
-            pretrained_trunk = trunk if self.box_head.kind == "vgg_fc" else None  # fc6 and fc7
-            self.backbone.load_pretrained(backbone, region_stage, pretrained_trunk)
+            self.backbone.load_pretrained(backbone, region_stage, trunk if trunk.pretrained else None)
         box_pooler, mask_pooler = self._poolers(neck.strides[: neck.roi_levels])
         model = MaskRCNN(
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
