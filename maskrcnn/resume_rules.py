@@ -1,4 +1,4 @@
-"""Rules for configuration changes when a run is resumed.
+"""Rules for configuration changes when a run is resumed, and the keys that determine the result of a run.
 
 - refused: the checkpoint does not match the new configuration, or the order of the images would change within an epoch.
 - warned: training can continue, but no single configuration describes the whole run any more.
@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from maskrcnn.config import differences
+from pydantic_core import to_jsonable_python
+
+from maskrcnn.config import Section, differences
 
 Effect = Literal["refused", "warned", "harmless"]
 
@@ -20,13 +22,15 @@ class Rule(NamedTuple):
 
     effect: Effect
     reason: str
+    new_run: bool = False  # a harmless change when a run resumes, but a new run may have another result
 
 
 _MEASURED = Rule("warned", "metrics before and after are not comparable, but best.pt is chosen among both")
 _ROUNDING = Rule("warned", "rounding differs from the next training step on")
 _NEXT_STEP = Rule("warned", "takes effect from the next training step on")
-_START = Rule("harmless", "a resumed run loads its weights from the checkpoint")
+_START = Rule("harmless", "a resumed run loads its weights from the checkpoint", new_run=True)
 _WHEN = Rule("harmless", "does not affect the training steps")
+_STOP = Rule("harmless", "does not affect the training steps that are done", new_run=True)
 _PLACE = Rule("harmless", "location of the files, not their content")
 
 # A rule applies to a key and all keys below it. The rule of the longest matching key applies.
@@ -77,8 +81,8 @@ RULES: Mapping[str, Rule] = {
     "training.skip_non_finite": _NEXT_STEP,
     "training.ema_decay": Rule("refused", "the stored average was computed with the old decay, or there is none"),
     "training.profile": _WHEN,
-    "training.evaluate_every": _WHEN,
-    "training.patience": _WHEN,
+    "training.evaluate_every": _STOP,
+    "training.patience": _STOP,
     "training.checkpoint_every": _WHEN,
     "training.keep_checkpoints": _WHEN,
     "training.log_every": _WHEN,
@@ -121,3 +125,32 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         rule = rule_of(line.partition(": ")[0])
         getattr(by_effect, rule.effect).append(f"{line} ({rule.reason})")
     return by_effect
+
+
+def affects_result(key: str) -> bool:
+    """Return whether a new run with another value of the key may end with other weights or metrics."""
+    rule = rule_of(key)
+    return rule.effect != "harmless" or rule.new_run
+
+
+def identity(config: Section) -> dict[str, Any]:
+    """Return the keys that determine the result of a run and differ from their defaults, with values in plain types.
+
+    Two configurations of one experiment have the same identity, and a new key with a default value does not change it.
+    """
+    return dict(_identity("", config, None))
+
+
+def _identity(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Section):
+        alike = type(value) is type(default)
+        if not alike and affects_result(key):
+            yield key, getattr(value, "kind", "")
+        for name, field in type(value).model_fields.items():
+            inner = getattr(default, name) if alike else field.get_default(call_default_factory=True)
+            yield from _identity(f"{key}.{name}".removeprefix("."), getattr(value, name), inner)
+    elif value != default and affects_result(key):
+        items = value if isinstance(value, tuple) and any(isinstance(item, Section) for item in value) else ()
+        yield key, len(items) if items else to_jsonable_python(value)
+        for index, item in enumerate(items):
+            yield from _identity(f"{key}[{index}]", item, None)

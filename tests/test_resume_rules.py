@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from maskrcnn.config import read_config, to_dict
+from maskrcnn.config import Section, read_config, to_dict
 from maskrcnn.experiment import ExperimentConfig
-from maskrcnn.resume_rules import RULES, UNKNOWN, changes, rule_of
+from maskrcnn.resume_rules import RULES, UNKNOWN, changes, identity, rule_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = ("coco/mask_rcnn_r50_fpn_1x.yaml", "coco/mask_rcnn_vgg16_1x.yaml", "shapes/mask_rcnn_r18_fpn.yaml")
@@ -76,3 +76,47 @@ def test_a_changed_kind_lists_all_keys_of_the_section() -> None:
     assert [line.split(" (")[0] for line in by_effect.refused] == ["training.optimizer.kind: sgd -> adamw"]
     assert by_effect.harmless == []
     assert changes(new, new).describe() == ""
+
+
+class _Resize(Section):
+    kind: str = "resize"
+    side: int = 800
+
+
+class _Model(Section):
+    width: int = 64
+
+
+class _Old(Section):
+    model: _Model = _Model()
+    steps: tuple[_Resize, ...] = (_Resize(),)
+
+
+class _NewModel(_Model):
+    scale: float = 1.0
+
+
+class _New(_Old):
+    model: _NewModel = _NewModel()
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def test_a_new_key_with_its_default_does_not_change_the_identity() -> None:
+    assert identity(_Old()) == identity(_New())
+    old, new = _Old(model=_Model(width=8)), _New(model=_NewModel(width=8))
+    assert identity(old) == identity(new)
+    assert identity(new)["model.width"] == 8
+    assert identity(_New(sizes=(3,)))["sizes"] == [3]
+    assert identity(_Old(steps=(_Resize(), _Resize(side=9))))["steps[1].side"] == 9
+
+
+def test_the_identity_holds_every_changed_key_that_affects_the_result() -> None:
+    path = CONFIGS / "shapes/mask_rcnn_r18_fpn.yaml"
+    overrides = [
+        "training.workers=9",
+        "training.seed=9",
+        "model.roi={kind: roi_warp}",
+        "evaluation.backend=pycocotools",
+    ]
+    plain, changed = (identity(read_config(path, ExperimentConfig, lines)) for lines in ([], overrides))
+    assert changed == {**plain, "training.seed": 9, "model.roi": "roi_warp"}

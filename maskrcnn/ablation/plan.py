@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from maskrcnn.config import Section, read_config, to_dict
+from maskrcnn.config import Section, read_config
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.metric import CocoMetric
 from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.resume_rules import identity
 from maskrcnn.run_directory import RunDirectory
 
 TRAINED = "trained"  # the folder that holds the runs of all ablations, beside the report folders
@@ -92,7 +94,7 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
     Args:
         path: the YAML file of the ablation; it may have a `base`, like an experiment.
         out: the folder of the report. The runs are in `trained` beside it, each in a folder named by the digest of
-            its configuration, so that ablations share equal runs.
+            what determines its result, so that ablations share equal runs.
         overrides: `KEY=VALUE` strings for the experiments of all variants; the overrides of a variant take precedence.
 
     Raises:
@@ -104,7 +106,7 @@ def load_plan(path: Path, out: Path, overrides: Sequence[str] = ()) -> Plan:
     for seed in config.seeds:
         for name, variant in config.variants.items():
             resolved = _resolve(path, config, name, variant, [*overrides, f"training.seed={seed}"])
-            runs.append(Run(name, seed, resolved, RunDirectory(out.parent / TRAINED / _digest(resolved))))
+            runs.append(Run(name, seed, resolved, _directory(out.parent / TRAINED, resolved)))
     plan = Plan(config, out, tuple(runs))
     _require_distinct(path, plan)
     _require_same_images(path, plan)
@@ -122,9 +124,30 @@ def _resolve(
         raise InputError(f"{path}: variants.{name}: {error}") from error
 
 
+def _directory(trained: Path, config: ExperimentConfig) -> RunDirectory:
+    """Return the directory of a run: the first of DIGEST, DIGEST_2, ... in `trained` that is free or holds this run.
+
+    The digest leaves out keys that have their defaults. If a default has changed since, the stored configuration, which
+    has every key, differs from this one, and the run gets the next directory.
+    """
+    digest = _digest(config)
+    names = (digest if number == 1 else f"{digest}_{number}" for number in count(1))
+    return next(run for run in (RunDirectory(trained / name) for name in names) if _is_free_or_of(run, config))
+
+
 def _digest(config: ExperimentConfig) -> str:
-    """Return a digest of the configuration, which equal configurations share."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest of the data and of the keys that determine the result, which equal experiments share."""
+    data = [split.with_root(config.data.root).digest() for split in (config.data.train, config.data.validation)]
+    return hashlib.sha256(json.dumps([identity(config), data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_free_or_of(run: RunDirectory, config: ExperimentConfig) -> bool:
+    if not run.config.exists():
+        return True
+    try:
+        return identity(read_config(run.config, ExperimentConfig)) == identity(config)
+    except InputError:  # it has keys that no longer exist
+        return False
 
 
 def _require_distinct(path: Path, plan: Plan) -> None:

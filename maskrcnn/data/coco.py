@@ -31,6 +31,7 @@ from maskrcnn.data.coco_file import (
 )
 from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.data.images import read_image
+from maskrcnn.data.provenance import file_digest
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassTable, Example, MaskCrop
@@ -71,6 +72,11 @@ class CocoConfig(DatasetConfig):
     def with_root(self, root: Path) -> Self:
         """Return the config with the folder `root`, unless it has one."""
         return self.model_copy(update={"root": root}) if self.root is None else self
+
+    def digest(self) -> str:
+        """Return the digest of the annotation file; empty if there is none, which building the dataset refuses."""
+        path = (self.root or Path()) / self.annotations
+        return file_digest(path) if path.is_file() else ""
 
 
 # Parsing of annotations.

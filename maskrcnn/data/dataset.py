@@ -47,3 +47,10 @@ class DatasetConfig(Part):
     def with_root(self, root: Path) -> Self:
         """Return the config for data in the folder `root`, unless it names a folder itself; by default unchanged."""
         return self
+
+    def digest(self) -> str:
+        """Return a text that is the same on every machine with the same data; by default the folder `root`, if any.
+
+        With the other keys, it identifies the data of a finished run. A kind that reads a file returns its digest.
+        """
+        return str(getattr(self, "root", ""))

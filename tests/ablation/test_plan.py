@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskrcnn.ablation.plan import load_plan
+from maskrcnn.config import to_yaml
 from maskrcnn.errors import InputError
 
 EXPERIMENT = """
@@ -62,6 +63,67 @@ def test_ablations_with_a_run_in_common_share_it(tmp_path: Path) -> None:
     first, second = load_plan(path, tmp_path / "a"), load_plan(renamed, tmp_path / "b")
     shared = {run.directory.root for run in first.runs} & {run.directory.root for run in second.runs}
     assert shared == {run.directory.root for run in first.runs_of("pool")}
+
+
+def folder_of(path: Path, *overrides: str) -> str:
+    return load_plan(path, path.parent / "out", overrides).runs[0].directory.root.name
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.root=elsewhere",
+        "training.workers=9",
+        "training.log_every=7",
+        "evaluation.pictures=1",
+        "model.backbone={kind: resnet, depth: 50}",
+        "model.rpn.nms_threshold=0.7",
+    ],
+)
+def test_keys_that_cannot_change_the_result_and_defaults_leave_the_run_alone(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path)
+    assert folder_of(path, override) == folder_of(path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.backbone={kind: resnet, weights: none}",
+        "model.backbone={kind: resnet, depth: 101}",
+        "training.patience=3",
+        "training.optimizer={kind: sgd, lr: 0.5}",
+        "data.train.seed=9",
+        "data.train_transforms=[{kind: resize}]",
+    ],
+)
+def test_keys_that_change_the_result_name_another_run(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path)
+    assert folder_of(path, override) != folder_of(path)
+
+
+def test_annotations_are_compared_by_content_wherever_they_lie(tmp_path: Path) -> None:
+    for folder, text in (("here", "{}"), ("there", "{}"), ("changed", "[]")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.json").write_text(text)
+    path = write(tmp_path)
+    coco = [f"data.{split}={{kind: coco, annotations: a.json, images: images}}" for split in ("train", "validation")]
+    here, there, changed = (
+        folder_of(path, *coco, f"data.root={tmp_path / folder}") for folder in ("here", "there", "changed")
+    )
+    assert here == there != changed
+
+
+def test_a_default_that_changed_since_is_seen_in_the_stored_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run = load_plan(path, tmp_path / "out").runs[0]
+    run.directory.root.mkdir(parents=True)
+    stored = to_yaml(run.config)
+    run.directory.config.write_text(stored)
+    assert folder_of(path) == run.directory.root.name
+    for changed in (stored.replace("nms_threshold: 0.7", "nms_threshold: 0.6"), f"old_key: 1\n{stored}"):
+        assert changed != stored
+        run.directory.config.write_text(changed)
+        assert folder_of(path) == f"{run.directory.root.name}_2"
 
 
 def test_overrides_apply_to_every_variant_below_its_own(tmp_path: Path) -> None:
