@@ -10,11 +10,11 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 
 import maskrcnn.data.coco
 import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
-from maskrcnn.config import Section, read_config, validate
+from maskrcnn.config import Section, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
-from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights
+from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights, require_finite
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.loop import TrainingConfig
 from maskrcnn.engine.pictures import draw_predictions
@@ -23,6 +23,7 @@ from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend, Evaluation
 from maskrcnn.evaluation.metric import COCO_METRICS, MetricConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from maskrcnn.resume_rules import changes
 from maskrcnn.structures import ClassTable
 
 
@@ -169,8 +170,8 @@ def load(
         overrides: `a.b.c=VALUE` changes to the stored configuration, such as `model.detection.score_threshold=0.3`.
 
     Raises:
-        InputError: the file is not a checkpoint or has no averaged weights, an override is invalid, or the device does
-            not exist.
+        InputError: the file is not a checkpoint, has no averaged weights or weights that are not finite, an override is
+            invalid or changes the meaning of the weights, or the device does not exist.
     """
     checkpoint = load_checkpoint(Path(weights))
     config = validate(checkpoint.config, ExperimentConfig, source=str(weights), overrides=overrides)
@@ -189,7 +190,8 @@ def load_predictor(
         average: whether to use the averaged weights of the checkpoint.
 
     Raises:
-        InputError: the file is not a checkpoint, does not match the model, or has no averaged weights.
+        InputError: the file is not a checkpoint, was trained with another model, or has no averaged weights or weights
+            that are not finite.
     """
     return _predictor(config, load_checkpoint(weights), str(weights), device, average=average)
 
@@ -199,10 +201,24 @@ def _predictor(
 ) -> Predictor:
     if average and not checkpoint.average:
         raise InputError(f"{source}: it holds no averaged weights (training.ema_decay creates them); omit --ema")
+    _require_same_model(config, checkpoint, source)
     model = config.model.build(len(checkpoint.classes), pretrained=False)
     state = checkpoint.average if average else checkpoint.model
+    require_finite(state, source)
     load_weights(model, state, source=source).require_complete()
     return config.predictor(model.to(device), checkpoint.classes)
+
+
+def _require_same_model(config: ExperimentConfig, checkpoint: Checkpoint, source: str) -> None:
+    """Raise InputError if `config` changes a key of the model that may not change when a run resumes."""
+    trained = validate(checkpoint.config, ExperimentConfig, source=source)
+    refused = changes({"model": to_dict(trained.model)}, {"model": to_dict(config.model)}).refused
+    if refused:
+        lines = "\n  ".join(refused)
+        raise InputError(
+            f"{source}: the configuration has another model than the checkpoint was trained with:\n  {lines}\nrestore "
+            "these keys, or use the config.yaml of the checkpoint's run"
+        )
 
 
 def evaluate_checkpoint(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskrcnn.config import read_config
 from maskrcnn.data.shapes import ShapesConfig
-from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint
+from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 from maskrcnn.engine.pictures import predict_images
@@ -246,10 +246,38 @@ def test_evaluating_a_checkpoint_gives_the_metrics_of_its_run(run: Path, tmp_pat
     assert (tmp_path / "out" / "predictions" / "overview.png").is_file()
 
 
-def test_a_model_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"last\.pt: these weights do not match this model") as refusal:
-        load_predictor(load(tmp_path, "model.box_head.width=32"), run / "checkpoints" / "last.pt", CPU)
-    assert "box_head.trunk.1.weight: [16, 392] in the file, [32, 392] in the model" in str(refusal.value)
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("model.box_head.width=32", "model.box_head.width: 16 -> 32"),
+        ("model.roi={kind: roi_pool}", "model.roi.kind: roi_align -> roi_pool"),
+        ("model.rpn.anchor_sizes=[[9], [16], [32], [48], [64]]", "model.rpn.anchor_sizes: "),
+        ("model.pixels.order=bgr", "model.pixels.order: rgb -> bgr"),
+    ],
+)
+def test_weights_of_another_model_are_refused(run: Path, tmp_path: Path, override: str, change: str) -> None:
+    last, message = run / "checkpoints" / "last.pt", rf"last\.pt: the configuration has another model .*\n  {change}"
+    with pytest.raises(InputError, match=message):
+        load_predictor(load(tmp_path, override), last, CPU)
+    with pytest.raises(InputError, match=message):
+        load_weights(last, overrides=[override])
+
+
+def test_a_key_of_inference_may_differ_from_the_training(run: Path, tmp_path: Path) -> None:
+    overrides = ["model.detection.nms_threshold=0.3", "model.rpn.inference.post_nms_top_n=5", "training.workers=3",
+                 "model.mask_head.paste=torchvision", "model.backbone.weights=imagenet"]  # fmt: skip
+    load_predictor(load(tmp_path, *overrides), run / "checkpoints" / "last.pt", CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(run: Path, tmp_path: Path, value: float) -> None:
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.pt")
+    checkpoint.model["mask_head.logits.bias"][0] = value
+    save_checkpoint(tmp_path / "broken.pt", checkpoint)
+    with pytest.raises(
+        InputError, match=r"broken\.pt: these parameters .* NaN or infinite:\n  mask_head\.logits\.bias$"
+    ):
+        load_weights(tmp_path / "broken.pt")
 
 
 def test_a_dataset_of_other_classes_is_refused(run: Path, tmp_path: Path) -> None:

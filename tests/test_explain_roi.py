@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from maskrcnn.cli import explain_roi
-from maskrcnn.config import read_config
+from maskrcnn.config import read_config, to_dict
 from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
@@ -140,7 +140,7 @@ def test_a_checkpoint_gives_the_weights(photograph: tuple[Path, Path], tmp_path:
     optimizer = config.training.optimizer.build(model, batch_size=1)
     classes = ClassTable(("cat", "dog"), (1, 2))
     state = TrainingState(model, optimizer)
-    CheckpointFolder(tmp_path, state=state, classes=classes, config={}, metric="mask/AP").save(1)
+    CheckpointFolder(tmp_path, state=state, classes=classes, config=to_dict(config), metric="mask/AP").save(1)
     loaded, _, origin = load_model(photograph[1], [], tmp_path / "last.pt")
     assert origin == "weights of last.pt"
     assert all(torch.equal(saved, read) for saved, read in zip(model.parameters(), loaded.parameters(), strict=True))

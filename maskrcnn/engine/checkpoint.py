@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from maskrcnn.engine.ema import ExponentialAverage
 from maskrcnn.engine.optimizer import load_optimizer_state
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 from maskrcnn.runtime.files import read_tensors, write_atomically
 from maskrcnn.structures import ClassRows, ClassTable
 
@@ -351,6 +351,14 @@ def load_weights(
         known_classes=tuple(name for label, name in enumerate(class_names, start=1) if label in known),
         new_classes=tuple(name for label, name in enumerate(class_names, start=1) if label not in known),
     )
+
+
+def require_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise InputError, which names the parameters and the file `source`, if a value is NaN or infinite."""
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        lines = "\n  ".join(first_of(broken))
+        raise InputError(f"{source}: these parameters have values that are NaN or infinite:\n  {lines}")
 
 
 def _common_labels(source: ClassTable, target: ClassTable) -> dict[int, int]:
