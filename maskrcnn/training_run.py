@@ -286,18 +286,26 @@ def make_deterministic() -> None:
 def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
     """Load the matching weights of a checkpoint, class-specific rows by class name, and log what was loaded.
 
+    Heads may differ, as for another task. But the file must have at least half of the backbone's values: with fewer, the
+    training would start nearly at random.
+
     Args:
         model: the model to load into.
         weights: path of the checkpoint.
         classes: class table of the model.
 
     Raises:
-        InputError: the file is not a checkpoint, or none of its weights match.
+        InputError: the file is not a checkpoint, or fewer than half of the backbone's values fit, or nothing.
     """
     checkpoint = load_checkpoint(weights)
     report = load_weights(
         model, checkpoint.model, source=str(weights), source_classes=checkpoint.classes, classes=classes
     )
-    if not report.loaded:
-        raise InputError(f"{weights}: no weights match the model\n{report.describe()}")
+    sizes = {name: tensor.numel() for name, tensor in model.backbone.state_dict(prefix="backbone.").items()}
+    loaded, total = sum(sizes.get(name, 0) for name in report.loaded), sum(sizes.values())
+    if 2 * loaded < total or not report.loaded:
+        raise InputError(
+            f"{weights}: only {loaded} of the {total} values of the backbone fit the model; --init needs at least half"
+            f"\n{report.describe()}"
+        )
     logger.info("%s", report.describe())

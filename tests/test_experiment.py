@@ -24,7 +24,7 @@ from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkp
 from maskrcnn.experiment import load as load_weights
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import ClassTable
-from maskrcnn.training_run import train_experiment
+from maskrcnn.training_run import initialize, train_experiment
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -231,8 +231,27 @@ def test_weights_of_which_nothing_fits_are_refused(run: Path, tmp_path: Path) ->
     foreign = tmp_path / "foreign.pt"
     content = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     torch.save({**content, "model": {"stem.weight": torch.zeros(3)}}, foreign)
-    with pytest.raises(InputError, match=r"foreign\.pt: no weights match the model"):
+    with pytest.raises(InputError, match=r"foreign\.pt: only 0 of the \d+ values of the backbone fit the model"):
         train(load(tmp_path), tmp_path / "run", init=foreign)
+
+
+@pytest.mark.parametrize("kept", [0.4, 0.6])
+def test_initial_weights_need_half_of_the_backbone(run: Path, tmp_path: Path, kept: float) -> None:
+    """Although all heads fit."""
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.pt")
+    backbone = {name: tensor.numel() for name, tensor in checkpoint.model.items() if name.startswith("backbone.")}
+    left = sum(backbone.values())
+    for name, size in sorted(backbone.items(), key=lambda item: -item[1]):
+        if left - size >= kept * sum(backbone.values()):
+            left -= size
+            del checkpoint.model[name]
+    save_checkpoint(tmp_path / "part.pt", checkpoint)
+    model = load(tmp_path).model.build(3)
+    if kept < 0.5:
+        with pytest.raises(InputError, match=rf"part\.pt: only {left} of the {sum(backbone.values())} values"):
+            initialize(model, tmp_path / "part.pt", checkpoint.classes)
+    else:
+        initialize(model, tmp_path / "part.pt", checkpoint.classes)
 
 
 # Evaluation and prediction.
