@@ -159,14 +159,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
 
 
 def load(
-    weights: Path | str, *, device: str = "auto", average: bool = False, overrides: Sequence[str] = ()
+    weights: Path | str, *, device: str = "auto", average: bool | None = None, overrides: Sequence[str] = ()
 ) -> Predictor:
     """Load a trained model. The checkpoint is enough: it holds the configuration and the classes.
 
     Args:
         weights: path of the checkpoint, such as `runs/NAME/checkpoints/best.pt`.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
-        average: whether to use the averaged weights of the checkpoint.
+        average: whether to use the averaged weights; by default if the run's `evaluation.best_metric` is of them.
         overrides: `a.b.c=VALUE` changes to the stored configuration, such as `model.detection.score_threshold=0.3`.
 
     Raises:
@@ -179,7 +179,7 @@ def load(
 
 
 def load_predictor(
-    config: ExperimentConfig, weights: Path, device: torch.device, *, average: bool = False
+    config: ExperimentConfig, weights: Path, device: torch.device, *, average: bool | None = None
 ) -> Predictor:
     """Return the predictor of a checkpoint with another configuration than the one that it holds.
 
@@ -187,7 +187,7 @@ def load_predictor(
         config: the experiment, whose model must match the checkpoint.
         weights: path of the checkpoint.
         device: where to run the model.
-        average: whether to use the averaged weights of the checkpoint.
+        average: see `load`.
 
     Raises:
         InputError: the file is not a checkpoint, was trained with another model, or has no averaged weights or weights
@@ -197,11 +197,14 @@ def load_predictor(
 
 
 def _predictor(
-    config: ExperimentConfig, checkpoint: Checkpoint, source: str, device: torch.device, *, average: bool
+    config: ExperimentConfig, checkpoint: Checkpoint, source: str, device: torch.device, *, average: bool | None
 ) -> Predictor:
+    trained = validate(checkpoint.config, ExperimentConfig, source=source)
+    if average is None:  # best.pt was selected by this metric
+        average = trained.evaluation.best_metric.startswith("ema/")
     if average and not checkpoint.average:
         raise InputError(f"{source}: it holds no averaged weights (training.ema_decay creates them); omit --ema")
-    _require_same_model(config, checkpoint, source)
+    _require_same_model(config.model, trained.model, source)
     model = config.model.build(len(checkpoint.classes), pretrained=False)
     state = checkpoint.average if average else checkpoint.model
     require_finite(state, source)
@@ -209,10 +212,9 @@ def _predictor(
     return config.predictor(model.to(device), checkpoint.classes)
 
 
-def _require_same_model(config: ExperimentConfig, checkpoint: Checkpoint, source: str) -> None:
-    """Raise InputError if `config` changes a key of the model that may not change when a run resumes."""
-    trained = validate(checkpoint.config, ExperimentConfig, source=source)
-    refused = changes({"model": to_dict(trained.model)}, {"model": to_dict(config.model)}).refused
+def _require_same_model(model: MaskRCNNConfig, trained: MaskRCNNConfig, source: str) -> None:
+    """Raise InputError if `model` changes a key of the `trained` one that may not change when a run resumes."""
+    refused = changes({"model": to_dict(trained)}, {"model": to_dict(model)}).refused
     if refused:
         lines = "\n  ".join(refused)
         raise InputError(
@@ -222,9 +224,11 @@ def _require_same_model(config: ExperimentConfig, checkpoint: Checkpoint, source
 
 
 def evaluate_checkpoint(
-    config: ExperimentConfig, weights: Path, out: Path, device: torch.device, *, average: bool = False
+    config: ExperimentConfig, weights: Path, out: Path, device: torch.device, *, average: bool | None = None
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation set and write metrics, results and pictures to folder `out`.
+
+    `load` explains `average`.
 
     Raises:
         InputError: the checkpoint does not match the model or the classes of the validation set.

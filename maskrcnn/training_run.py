@@ -286,8 +286,8 @@ def make_deterministic() -> None:
 def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
     """Load the matching weights of a checkpoint, class-specific rows by class name, and log what was loaded.
 
-    Heads may differ, as for another task. But the file must have at least half of the backbone's values: with fewer, the
-    training would start nearly at random.
+    Heads may differ, as for another task, but at least half of the backbone's values must fit: with fewer, the training
+    would start nearly at random.
 
     Args:
         model: the model to load into.

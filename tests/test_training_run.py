@@ -19,7 +19,7 @@ from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 from maskrcnn.engine.replay import load_replay
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig, evaluate_checkpoint, load_predictor
+from maskrcnn.experiment import ExperimentConfig, evaluate_checkpoint, load, load_predictor
 from maskrcnn.runtime.files import without_nan
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
@@ -121,6 +121,21 @@ def test_averaged_weights_are_evaluated_alone_as_in_training(tmp_path: Path) -> 
     )
     with pytest.raises(InputError, match=r"last\.pt: it holds no averaged weights"):
         load_predictor(config, without_ema / "checkpoints" / "last.pt", CPU, average=True)
+
+
+def test_the_weights_that_the_best_metric_names_are_used_by_default(tmp_path: Path) -> None:
+    options = ("training.ema_decay=0.5", "evaluation.best_metric=ema/mask/AP")
+    run = train(tmp_path / "run", *options)
+    config = read_config(run / "config.yaml", ExperimentConfig)
+    best = load_checkpoint(run / "checkpoints" / "best.pt")
+    for average, expected in ((None, best.average), (True, best.average), (False, best.model)):
+        for predictor in (
+            load_predictor(config, run / "checkpoints" / "best.pt", CPU, average=average),
+            load(run / "checkpoints" / "best.pt", device="cpu", average=average),
+        ):
+            state = predictor.model.state_dict()
+            assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert any(not torch.equal(value, best.average[name]) for name, value in best.model.items())
 
 
 # Without selections by threshold or rank, in which a rounding error could change the step by percents.

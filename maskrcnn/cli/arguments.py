@@ -28,3 +28,12 @@ def add_set_argument(parser: argparse.ArgumentParser, *, help: str) -> None:
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument `--device` (`args.device`, a str for `choose_device`)."""
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+
+
+def add_average_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments `--ema` and `--no-ema` (`args.ema`, a bool, or None for the choice of the run)."""
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use the averaged (EMA) weights of the checkpoint, or not; by default those that its best_metric names",
+    )

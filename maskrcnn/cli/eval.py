@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskrcnn.cli.arguments import add_config_arguments, add_device_argument
+from maskrcnn.cli.arguments import add_average_argument, add_config_arguments, add_device_argument
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.console import setup_logging
+
+AVERAGE_SUFFIXES = {None: "", True: "_ema", False: "_no_ema"}  # of the default folder, by the choice of the weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_config_arguments(parser, optional=True)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint of the model of CONFIG")
-    parser.add_argument("--ema", action="store_true", help="use the averaged (EMA) weights of the checkpoint")
+    add_average_argument(parser)
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth, a COCO annotation file")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="detections, a COCO results file")
     parser.add_argument(
@@ -54,6 +56,6 @@ def run(args: argparse.Namespace) -> None:
         return
     backend = [f"evaluation.backend={args.backend}"] if args.backend else []
     config = read_config(args.config, ExperimentConfig, [*args.overrides, *backend])
-    out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}{'_ema' if args.ema else ''}"
+    out = args.out or args.weights.parent / f"evaluation_{args.weights.stem}{AVERAGE_SUFFIXES[args.ema]}"
     evaluate_checkpoint(config, args.weights, out, choose_device(args.device), average=args.ema)
     print(f"metrics.json, results.json and pictures are in {out}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskrcnn.cli.arguments import add_device_argument, add_set_argument
+from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument
 from maskrcnn.runtime.console import setup_logging
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="checkpoint of the model")
-    parser.add_argument("--ema", action="store_true", help="use the averaged (EMA) weights of the checkpoint")
+    add_average_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and results.json")
     parser.add_argument("--min-score", type=float, default=0.5, help="omit detections with a lower score (default 0.5)")
     add_set_argument(parser, help="override a key of the stored configuration; may be repeated")
