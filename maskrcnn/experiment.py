@@ -26,6 +26,8 @@ from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.resume_rules import changes
 from maskrcnn.structures import ClassTable
 
+SUPPORTED_DEVICES = ("cpu", "cuda")
+
 
 class DataConfig(Section):
     """Datasets and transforms for training and validation."""
@@ -246,16 +248,19 @@ def choose_device(name: str) -> torch.device:
     """Return the device `name`; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: the device does not exist.
+        InputError: the device does not exist, or is neither a CPU nor a CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type != "cuda":  # on a GPU, each process would allocate memory on the first one
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in SUPPORTED_DEVICES:
+        raise InputError(
+            f"--device {name}: only {' and '.join(SUPPORTED_DEVICES)} are supported; other devices of torch lack "
+            "operators that this model needs, such as float64 on mps"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
     return device

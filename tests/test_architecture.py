@@ -148,6 +148,19 @@ def test_no_import_cycles() -> None:
     assert list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
+def test_no_module_needs_posix_to_be_imported() -> None:
+    """Windows has none of these modules; a function that needs one imports it."""
+    posix = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+    imported = {
+        (module, alias.name)
+        for module, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    } | {(module, node.module) for module, tree in TREES.items() for node in tree.body if type(node) is ast.ImportFrom}
+    assert not {(module, name) for module, name in imported if name in posix}
+
+
 def test_no_function_is_too_long() -> None:
     lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
     assert len(lengths) > 200

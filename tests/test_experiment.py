@@ -458,6 +458,12 @@ def test_devices() -> None:
         choose_device("abacus")
 
 
+@pytest.mark.parametrize("name", ["mps", "mps:0", "xpu", "meta", "hpu", "mtia", "privateuseone"])
+def test_devices_that_torch_knows_but_the_model_does_not_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"--device {name}: only cpu and cuda are supported"):
+        choose_device(name)
+
+
 def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(InputError, match="--device cuda:99: torch sees"):
         choose_device("cuda:99")

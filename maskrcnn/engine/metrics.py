@@ -11,7 +11,8 @@ over several steps, so that a resumed run writes the same records:
     gradient_norm       2-norm of the gradient of all parameters, before clipping
     images_per_second   since the previous record
     data_share          fraction of the time since the previous record spent waiting for data, 0 to 1
-    peak_memory         bytes: peak memory of the process so far, or on a GPU, of its allocated tensors
+    peak_memory         bytes: peak memory of the process so far, or on a GPU, of its allocated tensors;
+                        null on a CPU under Windows
     proposal_recall     fraction of the ground-truth objects that an RPN proposal overlaps with IoU 0.5 or more, 0 to 1;
                         ground-truth boxes that are added to the proposals do not count
     positive_fraction   fraction of positives among the sampled RoIs, 0 to 1
@@ -68,7 +69,7 @@ class Step:
     gradient_norm: float
     images_per_second: float
     data_share: float
-    peak_memory: int  # bytes
+    peak_memory: float  # bytes; nan if it is not known
     diagnostics: Mapping[str, float] = field(default_factory=dict)  # `proposal_recall`, `positive_fraction`
 
     @property

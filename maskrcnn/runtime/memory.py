@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
-import resource
+import sys
 
 import torch
 
@@ -28,9 +29,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the tensors on a GPU, or of the whole process on other devices."""
+def peak_memory(device: torch.device) -> float:
+    """Return the peak memory in bytes: of the tensors on a GPU, or of the whole process on a CPU; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
     kibibytes = platform.system() == "Linux"  # elsewhere ru_maxrss counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kibibytes else 1)

@@ -7,7 +7,6 @@ each input line, the duration of one repetition and its workload; at the end of 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from maskrcnn.ops.masks import encode_masks
 from maskrcnn.ops.roi import roi_align
 from maskrcnn.run_directory import environment
 from maskrcnn.runtime.console import run_main
-from maskrcnn.runtime.memory import keep_freed_memory
+from maskrcnn.runtime.memory import keep_freed_memory, peak_memory
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
 
@@ -386,15 +385,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         _write_line([time.perf_counter() - start, work])
-    _write_line(_peak_memory(device))
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process, on the GPU if there is one, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    _write_line(peak_memory(device))
 
 
 def _write_line(value: Any) -> None:
