@@ -2,7 +2,7 @@
 
 ```
 config.yaml      the resolved configuration        checkpoints/   last.pt to resume from, best.pt
-environment.txt  versions, hardware, command       evaluation/    metrics.json, results.json (COCO's format)
+environment.txt  data, versions, command         evaluation/    metrics.json, results.json (COCO's format)
 train.log        the console log                   predictions/   pictures
 metrics.jsonl    one JSON object per record        tensorboard/   events
 ```
@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,8 @@ from typing import NoReturn
 import torch
 
 from maskrcnn.config import Section, read_config, to_dict, to_yaml
+from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.provenance import describe
 from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint
 from maskrcnn.engine.metrics import FILE_NAME as METRICS_FILE
 from maskrcnn.errors import InputError
@@ -172,11 +174,15 @@ class RunDirectory:
             ]
         )
 
-    def describe_environment(self, *, seed: int, device: torch.device) -> None:
-        """Append the command, the seed and the software environment to `environment.txt`, one block for each start."""
+    def describe_environment(self, *, seed: int, device: torch.device, data: Mapping[str, DetectionDataset]) -> None:
+        """Append command, seed, data and software environment to `environment.txt`, one block for each start.
+
+        `data` has the datasets by the names that they get there.
+        """
         lines = [
             f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}",
             f"seed: {seed}",
+            *(f"{name} {key}: {text}" for name, dataset in data.items() for key, text in describe(dataset).items()),
             *environment(device),
         ]
         with self.environment.open("a", encoding="utf-8") as file:

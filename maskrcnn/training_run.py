@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
@@ -73,7 +73,7 @@ def train_experiment(
     dataset, validation = config.data.build_both()
     schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
-        _claim(run, config, resume=resume, device=processes.device)
+        _claim(run, config, resume=resume, device=processes.device, data={"train": dataset, "validation": validation})
     processes.wait()
 
     trainer, start = _set_up(config, run, dataset, schedule, resume=resume, init=init, processes=processes)
@@ -111,13 +111,20 @@ def train_experiment(
         logger.info("%s", run.contents())
 
 
-def _claim(run: RunDirectory, config: ExperimentConfig, *, resume: bool, device: torch.device) -> None:
+def _claim(
+    run: RunDirectory,
+    config: ExperimentConfig,
+    *,
+    resume: bool,
+    device: torch.device,
+    data: Mapping[str, DetectionDataset],
+) -> None:
     """Claim the run directory, start its log, and describe the environment."""
     changes = run.claim(config, resume=resume)
     setup_logging(run.log)
     if changes:
         logger.warning("%s resumes with a changed configuration:\n%s", run.root, changes)
-    run.describe_environment(seed=config.training.seed, device=device)
+    run.describe_environment(seed=config.training.seed, device=device, data=data)
 
 
 def _set_up(

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from maskrcnn.config import Section
+from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.errors import InputError
 from maskrcnn.run_directory import RunDirectory, environment
 
@@ -200,14 +201,17 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_the_environment_is_described_at_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tools/train.py", "a config.yaml"])
     run = claimed(tmp_path)
-    run.describe_environment(seed=7, device=torch.device("cpu"))
-    run.describe_environment(seed=7, device=torch.device("cpu"))
+    data = {"train": ShapesConfig(length=3).build(), "validation": ShapesConfig(length=2, seed=5).build()}
+    for _ in range(2):
+        run.describe_environment(seed=7, device=torch.device("cpu"), data=data)
     first, second, rest = run.environment.read_text().split("\n\n")
     assert first == second
     assert not rest
     lines = dict(line.split(": ", 1) for line in first.splitlines())
     assert lines["command"].endswith("tools/train.py 'a config.yaml'")
     assert lines["seed"] == "7"
+    assert lines["train images"].startswith("3, sha256 of their ids ")
+    assert lines["validation generated"].startswith("shapes; seed 5; image_size (128, 128); ")
     assert lines["torch"] == torch.__version__.split("+")[0] or lines["torch"] == torch.__version__
     assert "cores" in lines["device"]
     assert {"commit", "threads", "python", "torchvision", "numpy", "pycocotools"} <= lines.keys()

@@ -31,7 +31,7 @@ from maskrcnn.data.coco_file import (
 )
 from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.data.images import read_image
-from maskrcnn.data.provenance import file_digest
+from maskrcnn.data.provenance import count_and_ids, digest, file_digest
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassTable, Example, MaskCrop
@@ -97,6 +97,7 @@ class _ObjectReader:
         self.keep_crowds = keep_crowds
         self.malformed: list[str] = []
         self.degenerate: list[str] = []
+        self.dropped: dict[str, list[int]] = {"crowd regions": [], "degenerate objects": []}  # ids by reason
 
     def read(self, annotation: Annotation, image: Image) -> _Object | None:
         """Return the object, or None for an invalid annotation or a dropped crowd region."""
@@ -224,8 +225,11 @@ class CocoDataset:
         objects = _read_objects(reader, chosen, data["annotations"])
         refuse(annotations, reader.malformed)
         self._handle_degenerate(reader.degenerate, degenerate)
+        self._dropped = reader.dropped
         if filter_empty:
-            chosen = [image for image in chosen if any(item.label > 0 for item in objects[image["id"]])]
+            used = {key for key, items in objects.items() if any(item.label > 0 for item in items)}
+            self._dropped["images without objects"] = [image["id"] for image in chosen if image["id"] not in used]
+            chosen = [image for image in chosen if image["id"] in used]
         if not chosen:
             raise InputError(f"{annotations.absolute()}: no image with objects is left to use")
         self._store(chosen, [objects[image["id"]] for image in chosen])
@@ -266,6 +270,15 @@ class CocoDataset:
         data["images"] = [image for image in data["images"] if image["id"] in used]
         data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] in used]
         return data
+
+    def origin(self) -> dict[str, str]:
+        """Return the annotation file and the image files with digests, and the ids of what was dropped, by reason."""
+        names = (self._names[index].tobytes().decode() for index in range(len(self)))
+        return {
+            "annotations": f"{self._file.name}, sha256 {file_digest(self._file)}",
+            "files": f"in {self._folder.name}, sha256 of their names {digest(names)}",
+            **{f"dropped {reason}": count_and_ids(ids) for reason, ids in self._dropped.items() if ids},
+        }
 
     def _read(self) -> dict[str, Any]:
         """Return the content of the annotation file, restricted to the chosen classes."""
@@ -381,4 +394,7 @@ def _read_objects(
         item = reader.read(annotation, image) if image else None
         if item is not None:
             objects[annotation["image_id"]].append(item)
+        elif image:
+            is_crowd = annotation.get("iscrowd", 0) == 1 and not reader.keep_crowds
+            reader.dropped["crowd regions" if is_crowd else "degenerate objects"].append(annotation["id"])
     return objects

@@ -398,6 +398,12 @@ class ShapesDataset:
         """Return height and width of each image, (N, 2) int64."""
         return np.tile(np.array(self.image_size, dtype=np.int64), (self.length, 1))
 
+    def origin(self) -> dict[str, str]:
+        """Return the parameters of the scenes."""
+        names = ("seed", "image_size", "objects", "sizes", "contrast", "noise")
+        parameters = [f"{name} {getattr(self, name)}" for name in names]
+        return {"generated": "; ".join(["shapes", *parameters, f"classes {', '.join(self.classes.names)}"])}
+
     def ground_truth(self) -> dict[str, Any]:
         """Return the annotations of all scenes in COCO format, with compressed RLE masks. Images are not rendered."""
         height, width = self.image_size

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 
+from maskrcnn.data.provenance import digest
 from maskrcnn.errors import first_of
 from maskrcnn.evaluation.matches import FIGURES
 from maskrcnn.evaluation.metric import Metric
@@ -37,6 +39,7 @@ from maskrcnn.runtime.files import without_nan
 logger = logging.getLogger(__name__)
 
 Backend = Literal["faster", "pycocotools"]
+LIBRARIES: Mapping[Backend, str] = {"faster": "faster-coco-eval", "pycocotools": "pycocotools"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Evaluation:
     box: Figures | None
     mask: Figures | None
     others: Mapping[str, float] = field(default_factory=dict)  # by names such as `KIND/FIGURE`
+    computation: Mapping[str, Any] = field(default_factory=dict)  # how the figures were computed, and from what
 
     def summary(self) -> dict[str, float]:
         """Return all figures by names such as `box/AP` and `mask/AP50`; nan where there are no objects."""
@@ -96,8 +100,8 @@ class Evaluation:
         return classes
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary, and the AP of each class under `classes`, for JSON; None in place of nan."""
-        return without_nan({**self.summary(), "classes": self.class_summary()})
+        """Return the summary, the AP of each class (`classes`) and `computation`, for JSON; None in place of nan."""
+        return without_nan({**self.summary(), "classes": self.class_summary(), "computation": self.computation})
 
     def format_table(self) -> str:
         """Return the metrics as a text table, with one line for boxes, one for masks, and one for each other figure."""
@@ -170,7 +174,23 @@ def evaluate(
         for name, metric in (metrics or {}).items()
         for figure, value in metric(data, results).items()
     }
-    return Evaluation(box=figures.get("bbox"), mask=figures.get("segm"), others=others)
+    computation = _computation(data, results, max_detections, backend)
+    return Evaluation(figures.get("bbox"), figures.get("segm"), others, computation)
+
+
+def _computation(
+    data: dict[str, Any], results: Sequence[dict[str, Any]], max_detections: Sequence[int], backend: Backend
+) -> dict[str, Any]:
+    """Return the library and its settings, and what was compared."""
+    ids = sorted(image["id"] for image in data["images"])
+    return {
+        "backend": f"{LIBRARIES[backend]} {version(LIBRARIES[backend])}",
+        "max_detections": list(max_detections),
+        "images": len(ids),
+        "image_ids_sha256": digest(map(str, ids)),
+        "objects": len(data["annotations"]),
+        "results": len(results),
+    }
 
 
 def _tables(

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,14 @@ def test_both_backends_agree(seed: int) -> None:
     for name, figures in reference.pop("classes").items():
         assert faster["classes"][name] == pytest.approx(figures, abs=1e-12)
     del faster["classes"]
+    computations = [figures.pop("computation") for figures in (faster, reference)]
     assert faster == pytest.approx(reference, abs=1e-12)
+    for computation, library in zip(computations, ("faster-coco-eval", "pycocotools"), strict=True):
+        assert computation.pop("backend") == f"{library} {version(library)}"
+        assert computation["max_detections"] == [1, 10, 100]
+        assert (computation["images"], computation["results"]) == (len(ground_truth["images"]), len(results))
+        assert computation["objects"] == len(ground_truth["annotations"])
+    assert computations[0] == computations[1]
 
 
 def test_ap_by_hand() -> None:
