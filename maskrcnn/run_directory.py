@@ -32,6 +32,7 @@ from maskrcnn.engine.metrics import FILE_NAME as METRICS_FILE
 from maskrcnn.errors import InputError
 from maskrcnn.resume_rules import Changes, changes
 from maskrcnn.runtime.files import temporary_of, write_text
+from maskrcnn.runtime.outputs import LOCK, MARKER, explaining, locked
 
 # Number of threads, choice of GPUs, and settings of the GPU libraries that affect the numerical results.
 VARIABLES = (
@@ -44,6 +45,7 @@ VARIABLES = (
 )
 # Disk full, over quota, file too large, read-only file system.
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+RUN = "[]"  # content of the marker of a run directory: to other commands, none of its files is one of theirs
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "faster-coco-eval", "pydantic")
 
 
@@ -61,6 +63,18 @@ class RunDirectory:
         self.evaluation = root / "evaluation"
         self.predictions = root / "predictions"
 
+    @contextmanager
+    def lock(self, *, resume: bool) -> Iterator[None]:
+        """Hold the lock of the run directory, so that one process at a time writes the run; see `outputs.locked`.
+
+        Raises:
+            InputError: another process holds the lock, or the folder is not one that `claim` takes.
+        """
+        with explaining(self.root):
+            self._require_own(resume=resume)  # first: other folders get no lock file
+        with locked(self.root):
+            yield
+
     def claim(self, config: Section, *, resume: bool) -> str:
         """Create the run directory, or check that it belongs to this experiment, and store the configuration.
 
@@ -77,29 +91,38 @@ class RunDirectory:
             InputError: the directory holds another experiment, this experiment and `resume` is False, no run to resume,
                 a run that cannot be resumed with this configuration (`resume_rules`), or it is not writable.
         """
-        try:
+        with explaining(self.root):
             return self._claim(config, resume=resume)
-        except OSError as error:
-            raise InputError(f"{self.root}: cannot write the run here ({error.strerror})") from error
 
     def _claim(self, config: Section, *, resume: bool) -> str:
-        changes_text = ""
+        changes_text, text = "", to_yaml(config)
+        self._require_own(resume=resume)
         if self.started:
             changes_text = self._check_resumable(config) if resume else self._raise_already_started(config)
-        elif resume and not self.config.exists():
-            raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); omit --resume")
-        elif not self.config.exists() and self._has_other_files():
-            raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
+        elif self.config.exists() and not self._is_marked() and self.config.read_text(encoding="utf-8") != text:
+            raise InputError(f"{self.config} was not written by a run: choose another folder with --out")
         # Written first, so that after a kill the folder is recognized as a run directory.
-        write_text(self.config, to_yaml(config))
+        write_text(self.config, text)
+        write_text(self.root / MARKER, RUN)
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(exist_ok=True)
         return changes_text
 
-    def _has_other_files(self) -> bool:
-        """Return whether the folder has files that do not come from a run."""
-        temporary = temporary_of(self.config)  # left by a run that was killed while it wrote the configuration
-        return self.root.exists() and any(path != temporary for path in self.root.iterdir())
+    def _require_own(self, *, resume: bool) -> None:
+        """Raise InputError if the folder holds other files than a run, or no run to resume."""
+        if self.started or self.config.exists():
+            return
+        if resume:
+            raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); omit --resume")
+        # The temporary file is left by a run that was killed while it wrote the configuration.
+        own = {temporary_of(self.config), self.root / LOCK}
+        if self.root.exists() and any(path not in own for path in self.root.iterdir()):
+            raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
+
+    def _is_marked(self) -> bool:
+        """Return whether the folder was claimed by a run before; a `config.yaml` alone may be the user's."""
+        marker = self.root / MARKER
+        return marker.is_file() and marker.read_text(encoding="utf-8") == RUN
 
     @property
     def started(self) -> bool:

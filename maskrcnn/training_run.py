@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -64,13 +64,29 @@ def train_experiment(
         processes: the process group. Every process calls this function.
 
     Raises:
-        InputError: the configuration, the data, the run directory or a checkpoint is invalid.
+        InputError: the configuration, the data, the run directory or a checkpoint is invalid, or another process writes
+            to the run directory.
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
     if config.training.deterministic:
         make_deterministic()
     run = RunDirectory(out)
     dataset, validation = config.data.build_both()
+    with run.lock(resume=resume) if processes.is_main else nullcontext():
+        _train(config, run, dataset, validation, resume=resume, init=init, processes=processes)
+
+
+def _train(
+    config: ExperimentConfig,
+    run: RunDirectory,
+    dataset: DetectionDataset,
+    validation: DetectionDataset,
+    *,
+    resume: bool,
+    init: Path | None,
+    processes: Processes,
+) -> None:
+    """Train, evaluate and write the run directory, which the main process has locked."""
     schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
         _claim(run, config, resume=resume, device=processes.device, data={"train": dataset, "validation": validation})

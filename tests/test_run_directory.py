@@ -194,8 +194,23 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
-    assert f"{tmp_path / 'file'}: cannot write the run here (Not a directory)" in refusal(tmp_path / "file")
-    assert "cannot write the run here" in refusal(tmp_path / "file" / "run")
+    assert f"{tmp_path / 'file'}: cannot write there (Not a directory)" in refusal(tmp_path / "file")
+    assert "cannot write there" in refusal(tmp_path / "file" / "run")
+
+
+def test_a_configuration_of_the_user_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("training: {seed: 1}\n")
+    assert "config.yaml was not written by a run" in refusal(tmp_path)
+    assert "config.yaml was not written by a run" in refusal(tmp_path, resume=True)
+
+
+def test_the_lock_leaves_other_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(InputError, match="not a run directory"), RunDirectory(tmp_path).lock(resume=False):
+        pass
+    with pytest.raises(InputError, match="no run to resume"), RunDirectory(tmp_path / "absent").lock(resume=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_the_environment_is_described_at_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

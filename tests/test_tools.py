@@ -19,6 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from maskrcnn.runtime import outputs
+from maskrcnn.runtime.outputs import LOCK, MARKER, locked
+
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
 
@@ -189,7 +192,7 @@ def test_the_maskrcnn_command(arguments: list[str], status: int, words: str) -> 
 
 def test_training_writes_a_run_directory(weights: Path) -> None:
     run = weights.parent.parent
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {LOCK, MARKER} == {
         "config.yaml", "environment.txt", "train.log", "metrics.jsonl", "tensorboard", "checkpoints", "evaluation",
         "predictions",
     }  # fmt: skip
@@ -208,6 +211,20 @@ def test_a_run_continues_only_with_resume(tool: Run, dataset: Dataset, tmp_path:
     assert outcome.status == 0
     assert "training.schedule.iterations: 1 -> 2 (the learning rate follows" in outcome.err
     assert "training.schedule.iterations: 1 -> 2" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_run_of_a_living_process_is_left_alone(
+    tool: Run, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "WAIT", 0)
+    run = tmp_path / "run"
+    train = ["train", dataset.config, "--out", run, "--set", "training.schedule.iterations=1"]
+    with locked(run):
+        assert_refused(tool(*train), f"{run}: another process is writing there")
+        assert [path.name for path in run.iterdir()] == [LOCK]
+    assert tool(*train).status == 0
+    with locked(run):
+        assert_refused(tool(*train, "--resume"), f"{run}: another process is writing there")
 
 
 def test_the_run_directory_has_the_name_of_the_config(

@@ -11,10 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskrcnn.cli.arguments import add_set_argument
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.console import setup_logging
+
+if TYPE_CHECKING:
+    from maskrcnn.ablation.plan import Plan
+    from maskrcnn.ablation.runner import RunsFailed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,25 +43,32 @@ def run(args: argparse.Namespace) -> None:
     from maskrcnn.ablation.plan import load_plan
     from maskrcnn.ablation.report import write_report
     from maskrcnn.ablation.results import analyse
-    from maskrcnn.ablation.runner import RunsFailed, check_runs, train_missing
-    from maskrcnn.engine.loop import Interrupted
+    from maskrcnn.runtime.outputs import output_folder
 
     setup_logging()
     plan = load_plan(args.ablation, args.out or Path("runs/ablations") / args.ablation.stem, args.overrides)
-    failure = None
-    if not args.report_only:
-        check_runs(plan)
-        try:
-            train_missing(plan, jobs=args.jobs)
-        except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(stop.status)
-        except RunsFailed as error:
-            failure = error
-    results = analyse(plan)
-    write_report(plan, results)
+    with output_folder(plan.out):
+        failure = None if args.report_only else _train(plan, args.jobs)
+        results = analyse(plan)
+        write_report(plan, results)
     print("\n".join([*results.sentences, *(f"not finished: {name}" for name in results.unfinished)]))
     print(f"report.html, report.md and results.json are in {plan.out}")
     if failure is not None:
         print(failure, file=sys.stderr)
         sys.exit(1)
+
+
+def _train(plan: Plan, jobs: int | None) -> RunsFailed | None:
+    """Train what is missing, and return the exception that describes the runs that failed, if any."""
+    from maskrcnn.ablation.runner import RunsFailed, check_runs, train_missing
+    from maskrcnn.engine.loop import Interrupted
+
+    check_runs(plan)
+    try:
+        train_missing(plan, jobs=jobs)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    except RunsFailed as error:
+        return error
+    return None
