@@ -24,6 +24,7 @@ from maskrcnn.evaluation.average_precision import Backend, Evaluation
 from maskrcnn.evaluation.metric import COCO_METRICS, MetricConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.resume_rules import changes
+from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable
 
 SUPPORTED_DEVICES = ("cpu", "cuda")
@@ -233,14 +234,16 @@ def evaluate_checkpoint(
     `load` explains `average`.
 
     Raises:
-        InputError: the checkpoint does not match the model or the classes of the validation set.
+        InputError: the checkpoint does not match the model or the classes of the validation set, or `out` is not a
+            folder for output (`outputs.output_folder`).
     """
     dataset = config.data.build_validation()
     predictor = load_predictor(config, weights, device, average=average)
     require_same_classes(predictor.classes, dataset.classes, str(weights), "data.validation")
-    evaluation = config.evaluator(dataset)(predictor, out)
     settings = config.evaluation
-    draw_predictions(predictor, dataset, settings.pictures, out / "predictions", min_score=settings.picture_score)
+    with output_folder(out):
+        evaluation = config.evaluator(dataset)(predictor, out)
+        draw_predictions(predictor, dataset, settings.pictures, out / "predictions", min_score=settings.picture_score)
     return evaluation
 
 

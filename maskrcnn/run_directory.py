@@ -64,14 +64,14 @@ class RunDirectory:
         self.predictions = root / "predictions"
 
     @contextmanager
-    def lock(self, *, resume: bool) -> Iterator[None]:
+    def lock(self, config: Section, *, resume: bool) -> Iterator[None]:
         """Hold the lock of the run directory, so that one process at a time writes the run; see `outputs.locked`.
 
         Raises:
             InputError: another process holds the lock, or the folder is not one that `claim` takes.
         """
         with explaining(self.root):
-            self._require_own(resume=resume)  # first: other folders get no lock file
+            self._require_own(config, resume=resume)  # first: other folders get no lock file
         with locked(self.root):
             yield
 
@@ -95,29 +95,34 @@ class RunDirectory:
             return self._claim(config, resume=resume)
 
     def _claim(self, config: Section, *, resume: bool) -> str:
-        changes_text, text = "", to_yaml(config)
-        self._require_own(resume=resume)
+        changes_text = ""
+        self._require_own(config, resume=resume)
         if self.started:
             changes_text = self._check_resumable(config) if resume else self._raise_already_started(config)
-        elif self.config.exists() and not self._is_marked() and self.config.read_text(encoding="utf-8") != text:
-            raise InputError(f"{self.config} was not written by a run: choose another folder with --out")
         # Written first, so that after a kill the folder is recognized as a run directory.
-        write_text(self.config, text)
+        write_text(self.config, to_yaml(config))
         write_text(self.root / MARKER, RUN)
         for folder in (self.checkpoints, self.evaluation, self.predictions):
             folder.mkdir(exist_ok=True)
         return changes_text
 
-    def _require_own(self, *, resume: bool) -> None:
+    def _require_own(self, config: Section, *, resume: bool) -> None:
         """Raise InputError if the folder holds other files than a run, or no run to resume."""
-        if self.started or self.config.exists():
+        if self.started:
             return
-        if resume:
+        if self.config.exists():
+            if not self._is_marked() and self.config.read_text(encoding="utf-8") != to_yaml(config):
+                raise InputError(f"{self.config} was not written by a run: choose another folder with --out")
+        elif resume:
             raise InputError(f"{self.root} holds no run to resume (no {self.config.name}); omit --resume")
+        elif self._has_other_files():
+            raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
+
+    def _has_other_files(self) -> bool:
+        """Return whether the folder has files that do not come from a run."""
         # The temporary file is left by a run that was killed while it wrote the configuration.
         own = {temporary_of(self.config), self.root / LOCK}
-        if self.root.exists() and any(path not in own for path in self.root.iterdir()):
-            raise InputError(f"{self.root} is not empty and not a run directory: choose another folder with --out")
+        return self.root.exists() and any(path not in own for path in self.root.iterdir())
 
     def _is_marked(self) -> bool:
         """Return whether the folder was claimed by a run before; a `config.yaml` alone may be the user's."""

@@ -72,7 +72,7 @@ def train_experiment(
         make_deterministic()
     run = RunDirectory(out)
     dataset, validation = config.data.build_both()
-    with run.lock(resume=resume) if processes.is_main else nullcontext():
+    with run.lock(config, resume=resume) if processes.is_main else nullcontext():
         _train(config, run, dataset, validation, resume=resume, init=init, processes=processes)
 
 

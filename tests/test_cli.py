@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import re
@@ -45,6 +46,10 @@ def wrong_input() -> None:
     raise InputError("x.yaml: 1 problem\n  roi: missing")
 
 
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "out/1.png")
+
+
 def interrupted() -> None:
     raise KeyboardInterrupt
 
@@ -54,6 +59,7 @@ def interrupted() -> None:
     [
         (done, 0, ""),
         (wrong_input, 2, "error: x.yaml: 1 problem\n  roi: missing\n"),
+        (full_disk, 2, "error: out/1.png: No space left on device\n"),
         (interrupted, 130, "interrupted\n"),
     ],
 )

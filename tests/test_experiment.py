@@ -17,11 +17,12 @@ from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
-from maskrcnn.engine.pictures import predict_images
+from maskrcnn.engine.pictures import ImagesSkipped, _picture_names, predict_images
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, load_predictor
 from maskrcnn.experiment import load as load_weights
+from maskrcnn.runtime.outputs import LOCK, MARKER
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import ClassTable
 from maskrcnn.training_run import initialize, train_experiment
@@ -354,7 +355,8 @@ def test_predicting_images_of_any_size(predictor: Predictor, tmp_path: Path) -> 
     files = [picture(tmp_path / "in" / "b.jpg", 100, 50), picture(tmp_path / "in" / "a.PNG", 33, 70)]
     (tmp_path / "in" / "notes.txt").write_text("no image")
     results = json.loads(predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0).read_text())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png", "results.json"}
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {LOCK, MARKER}
+    assert written == {"a.png", "b.png", "results.json"}
     width, height = Image.open(tmp_path / "out" / "b.png").size
     assert width == 2 * height  # small images are drawn larger
     assert {(result["image_id"], result["file_name"]) for result in results} == {(1, str(files[1])), (2, str(files[0]))}
@@ -375,6 +377,28 @@ def test_images_of_one_name_do_not_replace_each_other(predictor: Predictor, tmp_
     same_name = [picture(tmp_path / "x" / "a.png", 64, 64), picture(tmp_path / "y" / "a.jpg", 64, 64)]
     predict_images(predictor, [*same_name, picture(tmp_path / "y" / "b.png", 64, 64)], tmp_path / "out", min_score=0.5)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a_1.png", "a_2.png", "b.png"}
+
+
+def test_no_two_pictures_have_one_name() -> None:
+    files = [Path(name) for name in ("x/1.jpg", "y/1.jpg", "1_2.jpg", "x/A.jpg", "y/a.png", "x/A_4_4.jpg", "A_4.jpg")]
+    names = _picture_names(files)
+    assert names == ["1_1.png", "1_2_2.png", "1_2.png", "A_4_4_4.png", "a_5.png", "A_4_4.png", "A_4.png"]
+
+
+def test_a_broken_image_is_skipped_and_reported(
+    predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [picture(tmp_path / "in" / f"{name}.png", 64, 64) for name in "abc"]
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    (tmp_path / "in" / "loop.png").symlink_to(tmp_path / "in" / "loop.png")
+    with pytest.raises(ImagesSkipped, match="2 of 4 images were skipped"):
+        predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0)
+    assert [message.split(": ")[1] for message in caplog.messages if message.startswith("skipped: ")] == [
+        str(files[1]), str(tmp_path / "in" / "loop.png"),
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {(result["image_id"], result["file_name"]) for result in results} == {(1, str(files[0])), (3, str(files[2]))}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "c.png"}
 
 
 def test_the_users_images_are_not_overwritten(predictor: Predictor, tmp_path: Path) -> None:

@@ -215,3 +215,13 @@ def test_a_context_image_has_the_box_at_its_position():
     rows, columns = np.nonzero((picture == BOX).all(axis=2))
     assert (columns.min(), columns.max()) == (16 + 210, 16 + 419)
     assert rows.min() == 56
+
+
+def test_a_file_of_the_user_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "link.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for out in (path, tmp_path / "link.png", tmp_path / "text.png", tmp_path):
+        with pytest.raises(InputError, match="was not written by this command"):
+            explain_roi._require_own(out)

@@ -1,11 +1,11 @@
-"""Locks of folders: one process writes to a folder at a time, and a kill blocks nobody."""
+"""Output folders: one process writes at a time, a kill blocks nobody, and files of the user are kept."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 
 from maskrcnn.errors import InputError
 from maskrcnn.runtime import outputs
-from maskrcnn.runtime.outputs import locked
+from maskrcnn.runtime.outputs import LOCK, MARKER, locked, output_folder
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -63,3 +63,75 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, kind: str) -> Non
     folder = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "a", "loop": tmp_path / "loop"}[kind]
     with pytest.raises(InputError, match=f"{folder}: cannot write there"), locked(folder):
         pass
+
+
+def fill(folder: Path, *names: str) -> None:
+    """Write output as a command does."""
+    with output_folder(folder):
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("output")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+
+
+def test_a_folder_of_output_is_filled_again(tmp_path: Path) -> None:
+    fill(tmp_path / "out", "a.png", "predictions/1.png")
+    fill(tmp_path / "out", "a.png", "b.png")
+    fill(tmp_path / "out")
+    assert names(tmp_path / "out") == {LOCK, MARKER, "a.png", "b.png", "predictions/1.png"}
+
+
+def add_file(out: Path, user: Path) -> None:
+    (out / "b.png").write_text("the user's")
+
+
+def add_file_below(out: Path, user: Path) -> None:
+    (out / "predictions" / "2.png").write_text("the user's")
+
+
+def add_link(out: Path, user: Path) -> None:
+    (out / "a.png").unlink()
+    (out / "a.png").symlink_to(user)
+
+
+def forget(out: Path, user: Path) -> None:
+    (out / MARKER).unlink()
+
+
+def garble(out: Path, user: Path) -> None:
+    (out / MARKER).write_text("[")
+
+
+@pytest.mark.parametrize("change", [add_file, add_file_below, add_link, forget, garble])
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, change: Callable[[Path, Path], None]) -> None:
+    user, out = tmp_path / "user.png", tmp_path / "out"
+    user.write_text("the user's")
+    fill(out, "a.png", "predictions/1.png")
+    change(out, user)
+    before = {name: (out / name).read_text() for name in names(out)}
+    with pytest.raises(InputError, match=r"out: files here were not written by maskrcnn \(.*(png|predictions)"):
+        fill(out, "a.png", "b.png")
+    assert {name: (out / name).read_text() for name in names(out)} == before
+    assert user.read_text() == "the user's"
+
+
+def test_a_folder_of_the_user_gets_no_file(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(InputError, match=r"not written by maskrcnn \(thesis.tex\)"):
+        fill(tmp_path, "a.png")
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+@needs_fork
+def test_a_folder_of_a_killed_command_is_filled_again(tmp_path: Path) -> None:
+    process = os.fork()
+    if process == 0:
+        with output_folder(tmp_path / "out"):
+            (tmp_path / "out" / "a.png").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    fill(tmp_path / "out", "a.png")
+    assert (tmp_path / "out" / "a.png").read_text() == "output"

@@ -206,9 +206,12 @@ def test_a_configuration_of_the_user_is_kept(tmp_path: Path) -> None:
 
 def test_the_lock_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("text")
-    with pytest.raises(InputError, match="not a run directory"), RunDirectory(tmp_path).lock(resume=False):
+    with pytest.raises(InputError, match="not a run directory"), RunDirectory(tmp_path).lock(CONFIG, resume=False):
         pass
-    with pytest.raises(InputError, match="no run to resume"), RunDirectory(tmp_path / "absent").lock(resume=True):
+    with (
+        pytest.raises(InputError, match="no run to resume"),
+        RunDirectory(tmp_path / "absent").lock(CONFIG, resume=True),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,7 +252,8 @@ def test_evaluating_a_checkpoint(tool: Run, dataset: Dataset, weights: Path, tmp
     assert "AP50" in outcome.err
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored["classes"].keys() == {"cat", "dog"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.json", "results.json", "predictions"}
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {LOCK, MARKER}
+    assert written == {"metrics.json", "results.json", "predictions"}
 
     again = tool("eval", "--annotations", dataset.folder / "objects.json",
                  "--predictions", tmp_path / "out" / "results.json", "--out", tmp_path / "files")  # fmt: skip
@@ -555,6 +558,63 @@ def test_images_that_cannot_be_predicted(tool: Run, dataset: Dataset, weights: P
     assert_refused(tool(*predict, tmp_path / "absent.jpg"), str(tmp_path / "absent.jpg"))
     assert_refused(tool(*predict, dataset.image(2)), str(dataset.image(2)))
     assert_refused(tool(*predict[:-1], dataset.folder / "images", dataset.image(1)), "the pictures would replace")
+    outcome = tool(*predict, dataset.folder / "images")
+    assert outcome.status == 1
+    assert f"skipped: {dataset.image(2)}: cannot be read" in outcome.err
+    assert outcome.err.endswith("1 of 4 images were skipped; results.json has the others\n")
+    assert {result["image_id"] for result in json.loads((tmp_path / "out" / "results.json").read_text())} <= {1, 3, 4}
+
+
+def commands_with_out(dataset: Dataset, weights: Path) -> list[tuple[str | Path, ...]]:
+    annotations = dataset.folder / "objects.json"
+    results = dataset.folder / "results.json"
+    results.write_text("[]")
+    return [
+        ("train", dataset.config),
+        ("eval", dataset.config, "--weights", weights),
+        ("eval", "--annotations", annotations, "--predictions", results),
+        ("predict", "--weights", weights, dataset.image(1)),
+        ("inspect_dataset", dataset.config),
+    ]
+
+
+@pytest.mark.parametrize("command", range(5))
+def test_no_file_of_the_user_is_overwritten(tool: Run, dataset: Dataset, weights: Path, command: int) -> None:
+    tool_and_arguments = commands_with_out(dataset, weights)[command]
+    user = dataset.folder / "user"
+    shutil.copytree(dataset.folder / "images", user)
+    for name in ("config.yaml", "metrics.json", "results.json", "predictions"):
+        (user / name).write_text("the user's")
+    before = {path.name: path.read_bytes() for path in user.iterdir()}
+    assert_refused(tool(*tool_and_arguments, "--out", user), str(user), "with --out")
+    assert {path.name: path.read_bytes() for path in user.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", range(5))
+@pytest.mark.parametrize("kind", ["file", "loop", "too long"])
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tool: Run, dataset: Dataset, weights: Path, command: int, kind: str, tmp_path: Path
+) -> None:
+    out = tmp_path / ("x" * 300 if kind == "too long" else kind)
+    if kind == "file":
+        out.write_text("the user's")
+    elif kind == "loop":
+        out.symlink_to(out)
+    assert_refused(tool(*commands_with_out(dataset, weights)[command], "--out", out), str(out))
+
+
+def test_a_full_disk_is_named(
+    tool: Run, dataset: Dataset, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a file name, as Pillow does
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    out = tmp_path / "out"
+    outcome = tool("predict", "--weights", weights, dataset.image(1), "--out", out)
+    assert_refused(outcome, f"{out / '1.png'}: No space left on device")
+    outcome = tool("inspect_dataset", dataset.config, "--out", out)
+    assert_refused(outcome, f"{out / '1.png'}: No space left on device")
 
 
 @pytest.mark.parametrize(

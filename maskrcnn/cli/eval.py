@@ -9,6 +9,7 @@ The second form needs no model and no images.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from maskrcnn.cli.arguments import add_average_argument, add_config_arguments, add_device_argument
@@ -48,11 +49,14 @@ def run(args: argparse.Namespace) -> None:
     from maskrcnn.evaluation.results import read_results
     from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint
     from maskrcnn.runtime.memory import keep_freed_memory
+    from maskrcnn.runtime.outputs import output_folder
 
     setup_logging()
     keep_freed_memory()
     if from_files:
-        report(args.annotations, read_results(args.predictions), args.out, backend=args.backend or "faster")
+        results = read_results(args.predictions)
+        with output_folder(args.out) if args.out else nullcontext():
+            report(args.annotations, results, args.out, backend=args.backend or "faster")
         return
     backend = [f"evaluation.backend={args.backend}"] if args.backend else []
     config = read_config(args.config, ExperimentConfig, [*args.overrides, *backend])

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
+SOFTWARE = "maskrcnn explain-roi"  # in the pictures, which may be overwritten
 MOST = 100  # maximum side of maps and output grids, in cells; more are not legible
 
 
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.out.suffix != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; the file name must end in .png")
+    _require_own(args.out)
     box = _read_box(args.box)
     size = None if args.output is None else _read_size(args.output)
     figure = _explain_map(args, box, size) if args.image is None else _explain_image(args, box, size)
@@ -211,12 +215,30 @@ def _feature_map(model: MaskRCNN, transform: Transform, pixels: Tensor, box: Box
     return features[level][0].float(), model.box_pooler.strides[level], (x1, y1, x2, y2)
 
 
+def _require_own(path: Path) -> None:
+    """Raise InputError if a file is in place of the picture that is not an earlier picture of this command."""
+    from PIL import Image
+
+    if not os.path.lexists(path):
+        return
+    with suppress(Exception):  # whatever is wrong with the file, it is not ours
+        if path.is_file() and not path.is_symlink():
+            with Image.open(path) as picture:
+                if picture.info.get("Software") == SOFTWARE:
+                    return
+    raise InputError(f"--out {path}: the file there was not written by this command; choose another name")
+
+
 def _save(figure: np.ndarray, path: Path, *, photograph: bool) -> None:
     """Write the figure as a PNG; without a photograph, quantised colours reduce the file to a third."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    picture = Image.fromarray(figure)
+    from maskrcnn.visualization.drawing import save_image
+
+    picture, text = Image.fromarray(figure), PngInfo()
+    text.add_text("Software", SOFTWARE)
     if not photograph:
         picture = picture.quantize(64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    save_image(path, picture, optimize=True, pnginfo=text)

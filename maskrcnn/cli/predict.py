@@ -3,12 +3,14 @@
     maskrcnn predict --weights runs/shapes/checkpoints/best.pt IMAGE_OR_FOLDER ... --out predictions
 
 Writes one picture per image, and results.json in COCO's results format. The model is built from the configuration that
-the checkpoint holds; --set changes a key of it, for example model.detection.score_threshold.
+the checkpoint holds; --set changes a key of it, for example model.detection.score_threshold. Exit status: 0 success,
+1 some images could not be read and were skipped, 2 invalid input.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument
@@ -28,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Predict."""
-    from maskrcnn.engine.pictures import predict_images
+    from maskrcnn.engine.pictures import ImagesSkipped, predict_images
     from maskrcnn.experiment import load
     from maskrcnn.runtime.memory import keep_freed_memory
 
     setup_logging()
     keep_freed_memory()
     predictor = load(args.weights, device=args.device, average=args.ema, overrides=args.overrides)
-    predict_images(predictor, args.inputs, args.out, min_score=args.min_score)
+    try:
+        predict_images(predictor, args.inputs, args.out, min_score=args.min_score)
+    except ImagesSkipped as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from tqdm import tqdm
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 from maskrcnn.evaluation.results import write_results
+from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable, Example
 from maskrcnn.visualization.drawing import contact_sheet, draw_objects, save_image, shrink, side_by_side
 
@@ -28,15 +30,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def draw_ground_truth(dataset: DetectionDataset, count: int, out: Path) -> None:
-    """Draw the ground truth of the first `count` images: one PNG per image and `contact_sheet.png`, in folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Draw the ground truth of the first `count` images: one PNG per image and `contact_sheet.png`, in folder `out`.
+
+    Raises:
+        InputError: `out` is not a folder for output (`outputs.output_folder`), or an image cannot be read.
+    """
     pictures = []
-    for index in range(min(count, len(dataset))):
-        example = dataset[index]
-        pictures.append(_draw_ground_truth(example, dataset.classes))
-        save_image(out / f"{example.image_id}.png", pictures[-1])
-    if pictures:
-        save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
+    with output_folder(out):
+        for index in range(min(count, len(dataset))):
+            example = dataset[index]
+            pictures.append(_draw_ground_truth(example, dataset.classes))
+            save_image(out / f"{example.image_id}.png", pictures[-1])
+        if pictures:
+            save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
 
 
 def draw_predictions(
@@ -78,11 +84,16 @@ def _draw_ground_truth(example: Example, classes: ClassTable) -> np.ndarray:
     return draw_objects(image, example.boxes, example.labels, example.masks, classes.names)
 
 
+class ImagesSkipped(Exception):  # noqa: N818 (the other images are done)
+    """Some images could not be read; pictures and `results.json` of the others are complete."""
+
+
 def predict_images(predictor: Predictor, inputs: Sequence[Path], out: Path, *, min_score: float) -> Path:
     """Detect and draw objects in images without ground truth.
 
     Writes one PNG per image, and `results.json` in COCO's results format. There, each detection also has the
-    `file_name` of its image, and `image_id` counts the images from 1.
+    `file_name` of its image, and `image_id` counts the images from 1. Images that cannot be read are reported and
+    skipped.
 
     Args:
         predictor: the predictor.
@@ -94,32 +105,54 @@ def predict_images(predictor: Predictor, inputs: Sequence[Path], out: Path, *, m
         The path of `results.json`.
 
     Raises:
-        InputError: an input does not exist or is not an image, or `out` is the folder of an input image. Images before
-            an unreadable one are already written.
+        InputError: an input does not exist, no image can be read, `out` is the folder of an input image or not a folder
+            for output (`outputs.output_folder`).
+        ImagesSkipped: some images cannot be read; raised when all others are done.
     """
     files = list(_image_files(inputs))
-    out.mkdir(parents=True, exist_ok=True)
-    if any(path.resolve().parent == out.resolve() for path in files):
+    if any(os.path.dirname(os.path.realpath(path)) == os.path.realpath(out) for path in files):
         raise InputError(f"{out}: the pictures would replace the images there; name another folder with --out")
     results: list[Result] = []
-    named_files = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
-    for image_id, (path, name) in enumerate(named_files, start=1):
-        instances = predictor(path)
-        instances = instances[instances.scores >= min_score]
-        save_image(out / name, instances.picture(min_score=min_score))
-        results += [{**result, "file_name": str(path)} for result in instances.to_coco(image_id)]
-    write_results(out / "results.json", results)
-    logger.info("%d images, %d objects: pictures and results.json are in %s", len(files), len(results), out)
+    problems: list[str] = []
+    with output_folder(out):
+        named_files = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
+        for image_id, (path, name) in enumerate(named_files, start=1):
+            try:
+                instances = predictor(path)
+            except InputError as error:
+                logger.warning("skipped: %s", error)
+                problems.append(str(error))
+                continue
+            instances = instances[instances.scores >= min_score]
+            save_image(out / name, instances.picture(min_score=min_score))
+            results += [{**result, "file_name": str(path)} for result in instances.to_coco(image_id)]
+        if len(problems) == len(files):
+            raise InputError("\n".join(first_of(problems)))
+        write_results(out / "results.json", results)
+    done = len(files) - len(problems)
+    logger.info("%d images, %d objects: pictures and results.json are in %s", done, len(results), out)
+    if problems:
+        raise ImagesSkipped(f"{len(problems)} of {len(files)} images were skipped; results.json has the others")
     return out / "results.json"
 
 
 def _picture_names(files: Sequence[Path]) -> list[str]:
-    """Return a PNG name for each image: its own name, followed by its number if several images have this name."""
-    counts = Counter(path.stem for path in files)
-    return [
-        f"{path.stem}.png" if counts[path.stem] == 1 else f"{path.stem}_{image_id}.png"
-        for image_id, path in enumerate(files, start=1)
-    ]
+    """Return a PNG name for each image: its own name, followed by its number if another picture would have this name.
+
+    The names differ even where the file system ignores case.
+    """
+    counts = Counter(path.stem.casefold() for path in files)
+    taken = {stem for stem, count in counts.items() if count == 1}
+    names = []
+    for image_id, path in enumerate(files, start=1):
+        name = path.stem
+        if counts[name.casefold()] > 1:
+            name += f"_{image_id}"
+            while name.casefold() in taken:
+                name += f"_{image_id}"
+            taken.add(name.casefold())
+        names.append(f"{name}.png")
+    return names
 
 
 def _image_files(inputs: Sequence[Path]) -> Iterator[Path]:

@@ -14,14 +14,20 @@ from maskrcnn.errors import InputError
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit with status 0 (success), 2 (InputError) or 130 (interrupted).
+    """Run a command and exit with status 0 (success), 2 (InputError, or an OSError with a file) or 130 (interrupted).
 
-    Any other exception propagates: the interpreter prints the traceback and exits with status 1.
+    An OSError that names a file comes from the user's disk or path: it is full, read-only, too long, ... Any other
+    exception propagates: the interpreter prints the traceback and exits with status 1.
     """
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -44,11 +50,18 @@ def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
     console.setLevel(logging.WARNING if process else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if log_file is not None:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        file = _LogFile(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logging.getLogger("maskrcnn").setLevel(logging.DEBUG)
+
+
+class _LogFile(logging.FileHandler):
+    """Leaves out what cannot be written: a full disk must not add a traceback to each line of the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of the base class)
+        pass
 
 
 class _ConsoleHandler(logging.Handler):

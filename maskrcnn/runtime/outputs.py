@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,12 +62,6 @@ def output_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # a full disk, which another error reports
                 names = [name for name, path in _files(folder).items() if not path.is_symlink()]
                 write_text(folder / MARKER, json.dumps(names))
-
-
-def require_absent(path: Path) -> None:
-    """Raise InputError if the output file of a command exists: it may be the user's."""
-    if os.path.lexists(path):
-        raise InputError(f"{path}: the file exists; delete it, or choose another name with --out")
 
 
 @contextmanager

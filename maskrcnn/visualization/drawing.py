@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -113,9 +114,21 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def save_image(path: Path, image: np.ndarray) -> None:
-    """Write an (H, W, 3) uint8 RGB image to a file; the suffix selects the format."""
-    Image.fromarray(image).save(path)
+def save_image(path: Path, image: np.ndarray | Image.Image, **options: Any) -> None:
+    """Write an image, as an array (H, W, 3) of uint8 RGB or Pillow's, to a file; the suffix selects the format.
+
+    Args:
+        path: the file.
+        image: the image.
+        options: Pillow's for this format.
+
+    Raises:
+        OSError: the disk is full or not writable. The message names the file.
+    """
+    try:
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+    except OSError as error:  # Pillow's does not always name the file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def shrink(image: np.ndarray, longest: int) -> np.ndarray:
