@@ -39,6 +39,7 @@ except for `TIMING_KEYS`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
         records = read_records(path) if path.exists() else []
-        records = [record for record in records if record["iteration"] <= start and record["kind"] != "end"]
+        records = [record for record in records if record["kind"] != "end" and record["iteration"] <= start]
         evaluations = [record["iteration"] for record in records if record["kind"] == "evaluation"]
         self.last_evaluation = max(evaluations, default=None)
         write_text(path, "".join(map(_line, records)))
@@ -232,9 +233,17 @@ class SilentWriter(MetricsWriter):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the records of a `metrics.jsonl`. An incomplete last line, left by a killed process, is ignored."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the records of a `metrics.jsonl`.
+
+    Lines that are no records, which a power failure can leave, are left out with a warning, and so is, without one, an
+    incomplete last line, left by a killed process.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = [record for line in lines if (record := _record(line)) is not None]
+    if len(records) < len(lines):
+        damaged = len(lines) - len(records)
+        logging.getLogger(__name__).warning("%s: %d lines are damaged and left out", path, damaged)
+    return records
 
 
 def last_record(path: Path) -> Record | None:
@@ -243,8 +252,20 @@ def last_record(path: Path) -> Record | None:
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - LONGEST_RECORD))
-        lines = [line for line in file.readlines() if line.endswith(b"\n")]
-    return json.loads(lines[-1]) if lines else None
+        lines = file.read().split(b"\n")[:-1]
+    return next((record for line in reversed(lines) if (record := _record(line)) is not None), None)
+
+
+def _record(line: bytes) -> Record | None:
+    """Return the record in a line, None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("kind") not in ("train", "evaluation", "end"):
+        return None
+    iteration = record.get("iteration")
+    return record if isinstance(iteration, int) or (iteration is None and record["kind"] == "end") else None
 
 
 def _line(record: Record) -> str:

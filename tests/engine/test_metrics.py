@@ -280,3 +280,38 @@ def test_the_last_record_is_the_last_complete_line(tmp_path, monkeypatch):
         file.write('{"kind": "train", "itera')
     assert last_record(path) == read_records(path)[-1]
     assert last_record(path)["iteration"] == 10
+
+
+GARBAGE = [
+    b"\0" * 40,
+    b"\xff\xfe binary \x80",
+    b'{"kind": "train", "iter',
+    b'[{"kind": "train", "iteration": 1}]',
+    b'{"kind": "train"}',
+    b'{"kind": "other", "iteration": 2}',
+    b"[" * 100_000,
+    b"1" * 10_000,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_damaged_lines_are_left_out_with_a_warning(tmp_path, garbage, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path) as writer:
+        for iteration in (1, 2):
+            writer.log_step(step(iteration))
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([garbage, first, garbage, second, garbage, b""]))
+    assert read_records(path) == [json.loads(first), json.loads(second)]
+    assert caplog.messages == [f"{path}: 3 lines are damaged and left out"]
+    assert last_record(path) == json.loads(second)
+    MetricsWriter(tmp_path, start=2).close()
+    assert path.read_bytes().splitlines() == [first, second]
+
+
+def test_a_run_without_evaluations_goes_on(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log_step(step(1))
+        writer.log_end()
+    with MetricsWriter(tmp_path, start=1) as writer:
+        assert [record["kind"] for record in read_records(tmp_path / "metrics.jsonl")] == ["train"]
