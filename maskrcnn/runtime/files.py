@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,16 +21,21 @@ from maskrcnn.errors import InputError
 def read_tensors(path: Path) -> dict[str, Any]:
     """Return the dict in a file written by `torch.save`, such as a state dict.
 
+    The checksums in the file are verified, which torch does not do; this reads the file once more.
+
     Raises:
         InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _verify_checksums(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as advice on files that torch can read in other ways
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
     except Exception as error:  # unpickling arbitrary bytes can raise almost any exception
         raise InputError(
-            f"{path}: this is not a file of tensors that can be read safely, or it is damaged: {_first_line(error)}"
+            f"{path}: this is not a file of tensors that can be read safely, or it is damaged: {_reason(error)}"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: it holds a {type(content).__name__}, not tensors by name")
@@ -101,5 +109,20 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _verify_checksums(path: Path) -> None:
+    """Raise ValueError if a record in the zip archive of a file has a wrong checksum. Other files have none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} has a wrong checksum")
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error of `torch.load`, but no advice of torch to load the file by running its code."""
+    text = str(error)
+    if forbidden := re.search(r"GLOBAL (\S+)", text):
+        return f"it refers to {forbidden[1]}, and nothing from a file is run"
+    if "weights_only" in text or "weights only" in text.lower():
+        return "it holds other things than tensors and plain values"
+    return (text.splitlines() or [type(error).__name__])[0]

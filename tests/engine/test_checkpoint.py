@@ -1,7 +1,11 @@
+import dataclasses
+import pickle
 import random
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -190,11 +194,82 @@ def test_a_damaged_file_is_named(tmp_path, model, optimizer):
             load_checkpoint(path)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
-    path = tmp_path / "evil.pt"
-    torch.save({"format": print}, path)
-    with pytest.raises(InputError, match=r"evil\.pt: this is not a file of tensors that can be read safely"):
+def equal(first, second):
+    """Return whether two checkpoints, or parts of them, are equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path, model, optimizer):
+    """Some bytes of the file, such as padding, have no meaning."""
+    path = tmp_path / "last.pt"
+    saved = checkpoint_of(model, optimizer)
+    save_checkpoint(path, saved)
+    content = path.read_bytes()
+    weight = model[0].weight.detach().numpy().tobytes()
+    position = content.index(weight)
+    found = 0
+    for place in {position, position + len(weight) - 1, *range(0, len(content), 101)}:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            assert equal(dataclasses.asdict(load_checkpoint(path)), dataclasses.asdict(saved))
+        except InputError as error:
+            found += str(error).startswith(f"{path}: ")
+    assert found > len(range(0, len(content), 101)) / 2
+    path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    with pytest.raises(InputError, match=r"last\.pt: .*it is damaged: .*/data/\d+ has a wrong checksum"):
         load_checkpoint(path)
+
+
+def code(path):
+    torch.save({"format": print}, path)
+
+
+def plain_pickle(path):
+    path.write_bytes(pickle.dumps({"model": np.zeros(3)}))
+
+
+def whole_model(path):
+    torch.save(nn.Linear(2, 2), path)
+
+
+def old_format(path):
+    torch.save({"model": print}, path, _use_new_zipfile_serialization=False)
+
+
+def script(path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+def archive(path):
+    with tarfile.open(path, "w") as file:
+        for name in ("storages", "tensors", "pickle"):
+            file.addfile(tarfile.TarInfo(name))
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("hello.txt", "hello")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("make", [code, plain_pickle, whole_model, old_format, script, archive, other_zip])
+def test_a_file_that_could_run_code_is_refused_without_advice_to_run_it(tmp_path, make, recwarn):
+    path = tmp_path / "evil.pt"
+    make(path)
+    recwarn.clear()
+    with pytest.raises(InputError, match=r"evil\.pt: this is not a file of tensors that can be read safely") as refusal:
+        load_checkpoint(path)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert not any(word in message.lower() for word in ("weights_only", "weights only", "trust", "option", "allowlist"))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2]])
