@@ -297,7 +297,8 @@ class StopRequest:
 
     The first signal is stored in `signal`. A second signal has its usual effect, unless `second_signal_kills` is
     False: in distributed training, SLURM and torchrun may both send the signal to each process. Ctrl-C and SLURM also
-    signal the data loader workers, which must ignore it, or the next batch never arrives.
+    signal the data loader workers, which must ignore it, or the next batch never arrives. A signal that the process
+    ignores stays ignored: scripts start background jobs with SIGINT ignored.
     """
 
     def __init__(self, *, second_signal_kills: bool = True) -> None:
@@ -306,7 +307,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._previous_handlers = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) != signal.SIG_IGN
         }
         return self
 

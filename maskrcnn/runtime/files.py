@@ -119,7 +119,7 @@ def _verify_checksums(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error of `torch.load`, but no advice of torch to load the file by running its code."""
+    """Return the first line of an error of `torch.load`, but no advice of torch to run code of the file."""
     text = str(error)
     if forbidden := re.search(r"GLOBAL (\S+)", text):
         return f"it refers to {forbidden[1]}, and nothing from a file is run"

@@ -257,6 +257,19 @@ def test_a_second_signal_acts_at_once(capfd):
     assert "SIGINT: finishing this step" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
+        assert stop.signal is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def poisoned(place):
     """Return a function that makes the loss of a run NaN, or only its gradient infinite or NaN."""
 
