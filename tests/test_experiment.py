@@ -81,7 +81,7 @@ def test_a_run_writes_all_files(run: Path) -> None:
     events = {name for name in files if name.startswith("tensorboard/events")}
     assert len(events) == 1
     assert files - events == {
-        "config.yaml", "environment.txt", "train.log", "metrics.jsonl",
+        LOCK, MARKER, "config.yaml", "environment.txt", "train.log", "metrics.jsonl",
         "checkpoints/last.pt", "checkpoints/best.pt",
         "evaluation/metrics.json", "evaluation/results.json",
         "predictions/1.png", "predictions/2.png", "predictions/overview.png",
