@@ -17,7 +17,7 @@ LONGEST_FUNCTION = 60  # lines, including signature and docstring
 # The layers, lowest first. A part is a subpackage or module of `maskrcnn`, or the folder `tools`. It may import from
 # itself and from parts in lower layers, which come earlier in this list, but not from other parts of its own layer.
 LAYERS = (
-    {"errors"},
+    {"errors", "paths"},
     {"structures", "config", "runtime"},
     {"ops"},
     {"data"},

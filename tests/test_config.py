@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,7 +57,7 @@ class Experiment(Section):
     image_size: tuple[int, int] = (800, 1333)
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     limit: int | None = None
-    max_norm: float = float("inf")
+    max_norm: float = 1e30
     workers: int | Literal["auto"] = "auto"
     scale: float | tuple[float, float] = 1.0
     extra: RoI | None = None
@@ -312,7 +313,7 @@ def test_an_override_that_is_not_yaml(write: Write) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1e-3", 0.001), ("1.5E3", 1500.0), (".5e+1", 5.0), ("-2.e2", -200.0), ("3", 3.0), (".inf", float("inf"))],
+    [("1e-3", 0.001), ("1.5E3", 1500.0), (".5e+1", 5.0), ("-2.e2", -200.0), ("3", 3.0), ("007", 7.0), ("0x1f", 31.0)],
 )
 def test_numbers_that_yaml_reads_as_text_are_understood(write: Write, text: str, expected: float) -> None:
     value = load(write(top=f"{MINIMAL}max_norm: {text}")).max_norm
@@ -324,12 +325,21 @@ def test_numbers_that_yaml_reads_as_text_are_understood(write: Write, text: str,
     ("line", "message"),
     [
         ("classes: 'yes'", "classes: expected an int, got text 'yes'"),
-        ("classes: yes", "classes: expected an int, got true"),
+        ("classes: yes", "classes: expected an int, got text 'yes'"),
+        ("classes: true", "classes: expected an int, got true"),
+        ("classes: 1:30", "classes: expected an int, got text '1:30'"),
+        ("classes: 1_000", "classes: expected an int, got text '1_000'"),
+        (f"classes: {2**70}", "classes: expected an int, got 1.1805916207174113e+21; an int has at most 64 bits"),
         ("classes: 1.5", "classes: expected an int, got 1.5"),
         ("classes: 9e4", "classes: expected an int, got 90000.0; write 90000"),
         ("classes: '3'", "classes: expected an int, got text '3'; remove the quotes"),
         ("classes: null", "classes: expected an int, got null"),
         ("max_norm: true", "max_norm: expected a float, got true"),
+        ("max_norm: .inf", "max_norm: expected a finite number, got Infinity"),
+        ("max_norm: -.INF", "max_norm: expected a finite number, got -Infinity"),
+        ("max_norm: .nan", "max_norm: expected a finite number, got NaN"),
+        ("max_norm: 1e999", "max_norm: expected a finite number, got Infinity"),
+        ("scale: [1, .inf]", "scale[1]: expected a finite number, got Infinity"),
         ("max_norm: abc", "max_norm: expected a float, got text 'abc'"),
         ("max_norm: '1e-3'", "max_norm: expected a float, got text '1e-3'; remove the quotes"),
         ("name: 12", "name: expected text, got 12; put it in quotes"),
@@ -428,11 +438,11 @@ def test_a_validator_error_of_the_whole_has_no_path(write: Write) -> None:
 def test_every_problem_in_one_message_with_its_place(write: Write) -> None:
     path = write(
         part="roi:\n  kind: roi_align\n  siez: 3\noptimizer: {lr: abc}",
-        top="base: part.yaml\nname: a\nname: b\nimage_siz: 3\non: 3\nlimit: 1.5",
+        top="base: part.yaml\nname: a\nname: b\nimage_siz: 3\ntrue: 3\nlimit: 1.5",
     )
     assert problems(path, "momentum=2", "nonsense") == [
         "top.yaml:3: the key 'name' is given twice, first on line 2",
-        "top.yaml:5: the key 'on' is not text; put it in quotes",
+        "top.yaml:5: the key 'true' is not text; put it in quotes",
         "--set nonsense: expected KEY=VALUE, such as model.roi.kind=roi_pool",
         "roi.siez: unknown key for kind roi_align; did you mean 'size'? [part.yaml:3]",
         "classes: missing",
@@ -467,7 +477,7 @@ def test_a_duplicate_in_a_base_is_found(write: Write) -> None:
         ),
         (
             {"top": "a: &a {b: *a}"},
-            "top.yaml: not valid YAML: line 1, column 4: found unconstructable recursive node",
+            "top.yaml: not valid YAML: line 1, column 11: an alias is inside of the value that it repeats",
         ),
         (
             {"top": "base: top.yaml"},
@@ -488,6 +498,73 @@ def test_a_file_that_is_absent_a_folder_or_no_text(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no.yaml") == "no.yaml: cannot read the file: No such file or directory"
     assert "Is a directory" in refusal(tmp_path)
     assert refusal(tmp_path / "binary.yaml") == "binary.yaml: the file is not UTF-8 text"
+
+
+DOUBLING = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
+MERGING = "a0: &a0 {k: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60))
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(3000))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: " + "[" * 10_000, "lists and mappings nest more than 50 deep"),
+        ("a: " + "{b: " * 10_000, "lists and mappings nest more than 50 deep"),
+        ("- " * 10_000, "lists and mappings nest more than 50 deep"),
+        (DOUBLING, "with what aliases repeat, there are more than 100000 values"),
+        (MERGING, "with what aliases repeat, there are more than 100000 values"),
+        (CHAIN, "or more than 50 levels"),
+        ("#" * 2**20 + "#", "cannot read the file: it has 1048577 bytes, more than 1048576"),
+        ("a: \x00", "not valid YAML: unacceptable character #x0000"),
+        ('a: "\\uD800"', "line 1, column 4: text must not have a null character or half of a surrogate pair"),
+        ('base: "a\\0.yaml"', "line 1, column 7: text must not have a null character or half of a surrogate pair"),
+        ("a: !!int x", "not valid YAML: line 1, column 4: this is no int"),
+        (f"a: 0x{'f' * 1000}", "not valid YAML: line 1, column 4: this is no int"),
+        ("a: !!map x", "not valid YAML: line 1, column 4: this is no map"),
+        ("a: !!python/object:os.system x", "could not determine a constructor for the tag"),
+    ],
+)
+def test_the_work_on_a_hostile_file_is_bounded(write: Write, content: str, message: str) -> None:
+    assert message in refusal(write(top=content))
+
+
+def test_a_long_override_is_bounded(write: Write) -> None:
+    (line,) = problems(write(top=MINIMAL), f"{'a.' * 10_000}a=1")
+    assert len(line) < 400
+    (line,) = problems(write(top=MINIMAL), f"classes={'[' * 10_000}")
+    assert "lists and mappings nest more than 50 deep" in line
+
+
+def test_only_regular_files_are_opened(write: Write, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for name, reason in [
+        ("pipe", "it is a pipe, a socket or a device"),
+        ("loop", "symbolic links"),
+        ("x" * 300, "long"),
+    ]:
+        message = f"cannot read the file: .*{reason}"
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / f"{name}.yaml")
+        with pytest.raises(InputError, match=message):
+            load(write(top=f"base: {name}.yaml"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "top.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load(tmp_path / "top.yaml").classes == 3
+
+
+def test_a_tilde_is_the_home_directory(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Files(Section):
+        folder: Path
+        more: tuple[Path, ...] = ()
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(part="folder: ~/data\nmore: [~/a, b~]")
+    top = write(top="base: ~/part.yaml")
+    files = Files(folder=tmp_path / "data", more=(tmp_path / "a", Path("b~")))
+    assert read_config(top, Files) == read_config("~/top.yaml", Files) == files
 
 
 def test_an_empty_file_is_an_empty_mapping(write: Write) -> None:

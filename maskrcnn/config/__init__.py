@@ -21,7 +21,7 @@ from pydantic_core import core_schema
 
 from maskrcnn.config.composition import compose, merge, read_overrides
 from maskrcnn.config.explanation import explain
-from maskrcnn.config.parts import Part, Section, import_parts, rebuild_if_parts_changed
+from maskrcnn.config.parts import Part, Section, Size, import_parts, rebuild_if_parts_changed
 from maskrcnn.config.recipes import find_config
 from maskrcnn.config.yaml_text import TracedMapping, dump, traced
 from maskrcnn.errors import InputError
@@ -29,6 +29,7 @@ from maskrcnn.errors import InputError
 __all__ = [
     "Part",
     "Section",
+    "Size",
     "differences",
     "json_schema",
     "read_config",

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from maskrcnn.config.recipes import SUFFIXES, find_config
-from maskrcnn.config.yaml_text import OVERRIDE, TracedMapping, parse, show, syntax
+from maskrcnn.config.yaml_text import DEEPEST, MOST_BYTES, OVERRIDE, TracedMapping, parse, show, syntax
 from maskrcnn.errors import InputError
+from maskrcnn.paths import expand, read_file
 
 
 def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) -> TracedMapping:
@@ -26,10 +27,12 @@ def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) ->
     Raises:
         InputError: a file cannot be read, is not a YAML mapping, or is its own base.
     """
-    if path.resolve() in [child.resolve() for child in children]:
+    if os.path.realpath(path) in map(os.path.realpath, children):
         cycle = " -> ".join(str(file) for file in [*children, path])
         raise InputError(f"{children[0]}: base files must not form a cycle: {cycle}")
     document = _read_file(path, children, problems)
+    if len(children) == DEEPEST:
+        raise InputError(f"{children[0]}: more than {DEEPEST} files are a base of one another")
     bases = [compose(base, problems, (*children, path)) for base in _take_bases(document, path)]
     return reduce(merge, [*bases, document])
 
@@ -37,7 +40,7 @@ def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) ->
 def _read_file(path: Path, children: tuple[Path, ...], problems: list[str]) -> TracedMapping:
     name = f"{path} (a base of {children[-1]})" if children else str(path)
     try:
-        document = parse(path.read_text(encoding="utf-8"), str(path), problems)
+        document = parse(read_file(path, most=MOST_BYTES).decode(), str(path), problems)
     except OSError as error:
         raise InputError(f"{name}: cannot read the file: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -64,8 +67,8 @@ def _take_bases(document: TracedMapping, path: Path) -> list[Path]:
 
 def _find_base(name: str, folder: Path) -> Path:
     """Return the file that a base names: relative to `folder`, or a recipe, whose name has no suffix."""
-    path = Path(os.path.normpath(folder / name))
-    return path if path.suffix in SUFFIXES or path.exists() else find_config(Path(name))
+    path = Path(os.path.normpath(folder / expand(name)))
+    return path if path.suffix in SUFFIXES or os.path.lexists(path) else find_config(Path(name))
 
 
 def merge(below: TracedMapping, above: TracedMapping, path: str = "") -> TracedMapping:
@@ -122,8 +125,8 @@ def read_overrides(overrides: Sequence[str], problems: list[str]) -> TracedMappi
 def _override(override: str, problems: list[str]) -> TracedMapping:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        problems.append(f"{OVERRIDE} {override}: expected KEY=VALUE, such as model.roi.kind=roi_pool")
+    if not equals or not all(keys) or len(keys) > DEEPEST or not path.isprintable():
+        problems.append(f"{OVERRIDE} {override[:200]}: expected KEY=VALUE, such as model.roi.kind=roi_pool")
         return TracedMapping({}, {})
     try:
         value = parse(text, OVERRIDE, problems)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from maskrcnn.config.parts import alternatives, is_section, kinds_of
-from maskrcnn.config.yaml_text import TracedMapping, show
+from maskrcnn.config.yaml_text import TracedMapping, parse, show
 
 _EXPECTED = {
     "int_type": "an int",
@@ -175,6 +176,8 @@ def _hint(error: str, value: Any, kinds: Sequence[str]) -> str:
         return "; put it in quotes"
     if error in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
         return "; remove the quotes"
+    if error == "int_type" and isinstance(value, float) and abs(value) >= 2**63:
+        return "; an int has at most 64 bits"
     if error == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if value in kinds:
@@ -184,7 +187,6 @@ def _hint(error: str, value: Any, kinds: Sequence[str]) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
-    except ValueError:
+        return type(parse(text, "", [])) in (int, float)
+    except yaml.YAMLError:
         return False
-    return True

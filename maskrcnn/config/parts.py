@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from maskrcnn.config.yaml_text import TracedMapping
 from maskrcnn.errors import InputError
+from maskrcnn.paths import expand
+
+# A number of things that are computed or held in memory together, such as images of a batch or channels.
+Size = Annotated[int, Field(ge=1, le=2**16)]
 
 
 def is_section(choice: Any) -> bool:
@@ -55,9 +60,23 @@ def _subclasses(point: type[Part]) -> Iterator[type[Part]]:
 
 
 class Section(BaseModel):
-    """Base class of every section of a configuration: immutable, and unknown keys are errors."""
+    """Base class of every section of a configuration.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    It is immutable. Unknown keys and numbers that are not finite are errors. In a path, `~` is the home directory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _expand_paths(cls, value: Any) -> Any:
+        return _expanded(value)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return expand(value) if isinstance(value, Path) else value
 
 
 def _no_choices(value: dict[str, Any]) -> Part:

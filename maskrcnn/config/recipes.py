@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
 from maskrcnn.errors import InputError
+from maskrcnn.paths import expand
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -22,10 +24,11 @@ def find_config(name: Path) -> Path:
     Raises:
         InputError: neither exists, and `name` has no suffix. A missing file with a suffix is reported by its reader.
     """
-    if name.suffix in SUFFIXES or name.exists():
+    name = expand(name)
+    if name.suffix in SUFFIXES or os.path.lexists(name):
         return name
     recipe = RECIPES / f"{name}.yaml"
-    if recipe.is_file():
+    if os.path.isfile(recipe):
         return recipe
     names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     similar = get_close_matches(name.as_posix(), names, n=1)

@@ -1,4 +1,4 @@
-"""Read and write YAML with the types of JSON, numbers such as `1e-3`, and errors for duplicate keys."""
+"""Read and write YAML: the core schema of YAML 1.2, limits on size and depth, and errors for duplicate keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ import yaml
 _TAG = "tag:yaml.org,2002:"  # prefix of the tags of the standard types
 _MERGE = f"{_TAG}merge"  # the key `<<`
 OVERRIDE = "--set"  # the origin of values from the command line
+
+# Limits on a file, which keep the time and memory small that a hostile one takes.
+MOST_BYTES = 2**20
+MOST_VALUES = 100_000  # with the values that aliases repeat
+DEEPEST = 50  # nested lists and mappings
+
+# The core schema of YAML 1.2, section 10.3.2. PyYAML reads YAML 1.1, where 010 is 8, 1:30 is 90, and 1e-3 is text.
+_CORE = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
 
 
 class TracedMapping(dict[str, Any]):
@@ -29,17 +45,68 @@ def traced(data: Mapping[str, Any], origin: str) -> TracedMapping:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads the types of JSON, and reports duplicate keys and keys that are not text."""
+    """Loads the types of JSON within the limits, and reports duplicate keys and keys that are not text."""
 
     def __init__(self, text: str, source: str, problems: list[str]) -> None:
         super().__init__(text)
         self.source = source
         self.problems = problems
+        self.depth = 0  # of the node that is being read
+        self.extents: dict[yaml.Node, tuple[int, int]] = {}  # number of values and depth of each node that was read
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Read a node. Raises yaml.YAMLError as soon as the limits are exceeded, also by what aliases repeat."""
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"lists and mappings nest more than {DEEPEST} deep", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if node is None:
+            return None
+        if not is_alias:
+            extents = [self.extents[child] for child in _children(node)]
+            deepest = max((deep for _, deep in extents), default=0)
+            self.extents[node] = (1 + sum(size for size, _ in extents), 1 + deepest)
+        elif node not in self.extents:
+            raise yaml.composer.ComposerError(None, None, "an alias is inside of the value that it repeats", mark)
+        size, deep = self.extents[node]
+        if size > MOST_VALUES or self.depth + deep > DEEPEST:
+            problem = (
+                f"with what aliases repeat, there are more than {MOST_VALUES} values, or more than {DEEPEST} levels"
+            )
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return node
+
+    def read_int(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number of the form of an int; as in JSON readers, a float where it has more than 64 bits."""
+        text = self.construct_scalar(node)
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        number = int(text, base) if len(text) < 100 else float(text)
+        return number if abs(number) < 2**63 else float(number)
+
+    def read_text(self, node: yaml.ScalarNode) -> str:
+        """Return a text. Raises yaml.YAMLError for characters that no path or file may have."""
+        text: str = self.construct_scalar(node)
+        if re.search("[\0\ud800-\udfff]", text):
+            problem = "text must not have a null character or half of a surrogate pair"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return text
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node. Raises yaml.YAMLError also where a tag does not fit, such as `!!int x`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, OverflowError):
+            tag = node.tag.removeprefix(_TAG)
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {tag}", node.start_mark) from None
 
     def place(self, node: yaml.Node) -> str:
         return self.source if self.source == OVERRIDE else f"{self.source}:{node.start_mark.line + 1}"
 
     def read_mapping(self, node: yaml.MappingNode) -> TracedMapping:
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError
         self.check_keys(node)
         self.flatten_mapping(node)  # puts the keys from `<<` first, so that keys of the node itself take precedence
         items, origins = {}, {}
@@ -76,22 +143,28 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence(f"{_TAG}seq", data, flow_style=plain)
 
 
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
 def _prepare_yaml() -> None:
-    """Restrict PyYAML to the types of JSON. Only the two classes above are changed."""
-    supported = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "merge")}
+    """Restrict PyYAML to the types of JSON and the core schema. Only the two classes above are changed."""
+    supported = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq")}
     _Loader.yaml_constructors = {
         key: read for key, read in yaml.SafeLoader.yaml_constructors.items() if key in supported or key is None
     }
-    _Loader.yaml_implicit_resolvers = {
-        letter: [(key, pattern) for key, pattern in table if key in supported]
-        for letter, table in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    _Loader.yaml_implicit_resolvers = {}
+    _Loader.add_implicit_resolver(_MERGE, re.compile("^<<$"), ["<"])
+    for name, (pattern, first) in _CORE.items():
+        # The dumper puts text in quotes that either version of YAML reads as something else.
+        for yaml_class in (_Loader, _Dumper):
+            yaml_class.add_implicit_resolver(f"{_TAG}{name}", re.compile(f"^(?:{pattern})$"), first)
+    _Loader.add_constructor(f"{_TAG}int", _Loader.read_int)
+    _Loader.add_constructor(f"{_TAG}str", _Loader.read_text)
     _Loader.add_constructor(f"{_TAG}map", _Loader.read_mapping)
     _Dumper.add_representer(list, _Dumper.write_list)
-    # YAML 1.1 reads 1e-3 and 1.5e3 as text, because the point or the sign is missing; YAML 1.2 reads numbers.
-    number = re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
-    for yaml_class in (_Loader, _Dumper):
-        yaml_class.add_implicit_resolver(f"{_TAG}float", number, list("-+.0123456789"))
 
 
 _prepare_yaml()
@@ -106,7 +179,7 @@ def parse(text: str, source: str, problems: list[str]) -> Any:
         problems: gets a line for each key that is duplicate or not text.
 
     Raises:
-        yaml.YAMLError: the syntax is invalid.
+        yaml.YAMLError: the syntax is invalid, or a limit is exceeded.
     """
     loader = _Loader(text, source, problems)
     try:
@@ -125,7 +198,7 @@ def syntax(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return str(error)
+    return " ".join(str(error).split())
 
 
 def show(value: Any) -> str:
