@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 
 import maskrcnn.data.coco
 import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
-from maskrcnn.config import Section, read_config, to_dict, validate
+from maskrcnn.config import Section, Size, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
@@ -75,7 +75,7 @@ class DataConfig(Section):
 class EvaluationConfig(Section):
     """Settings of the evaluation and of the pictures of predictions."""
 
-    batch_size: PositiveInt = 1
+    batch_size: Size = 1
     backend: Backend = "faster"
     metrics: tuple[MetricConfig, ...] = ()  # further metrics, beside COCO's
     best_metric: str = Field(  # selects the best checkpoint
@@ -84,7 +84,7 @@ class EvaluationConfig(Section):
         examples=[*COCO_METRICS, *(f"ema/{name}" for name in COCO_METRICS)],
     )
     losses: bool = False  # also compute the losses on the validation set
-    pictures: int = Field(12, ge=0)  # number of images to draw after training, ground truth beside prediction
+    pictures: int = Field(12, ge=0, le=2**16)  # number of images to draw after training, ground truth beside prediction
     picture_score: float = 0.5  # detections with a lower score are not drawn
 
     @field_validator("metrics")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from maskrcnn.cli.arguments import add_config_arguments
+from maskrcnn.cli.arguments import add_config_arguments, number, whole_number
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.console import run_main, setup_logging
 
@@ -36,6 +36,23 @@ def test_wrong_arguments_exit_with_status_2() -> None:
     with pytest.raises(SystemExit) as exited:
         parse()
     assert exited.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [("--score", text) for text in ("2", "-0.1", "nan", "inf", "x", "")]
+    + [("--count", text) for text in ("0", "11", "1.5", "1e30", "x", "9" * 5000)],
+)
+def test_numbers_have_limits(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--score", type=number(0, 1))
+    parser.add_argument("--count", type=whole_number(1, 10))
+    assert parser.parse_args(["--score", "1", "--count", "10"]) == argparse.Namespace(score=1.0, count=10)
+    with pytest.raises(SystemExit) as exited:
+        parser.parse_args([f"{option}={text}"])
+    assert exited.value.code == 2
+    expected = "number from 0 to 1" if option == "--score" else "whole number from 1 to 10"
+    assert f"argument {option}: expected a {expected}, got " in capsys.readouterr().err
 
 
 def done() -> None:

@@ -89,7 +89,6 @@ def test_it_draws_the_same_picture_again(explain: Explain):
         (("--map", "8", "--box", "1,1,6,8"), "--map 8: expected two whole numbers HxW"),
         (("--map", "0x8", "--box", "1,1,6,8"), "--map 0x8: both numbers must be from 1 to 100"),
         (("--map", "8x8", "--box", "1,1,6,8", "--output", "2x3"), "--output 2x3: the RoI layers make square grids"),
-        (("--map", "8x8", "--box", "1,1,6,8", "--stride", "0"), "--stride 0: it must be greater than 0"),
         (("--map", "8x8", "--box", "1,1,6,8", "--out", "x.gif"), "--out x.gif: the picture is a PNG"),
         (("--box", "1,1,6,8"), "give either --map HxW or --image FILE"),
         (("--map", "8x8", "--image", "x.jpg", "--box", "1,1,6,8"), "give either --map HxW or --image FILE"),

@@ -10,9 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from maskrcnn.config import Section, read_config
+from maskrcnn.config import Section, Size, read_config
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.metric import CocoMetric
 from maskrcnn.experiment import ExperimentConfig
@@ -43,7 +43,7 @@ class AblationConfig(Section):
     baseline: str = Field(description="the variant that the others are compared with")
     metric: CocoMetric = Field("mask/AP", description="primary metric, which decides the comparison")
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
-    resamples: PositiveInt = Field(1000, description="number of bootstrap resamples of the images")
+    resamples: Size = Field(1000, description="number of bootstrap resamples of the images")
     confidence: float = Field(0.95, gt=0, lt=1, description="confidence level of the intervals")
 
     @model_validator(mode="after")

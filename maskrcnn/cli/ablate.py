@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskrcnn.cli.arguments import add_set_argument
-from maskrcnn.errors import InputError
+from maskrcnn.cli.arguments import add_set_argument, whole_number
+from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
 if TYPE_CHECKING:
@@ -24,22 +24,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("ablation", metavar="ABLATION", type=Path, help="YAML file of the ablation")
+    parser.add_argument("ablation", metavar="ABLATION", type=expand, help="YAML file of the ablation")
     add_set_argument(
         parser, help="override a key in the experiments of all variants, such as data.root=DIR; may be repeated"
     )
-    parser.add_argument("--out", type=Path, help="folder of the report; default: runs/ablations/NAME")
+    parser.add_argument("--out", type=expand, help="folder of the report; default: runs/ablations/NAME")
     parser.add_argument(
-        "--jobs", type=int, help="runs in parallel; default: one per GPU, or one per CPU core if there is no GPU"
+        "--jobs",
+        type=whole_number(1, 1024),
+        help="runs in parallel; default: one per GPU, or one per CPU core if there is no GPU",
     )
     parser.add_argument("--report-only", action="store_true", help="do not train; report on the finished runs")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the plan, train and report."""
-    if args.jobs is not None and args.jobs < 1:
-        raise InputError("--jobs must be at least 1")
-
     from maskrcnn.ablation.plan import load_plan
     from maskrcnn.ablation.report import write_report
     from maskrcnn.ablation.results import analyse

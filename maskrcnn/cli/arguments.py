@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import math
+from collections.abc import Callable
+
+from maskrcnn.paths import expand
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -13,7 +16,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     """
     nargs = "?" if optional else None
     parser.add_argument(
-        "config", metavar="CONFIG", type=Path, nargs=nargs, help="YAML file or recipe, such as shapes/mask_rcnn_r18_fpn"
+        "config",
+        metavar="CONFIG",
+        type=expand,
+        nargs=nargs,
+        help="YAML file or recipe, such as shapes/mask_rcnn_r18_fpn",
     )
     add_set_argument(
         parser, help="override a key of the configuration, such as model.roi.kind=roi_pool; may be repeated"
@@ -37,3 +44,33 @@ def add_average_argument(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="use the averaged (EMA) weights of the checkpoint, or not; by default those that its best_metric names",
     )
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return the `type` of an argument that is a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text[:100]!r}")
+        return number
+
+    return read
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Return the `type` of an argument that is a finite number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text[:100]!r}")
+        return number
+
+    return read

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
 from maskrcnn.cli.arguments import add_average_argument, add_config_arguments, add_device_argument
 from maskrcnn.errors import InputError
+from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
 AVERAGE_SUFFIXES = {None: "", True: "_ema", False: "_no_ema"}  # of the default folder, by the choice of the weights
@@ -22,17 +22,17 @@ AVERAGE_SUFFIXES = {None: "", True: "_ema", False: "_no_ema"}  # of the default 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_config_arguments(parser, optional=True)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint of the model of CONFIG")
+    parser.add_argument("--weights", type=expand, metavar="FILE", help="checkpoint of the model of CONFIG")
     add_average_argument(parser)
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="ground truth, a COCO annotation file")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="detections, a COCO results file")
+    parser.add_argument("--annotations", type=expand, metavar="FILE", help="ground truth, a COCO annotation file")
+    parser.add_argument("--predictions", type=expand, metavar="FILE", help="detections, a COCO results file")
     parser.add_argument(
         "--backend",
         choices=("faster", "pycocotools"),
         help="COCO evaluation library; default: that of CONFIG, or faster",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for metrics.json; default: beside the weights; with --annotations, no file"
+        "--out", type=expand, help="folder for metrics.json; default: beside the weights; with --annotations, no file"
     )
     add_device_argument(parser)
 

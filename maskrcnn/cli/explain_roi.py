@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskrcnn.cli.arguments import add_set_argument
+from maskrcnn.cli.arguments import add_set_argument, number
 from maskrcnn.errors import InputError
+from maskrcnn.paths import expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,20 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--box", required=True, metavar="X1,Y1,X2,Y2", help="box in pixels; write --box=-5,... if X1 is negative"
     )
     parser.add_argument("--map", metavar="HxW", help="height and width in cells of a synthetic feature map")
-    parser.add_argument("--stride", type=float, help="pixels per cell of --map (default 1: --box is in cells)")
+    parser.add_argument(
+        "--stride", type=number(1e-3, 1e4), help="pixels per cell of --map (default 1: --box is in cells)"
+    )
     parser.add_argument(
         "--output", metavar="SxS", help="output size of the RoI layer (default 7x7; with --image that of the box head)"
     )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="an image, instead of --map")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment whose backbone processes --image")
+    parser.add_argument("--image", type=expand, metavar="FILE", help="an image, instead of --map")
+    parser.add_argument("--config", type=expand, metavar="FILE", help="the experiment whose backbone processes --image")
     add_set_argument(parser, help="set one key of --config; may be repeated")
     parser.add_argument(
         "--weights",
-        type=Path,
+        type=expand,
         metavar="FILE",
         help="a checkpoint of the model (default: the initial weights of the config)",
     )
-    parser.add_argument("--out", type=Path, default=Path("roi.png"), help="output file, a PNG (default roi.png)")
+    parser.add_argument("--out", type=expand, default=Path("roi.png"), help="output file, a PNG (default roi.png)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -120,8 +123,6 @@ def _format_box(box: Box) -> str:
 def _explain_map(args: argparse.Namespace, box: Box, size: int | None) -> np.ndarray:
     height, width = _read_sides("--map", args.map)
     stride, size = 1.0 if args.stride is None else args.stride, size or 7
-    if not 0 < stride < math.inf:
-        raise InputError(f"--stride {stride:g}: it must be greater than 0")
     _require_inside(box, width * stride, height * stride, "the map")
 
     import torch

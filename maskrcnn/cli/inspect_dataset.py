@@ -8,9 +8,9 @@ The images are drawn before any transform: contact_sheet.png, and one file per i
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from maskrcnn.cli.arguments import add_config_arguments
+from maskrcnn.cli.arguments import add_config_arguments, whole_number
+from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
 
@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_config_arguments(parser)
     parser.add_argument("--split", choices=("train", "validation"), default="validation", help="dataset split")
-    parser.add_argument("--count", type=int, default=12, help="number of images to draw (default 12)")
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument(
+        "--count", type=whole_number(0, 10_000), default=12, help="number of images to draw (default 12)"
+    )
+    parser.add_argument("--out", type=expand, required=True, help="output folder")
 
 
 def run(args: argparse.Namespace) -> None:

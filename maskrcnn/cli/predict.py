@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument
+from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument, number
+from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="checkpoint of the model")
+    parser.add_argument("inputs", nargs="+", type=expand, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--weights", type=expand, required=True, metavar="FILE", help="checkpoint of the model")
     add_average_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and results.json")
-    parser.add_argument("--min-score", type=float, default=0.5, help="omit detections with a lower score (default 0.5)")
+    parser.add_argument("--out", type=expand, required=True, help="folder for the pictures and results.json")
+    parser.add_argument(
+        "--min-score", type=number(0, 1), default=0.5, help="omit detections with a lower score (default 0.5)"
+    )
     add_set_argument(parser, help="override a key of the stored configuration; may be repeated")
     add_device_argument(parser)
 

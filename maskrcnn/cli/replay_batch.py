@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from maskrcnn.cli.arguments import add_device_argument
+from maskrcnn.paths import expand
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("step", metavar="FILE", type=Path, help="replay file in the folder replay/ of a run directory")
+    parser.add_argument(
+        "step", metavar="FILE", type=expand, help="replay file in the folder replay/ of a run directory"
+    )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), help="autocast precision; default: that of the run"
     )

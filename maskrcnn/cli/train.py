@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from maskrcnn.cli.arguments import add_config_arguments, add_device_argument
+from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
 
@@ -21,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=expand,
         help="the run directory; default: runs/NAME, where NAME is the name of CONFIG without suffix",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="resume from the last checkpoint of the run directory")
     start.add_argument(
-        "--init", type=Path, metavar="WEIGHTS", help="start a new run from the weights of this checkpoint"
+        "--init", type=expand, metavar="WEIGHTS", help="start a new run from the weights of this checkpoint"
     )
     add_device_argument(parser)
 

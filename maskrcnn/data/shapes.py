@@ -279,10 +279,10 @@ class ShapesConfig(DatasetConfig):
     """Synthetic scenes; no download is needed. Use different seeds for training and validation."""
 
     kind: Literal["shapes"] = "shapes"
-    length: int = Field(default=5000, ge=1, description="number of scenes")
+    length: int = Field(default=5000, ge=1, le=2**24, description="number of scenes")
     seed: int = Field(default=0, ge=0)
-    height: int = Field(default=128, ge=32, description="image height in pixels")
-    width: int = Field(default=128, ge=32, description="image width in pixels")
+    height: int = Field(default=128, ge=32, le=2**14, description="image height in pixels")
+    width: int = Field(default=128, ge=32, le=2**14, description="image width in pixels")
     classes: tuple[ShapeName, ...] = Field(default=tuple(SHAPES), min_length=1)
     objects: tuple[int, int] = Field(default=(2, 6), description="minimum and maximum number of objects per scene")
     sizes: tuple[float, float] = Field(
@@ -305,15 +305,15 @@ class ShapesConfig(DatasetConfig):
     @field_validator("objects")
     @classmethod
     def _countable(cls, objects: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= objects[0] <= objects[1]:
-            raise ValueError(f"expected 0 <= minimum <= maximum, got {list(objects)}")
+        if not 0 <= objects[0] <= objects[1] <= 1000:
+            raise ValueError(f"expected 0 <= minimum <= maximum <= 1000, got {list(objects)}")
         return objects
 
     @field_validator("sizes")
     @classmethod
     def _inside_image(cls, sizes: tuple[float, float]) -> tuple[float, float]:
-        if not 0.0 < sizes[0] <= sizes[1] <= 1.0:
-            raise ValueError(f"expected 0 < minimum <= maximum <= 1, got {list(sizes)}")
+        if not 0.001 <= sizes[0] <= sizes[1] <= 1.0:
+            raise ValueError(f"expected 0.001 <= minimum <= maximum <= 1, got {list(sizes)}")
         return sizes
 
     def build(self) -> ShapesDataset:

@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-from maskrcnn.config import Part
+from maskrcnn.config import Part, Size
 from maskrcnn.structures import Example, MaskCrop
 
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -53,8 +53,8 @@ class ResizeConfig(TransformConfig):
     """Resize of the short side, with a limit on the long side."""
 
     kind: Literal["resize"] = "resize"
-    short_side: tuple[PositiveInt, ...] = Field((800,), min_length=1)  # one size is drawn per image
-    long_side: PositiveInt = 1333  # upper limit; takes precedence over `short_side`
+    short_side: tuple[Size, ...] = Field((800,), min_length=1)  # one size is drawn per image
+    long_side: Size = 1333  # upper limit; takes precedence over `short_side`
     rounding: Rounding = "nearest"  # of the new size: "nearest" as in Detectron2, "floor" as in torchvision
     antialias: bool = True  # true as in Detectron2 (through Pillow); torchvision resizes without
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
-from maskrcnn.config import Section
+from maskrcnn.config import Section, Size
 from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.engine.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
@@ -48,14 +48,14 @@ class Intervals(NamedTuple):
 class TrainingConfig(Section):
     """Training settings. The defaults are the reference 1x recipe (Detectron2)."""
 
-    batch_size: PositiveInt = Field(16, description="images per training step, over all processes")
-    grad_accum_steps: PositiveInt = Field(
+    batch_size: Size = Field(16, description="images per training step, over all processes")
+    grad_accum_steps: Size = Field(
         1, description="gradient accumulation steps: batches into which a process splits its images of a training step"
     )
     optimizer: OptimizerConfig = SGDConfig()
     schedule: ScheduleConfig = MultiStepConfig()
     seed: NonNegativeInt = 0
-    workers: NonNegativeInt = Field(4, description="data loader processes; 0 loads in the training process")
+    workers: int = Field(4, ge=0, le=1024, description="data loader processes; 0 loads in the training process")
     precision: Precision = Field("fp32", description="autocast precision; fp16 uses a loss scaler")
     clip_norm: PositiveFloat | None = Field(None, description="maximum gradient norm; null disables clipping")
     skip_non_finite: NonNegativeInt = Field(

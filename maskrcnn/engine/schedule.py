@@ -44,7 +44,7 @@ def _int_if_whole(length: float) -> float:
 
 Length = Annotated[
     float,
-    Field(gt=0, allow_inf_nan=False),
+    Field(gt=0, le=1e15),
     AfterValidator(_int_if_whole),
     PlainSerializer(_int_if_whole, return_type=Any),
 ]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal, NamedTuple
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from maskrcnn.config import Part
+from maskrcnn.config import Part, Size
 from maskrcnn.models.initialization import Initialization, init_box_predictors, init_linear
 from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.roi import RoILayerConfig
@@ -26,7 +26,7 @@ class BoxHeadConfig(Part):
     initialization: Initialization = "fan_in"  # see `maskrcnn.models.initialization`
     bbox_reg_weights: BoxWeights = (10.0, 10.0, 5.0, 5.0)  # factors of the box deltas (dx, dy, dw, dh)
     smooth_l1_beta: NonNegativeFloat = 0.0  # absolute error from which smooth L1 is linear; 0 is L1
-    pool_size: int = Field(7, ge=1)  # cells along a region's side
+    pool_size: int = Field(7, ge=1, le=1024)  # cells along a region's side
 
     @abstractmethod
     def build(self, *, channels: int, side: int) -> BoxTrunk:
@@ -37,8 +37,8 @@ class FCTrunkConfig(BoxHeadConfig):
     """`depth` fully connected layers: the head of FPN (arXiv 1612.03144, section 4.2)."""
 
     kind: Literal["fc"] = "fc"
-    width: PositiveInt = 1024
-    depth: int = Field(2, ge=1)
+    width: Size = 1024
+    depth: int = Field(2, ge=1, le=1000)
 
     def build(self, *, channels: int, side: int) -> FullyConnected:
         """Return the trunk for regions `(N, channels, side, side)`."""
@@ -61,7 +61,7 @@ class MeanTrunkConfig(BoxHeadConfig):
     """Global average pooling, as after stage 5 in a ResNet; for C4 backbones."""
 
     kind: Literal["mean"] = "mean"
-    pool_size: int = Field(14, ge=1)
+    pool_size: int = Field(14, ge=1, le=1024)
 
     def build(self, *, channels: int, side: int) -> Mean:
         """Return the trunk for regions `(N, channels, side, side)`."""

@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
-from maskrcnn.config import Part
+from maskrcnn.config import Part, Size
 from maskrcnn.models.initialization import Initialization, init_he, init_linear, init_mask_logits
 from maskrcnn.ops.roi import RoILayerConfig
 from maskrcnn.structures import ClassRows
@@ -41,7 +41,7 @@ class MaskHeadConfig(Part):
     `initialization`: scheme of the initial weights (`maskrcnn.models.initialization`).
     """
 
-    pool_size: PositiveInt = 14
+    pool_size: int = Field(14, ge=1, le=1024)
     roi: RoILayerConfig | None = None
     output: MaskOutput = "sigmoid"
     class_agnostic: bool = False
@@ -58,8 +58,8 @@ class FCNMaskHeadConfig(MaskHeadConfig):
     """Fully convolutional head: `depth` 3x3 convolutions and a transposed convolution that doubles the side."""
 
     kind: Literal["fcn"] = "fcn"
-    depth: NonNegativeInt = 4
-    width: PositiveInt = 256
+    depth: int = Field(4, ge=0, le=1000)
+    width: Size = 256
 
     def build(self, *, channels: int, side: int, num_classes: int) -> FCNMaskHead:
         """Return the head for regions `(N, channels, side, side)`."""
@@ -79,9 +79,9 @@ class MLPMaskHeadConfig(MaskHeadConfig):
     """Fully connected head: `depth` hidden layers and one layer for all mask cells (Mask R-CNN, table 2e)."""
 
     kind: Literal["mlp"] = "mlp"
-    depth: PositiveInt = 2
-    width: PositiveInt = 1024
-    mask_size: PositiveInt = 28
+    depth: int = Field(2, ge=1, le=1000)
+    width: Size = 1024
+    mask_size: int = Field(28, ge=1, le=1024)
 
     def build(self, *, channels: int, side: int, num_classes: int) -> MLPMaskHead:
         """Return the head for regions `(N, channels, side, side)`."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from maskrcnn.config import Section
+from maskrcnn.config import Section, Size
 from maskrcnn.models.losses import Normalizer, RPNLosses, rpn_losses
 from maskrcnn.models.rpn_head import RPNHead, RPNOutputs, gathered_outputs, sampled_outputs
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
@@ -33,8 +33,8 @@ Lengths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 class ProposalCounts(Section):
     """Number of proposals to keep in each image: per level before NMS, in total after NMS."""
 
-    pre_nms_top_n: PositiveInt
-    post_nms_top_n: PositiveInt
+    pre_nms_top_n: Size
+    post_nms_top_n: Size
 
 
 class RPNConfig(Section):
@@ -43,9 +43,9 @@ class RPNConfig(Section):
     anchor_sizes: tuple[Lengths, ...] = ((32,), (64,), (128,), (256,), (512,))  # px, one tuple per level
     anchor_ratios: Lengths = (0.5, 1.0, 2.0)  # height / width
     round_anchors: bool = False
-    foreground: Share = 0.7
-    background: Share = 0.3
-    batch_size_per_image: PositiveInt = 256  # anchors sampled for the loss
+    foreground: float = Field(0.7, gt=0, le=1)  # smallest IoU of a positive
+    background: Share = 0.3  # IoU below which an anchor is background; those between the two are not used
+    batch_size_per_image: Size = 256  # anchors sampled for the loss
     positive_fraction: Share = 0.5
     bbox_reg_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
     smooth_l1_beta: NonNegativeFloat = 0.0
@@ -61,6 +61,12 @@ class RPNConfig(Section):
             raise ValueError(
                 "anchor_sizes must have equally many sizes for each level, because all levels share one head"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_are_ordered(self) -> RPNConfig:
+        if self.background > self.foreground:
+            raise ValueError(f"background ({self.background}) must not be above foreground ({self.foreground})")
         return self
 
     def build(self, *, channels: int, strides: Sequence[int], normalizer: Normalizer) -> RPN:

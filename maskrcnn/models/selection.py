@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from maskrcnn.config import Section
+from maskrcnn.config import Section, Size
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, pairwise_iou
 from maskrcnn.ops.matching import PAIRS_AT_ONCE, match_boxes, sample_balanced
 from maskrcnn.ops.nms import batched_nms
@@ -22,9 +22,9 @@ RECALLED = 0.5  # smallest IoU with a proposal at which an object counts as reca
 class SamplingConfig(Section):
     """Sampling of proposals to train the heads (Mask R-CNN, section 3.1; defaults of Detectron2)."""
 
-    batch_size_per_image: int = Field(512, ge=1)
+    batch_size_per_image: Size = 512
     positive_fraction: float = Field(0.25, ge=0, le=1)
-    foreground: float = Field(0.5, ge=0, le=1)  # smallest IoU of a positive; other proposals are background
+    foreground: float = Field(0.5, gt=0, le=1)  # smallest IoU of a positive; other proposals are background
 
     def build(self) -> RegionSampler:
         """Return the sampler."""
@@ -40,7 +40,7 @@ class DetectionConfig(Section):
 
     score_threshold: float = Field(0.05, ge=0, le=1)
     nms_threshold: float = Field(0.5, ge=0, le=1)
-    detections_per_image: int = Field(100, ge=1)
+    detections_per_image: Size = 100
     min_size: NonNegativeFloat = 0.0  # px
 
     def build(self, *, bbox_reg_weights: BoxWeights) -> DetectionSelector:

@@ -193,7 +193,7 @@ class SamplingLayerConfig(RoILayerConfig):
     """Settings of the layers that interpolate bilinearly at N x N points per bin."""
 
     aggregate: Aggregate = "average"
-    sampling_ratio: int = Field(2, ge=0)
+    sampling_ratio: int = Field(2, ge=0, le=100)
 
     @model_validator(mode="after")
     def _fixed_points_for_maximum(self) -> Self:

@@ -11,9 +11,10 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
+from maskrcnn.config import Size
 from maskrcnn.models.backbones.parts import (
     Backbone,
     BackboneConfig,
@@ -51,9 +52,9 @@ class ResNetConfig(BackboneConfig):
 
     kind: Literal["resnet"] = "resnet"
     depth: Depth = 50
-    width: PositiveInt = 64  # channels of the stem and of C2's 3x3 convolutions; ImageNet weights have 64
-    groups: PositiveInt = 1
-    width_per_group: PositiveInt = 64
+    width: Size = 64  # channels of the stem and of C2's 3x3 convolutions; ImageNet weights have 64
+    groups: Size = 1
+    width_per_group: Size = 64
     out_features: tuple[Feature, ...] = FEATURES
     res5_dilation: Literal[1, 2] = 1
     res5_on_regions: bool = False

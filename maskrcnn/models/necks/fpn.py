@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from maskrcnn.config import Size
 from maskrcnn.models.initialization import init_uniform
 from maskrcnn.models.necks.parts import Neck, NeckConfig, describe_maps
 from maskrcnn.models.norms import GROUPS, ConvNorm, NormKind, build_norm
@@ -22,7 +23,7 @@ class FPNConfig(NeckConfig):
     """A feature pyramid on two or more maps, and one more level for the RPN."""
 
     kind: Literal["fpn"] = "fpn"
-    channels: PositiveInt = 256
+    channels: Size = 256
     norm: NormKind = "none"  # after each convolution of the pyramid
 
     @model_validator(mode="after")
