@@ -12,11 +12,15 @@ from torch.hub import download_url_to_file, get_dir
 from torchvision.models import get_model_weights
 
 from maskrcnn.errors import InputError, first_of
+from maskrcnn.paths import expand
 from maskrcnn.runtime.files import read_tensors
 
 logger = logging.getLogger(__name__)
 
 CLASSIFIERS = ("fc.", "classifier.6.")  # the last layer of a ResNet and of a VGG: 1000 ImageNet classes
+
+# Frozen stages of random weights would never learn.
+RANDOM_WEIGHTS = "--set model.backbone.weights=none --set model.backbone.freeze=0"
 
 
 def load_pretrained(modules: Sequence[nn.Module | None], weights: str, *, architecture: str) -> None:
@@ -31,7 +35,7 @@ def load_pretrained(modules: Sequence[nn.Module | None], weights: str, *, archit
         InputError: if the file is missing or unreadable, a tensor has the wrong shape, or no tensor has a known name.
             Nothing is loaded then.
     """
-    path = imagenet_file(architecture) if weights == "imagenet" else Path(weights)
+    path = imagenet_file(architecture) if weights == "imagenet" else expand(weights)
     state = read_tensors(path)
     targets: dict[str, Tensor] = {}
     for module in modules:
@@ -64,7 +68,7 @@ def imagenet_file(architecture: str) -> Path:
         raise InputError(
             f"model.backbone.weights: the ImageNet weights of {architecture} are not at {path}, and the download "
             f"failed ({error}). Fetch {url} on a machine with internet access and put it there, or name a file with "
-            "--set model.backbone.weights=FILE, or start from random weights with --set model.backbone.weights=none"
+            f"--set model.backbone.weights=FILE, or start from random weights with {RANDOM_WEIGHTS}"
         ) from error
     return path
 
@@ -75,7 +79,7 @@ def _url(architecture: str) -> str:
     except (ValueError, AttributeError) as error:
         raise InputError(
             f"model.backbone.weights: torchvision has no ImageNet weights of {architecture}; name a file with --set "
-            "model.backbone.weights=FILE, or start from random weights with --set model.backbone.weights=none"
+            f"model.backbone.weights=FILE, or start from random weights with {RANDOM_WEIGHTS}"
         ) from error
 
 

@@ -186,6 +186,7 @@ def test_without_internet_the_message_says_which_file_to_put_where(cache: Path) 
     message = str(error.value)
     assert str(cache / "resnet50-0676ba61.pth") in message
     assert "https://download.pytorch.org/models/resnet50-0676ba61.pth" in message
+    assert "weights=none --set model.backbone.freeze=0" in message  # frozen random stages would never learn
     assert "model.backbone.weights" in message
     assert "no route to host" in message
 

@@ -5,7 +5,6 @@ Shapes: B images, C channels, H x W cells.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from maskrcnn.errors import InputError
 from maskrcnn.models.backbones.parts import Backbone, BackboneConfig, RegionStage
+from maskrcnn.paths import expand
 from maskrcnn.runtime.files import read_tensors
 
 STRIDES = (4, 8, 16, 32)
@@ -58,7 +58,7 @@ class TimmConfig(BackboneConfig):
             pretrained = _create(self.name, pretrained=True)
             backbone.features.load_state_dict(pretrained.state_dict())
             return
-        state = read_tensors(Path(self.weights))
+        state = read_tensors(expand(self.weights))
         wanted = backbone.features.state_dict()
         if any(name not in state for name in wanted):
             # `features_only` renames modules of most models: `stages.0` is `stages_0`.
