@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from maskrcnn.errors import InputError
+from maskrcnn.paths import open_file
 
 
 def to_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
@@ -44,13 +45,14 @@ def read_image(path: Path) -> Tensor:
         InputError: the file is missing, unreadable or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with open_file(path) as file, Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return torch.from_numpy(_as_rgb(image)).permute(2, 0, 1)
     except FileNotFoundError:
         raise InputError(f"{path.absolute()}: no such image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path.absolute()}: cannot be read as an image ({error})") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"{path.absolute()}: cannot be read as an image ({reason})") from error
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from maskrcnn.errors import InputError
+from maskrcnn.paths import require_file
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
     """
     try:
+        require_file(path)
         _verify_checksums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as advice on files that torch can read in other ways

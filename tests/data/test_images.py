@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the viewer must rotate the image by 90 degrees clockwise
     Image.fromarray(RAMP).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png")[0].numpy(), np.rot90(RAMP, -1))
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    for name, reason in [("pipe.jpg", "it is a pipe"), ("loop.jpg", ".*symbolic links"), ("", "Is a directory")]:
+        with pytest.raises(InputError, match=rf"cannot be read as an image \({reason}"):
+            read_image(tmp_path / name)
 
 
 def test_missing_and_broken_images_are_named(tmp_path: Path) -> None:
