@@ -8,8 +8,10 @@ Shapes: N images, A annotations, K classes.
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
@@ -24,6 +26,7 @@ from maskrcnn.data.coco_file import (
     Polygon,
     Rle,
     complete_for_evaluation,
+    fit_in_image,
     listed,
     read_coco_json,
     refuse,
@@ -33,7 +36,7 @@ from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.data.images import read_image
 from maskrcnn.data.provenance import count_and_ids, digest, file_digest
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
-from maskrcnn.errors import InputError
+from maskrcnn.errors import InputError, first_of
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 logger = logging.getLogger(__name__)
@@ -147,7 +150,7 @@ class _ObjectReader:
         except ValueError as error:
             self.malformed.append(f"{name}: {error}")
             return empty
-        if (counts < 0).any() or counts.sum() != size[0] * size[1]:
+        if not fit_in_image(counts, *size):
             self.malformed.append(f"{name}: its run lengths do not add up to the image size, {size[0]} x {size[1]}")
             return empty
         return counts
@@ -332,15 +335,31 @@ class CocoDataset:
         )
 
     def _check_images(self) -> None:
-        """Check that the folder and the first image exist, so that a wrong path fails before training."""
-        first = self._path(0)
-        if first.is_file():
+        """Check that every image exists, so that a missing one is found before training."""
+        names = [self._names[index].tobytes().decode() for index in range(len(self))]
+        missing = _missing_files(self._folder, names)
+        if not missing:
             return
-        problem = f"no image {first.name}" if self._folder.is_dir() else "no such folder"
+        problem = (
+            f"{len(missing)} of {len(names)} images are missing: {', '.join(first_of(missing))}"
+            if os.path.isdir(self._folder)
+            else "no such folder"
+        )
         raise InputError(
             f"{self._folder.absolute()}: {problem}. Put the images of {self._file.name} there, or set `root` or "
             "`images` in the config; datasets/README.md says how to get COCO and how to use your own data."
         )
+
+
+def _missing_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the names, relative to `folder`, that are no files. Folders are listed: a call per file is slow on NFS."""
+    present: set[str] = set()
+    for subfolder in {os.path.dirname(name) for name in names}:
+        with suppress(OSError, ValueError), os.scandir(folder / subfolder) as entries:
+            found = [entry for entry in entries if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)]
+            present.update(os.path.join(subfolder, entry.name) for entry in found)
+    # A listing may spell a name in another way: letters of another case, or accents.
+    return [name for name in names if name not in present and not os.path.isfile(folder / name)]
 
 
 def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ...]) -> list[Image]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,15 +9,19 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pycocotools import mask as cocoapi
-from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError, first_of
+from maskrcnn.paths import read_file
 
 # The schema. Additional keys are kept. COCO has coordinates slightly outside the image. They are limited because
-# pycocotools allocates memory in proportion to the length of a polygon.
+# pycocotools allocates memory in proportion to the length of a polygon. Ids are stored in 64 bits, run lengths in 32.
 
+Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Side = Annotated[int, Field(strict=True, ge=1, lt=2**16)]  # px
 Coordinate = Annotated[float, Field(ge=-1e5, le=1e5)]
 Polygon = list[Coordinate]
 
@@ -26,9 +29,10 @@ Polygon = list[Coordinate]
 class Rle(TypedDict):
     """A run-length encoded mask of image size: `counts` is a list of run lengths, or COCO's compressed string."""
 
-    size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     counts: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Annotated[int, Field(ge=0)]], Tag("numbers")],
+        Annotated[str, Tag("text")]
+        | Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]], Tag("numbers")],
         Discriminator(lambda counts: "text" if isinstance(counts, str) else "numbers"),
     ]
 
@@ -40,18 +44,18 @@ class _ExtensibleDict(TypedDict):
 class Image(_ExtensibleDict):
     """One entry of `images`; sizes in pixels."""
 
-    id: int
+    id: Id
     file_name: str
-    height: PositiveInt
-    width: PositiveInt
+    height: Side
+    width: Side
 
 
 class Annotation(_ExtensibleDict):
     """One entry of `annotations`; the box is `(x, y, width, height)`."""
 
-    id: int
-    image_id: int
-    category_id: int
+    id: Id
+    image_id: Id
+    category_id: Id
     bbox: Annotated[list[Coordinate], Field(min_length=4, max_length=4)]
     segmentation: NotRequired[
         Annotated[
@@ -60,12 +64,13 @@ class Annotation(_ExtensibleDict):
         ]
     ]
     iscrowd: NotRequired[Literal[0, 1]]
+    area: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
 class Category(_ExtensibleDict):
     """One entry of `categories`."""
 
-    id: int
+    id: Id
     name: str
 
 
@@ -90,7 +95,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
             with the position and id of the entry.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except OSError as error:
         raise InputError(
             f"{path.absolute()}: cannot read the annotation file ({error.strerror}). Put the file there, or set "
@@ -120,7 +125,7 @@ def _schema_message(path: Path, text: bytes, error: ValidationError) -> str:
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return f"{path.absolute()}: is not JSON ({errors[0]['msg'].removeprefix('Invalid JSON: ')})"
-    raw = json.loads(text)
+    raw = from_json(text)
     problems = [f"{_position(raw, details['loc'])}: {details['msg'].lower()}" for details in errors]
     return f"{path.absolute()}: is not a COCO annotation file; {listed(problems)}"
 
@@ -176,6 +181,12 @@ def _area(annotation: dict[str, Any], height: int, width: int) -> float:
     if not polygons:
         return float(annotation["bbox"][2] * annotation["bbox"][3])
     return float(cocoapi.area(cocoapi.merge(cocoapi.frPyObjects(polygons, height, width))))
+
+
+def fit_in_image(lengths: np.ndarray, height: int, width: int) -> bool:
+    """Return whether run lengths, int64, are those of a mask of this size. No sum of hostile lengths overflows."""
+    area = height * width
+    return bool(((lengths >= 0) & (lengths <= area)).all() and lengths.sum() == area)
 
 
 def run_lengths(counts: str | list[int]) -> np.ndarray:

@@ -61,13 +61,15 @@ def counts_from_string(code: bytes) -> np.ndarray:
     the difference to the number two positions earlier is encoded (`rleToString` in cocoapi's maskApi.c).
 
     Raises:
-        ValueError: the string is empty or truncated.
+        ValueError: the string is empty or truncated, or has a number of more than 60 bits.
     """
     groups = np.frombuffer(code, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((groups & 32) == 0)
     if len(last) == 0 or last[-1] != len(groups) - 1:
         raise ValueError("the run-length string is empty or cut off")
     sizes = np.diff(last, prepend=-1)
+    if sizes.max() > 12:  # a shift by 64 bits or more is undefined
+        raise ValueError("the run-length string has a number of more than 60 bits")
     positions = np.arange(len(groups)) - np.repeat(last - sizes + 1, sizes)  # of each group within its number
     counts = np.add.reduceat((groups & 31) << (5 * positions), last - sizes + 1)
     counts -= ((groups[last] & 16) >> 4) << (5 * sizes)

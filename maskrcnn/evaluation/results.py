@@ -10,8 +10,9 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from maskrcnn.data.coco_file import Rle, run_lengths
+from maskrcnn.data.coco_file import Id, Rle, fit_in_image, run_lengths
 from maskrcnn.errors import InputError, first_of
+from maskrcnn.paths import read_file
 from maskrcnn.runtime.files import write_atomically
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -20,8 +21,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class CocoResult(TypedDict):
     """One detection. The box is `(x, y, width, height)`."""
 
-    image_id: int
-    category_id: int
+    image_id: Id
+    category_id: Id
     score: Number
     bbox: NotRequired[Annotated[list[Number], Field(min_length=4, max_length=4)]]
     segmentation: NotRequired[Rle]
@@ -51,7 +52,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             the result.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except OSError as error:
         raise InputError(f"{path.absolute()}: cannot read the results file ({error.strerror})") from None
     try:
@@ -73,7 +74,7 @@ def _problem(result: CocoResult) -> str | None:
         lengths = run_lengths(result["segmentation"]["counts"])
     except ValueError as error:
         return f"segmentation: {error}"
-    if (lengths < 0).any() or lengths.sum() != height * width:
+    if not fit_in_image(lengths, height, width):
         return f"segmentation: its run lengths do not add up to its size, {height} x {width}"
     return None
 

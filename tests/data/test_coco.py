@@ -195,6 +195,7 @@ def test_ground_truth_is_the_file_less_the_images_not_in_use(open_dataset: Open)
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "12"}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "o"}}, "cut off"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "o" * 20 + "1"}}, "more than 60 bits"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "\u20ac"}}, r"annotation 3 \(image 1\)"),
     ],
 )
@@ -250,8 +251,28 @@ def test_missing_images_are_noticed_at_once(write: Write, tmp_path: Path) -> Non
     path = write(coco([annotation(1)]))
     with pytest.raises(InputError, match=r"train2017: no such folder.*README"):
         CocoDataset(path, tmp_path / "train2017")
-    with pytest.raises(InputError, match=r"no image 1\.png"):
+    with pytest.raises(InputError, match=r"1 of 1 images are missing: 1\.png\. "):
         CocoDataset(path, tmp_path)
+
+
+def test_every_missing_image_is_found(write: Write, tmp_path: Path) -> None:
+    data = coco([], images=30)
+    for image in data["images"]:
+        image["file_name"] = f"{image['id'] % 2}/{image['id']}.png"
+    images = tmp_path / "images"
+    (images / "0").mkdir(parents=True)
+    for image in data["images"]:
+        if image["id"] % 2 == 0:
+            (images / image["file_name"]).touch()
+    (images / "0/30.png").unlink()
+    (images / "0/30.png").symlink_to("30.png")
+    with pytest.raises(InputError, match=r"16 of 30 images are missing: 1/1\.png, 1/3\.png, .*, and 6 more\. "):
+        CocoDataset(write(data), images)
+    (images / "0/30.png").unlink()
+    (images / "0/30.png").symlink_to("2.png")
+    (images / "1").symlink_to("0")
+    with pytest.raises(InputError, match="15 of 30 images are missing"):
+        CocoDataset(write(data), images)
 
 
 def test_no_image_left_is_an_error(open_dataset: Open) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ def test_a_missing_file_is_named_and_the_way_to_get_it(tmp_path: Path) -> None:
         (coco([annotation(5, segmentation={"counts": "1"})]), r"segmentation\.size: field required"),
         (coco([annotation(5, segmentation={"size": [1, 1], "counts": [-1, 2]})]), r"counts\[0\]: .*greater"),
         (coco([annotation(5, iscrowd=2)]), r"iscrowd: input should be 0 or 1"),
+        (coco([annotation(2**70)]), r"annotations\[0\].*\.id: .*less than"),
+        (coco([annotation(True)]), r"annotations\[0\] \(id True\)\.id: .*valid integer"),
+        (coco([annotation(5, image_id=-(2**70))]), r"\(id 5\)\.image_id: .*greater than"),
+        (coco([annotation(5, category_id=False)]), r"\(id 5\)\.category_id: .*valid integer"),
+        (coco([annotation(5, image_id=1.5)]), r"\(id 5\)\.image_id: .*valid integer"),
+        (coco([annotation(5, area=float("inf"))]), r"\(id 5\)\.area: .*finite"),
+        (coco([annotation(5, segmentation={"size": [2**40, 1], "counts": "1"})]), r"size\[0\]: .*less than"),
+        (coco([annotation(5, segmentation={"size": [1, 1], "counts": [2**64]})]), r"counts\[0\]: .*less than"),
+        ({**coco([]), "images": [{"id": 1, "file_name": "a", "height": 2**70, "width": 1}]}, r"height: .*less than"),
+        ('{"images": ' + "[" * 10_000, "is not JSON .recursion limit"),
+        ('{"images": ' + "1" * 10_000, "is not JSON .number out of range"),
+        ('{"images": "\\ud800"', "is not JSON"),
         (coco([annotation(5), annotation(5)]), r"annotation id 5 is used 2 times"),
         (coco([annotation(5, image_id=3)]), r"annotation 5: no image has the id 3"),
         (coco([annotation(5, category_id=3)]), r"annotation 5: no category has the id 3"),
@@ -73,6 +86,14 @@ def test_a_missing_file_is_named_and_the_way_to_get_it(tmp_path: Path) -> None:
 def test_what_is_not_coco_is_refused(write: Write, data: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_coco_json(write(data))
+
+
+def test_a_byte_order_mark_is_accepted_and_a_pipe_is_not(tmp_path: Path) -> None:
+    (tmp_path / "objects.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(coco([annotation(5)])).encode())
+    assert read_coco_json(tmp_path / "objects.json") == coco([annotation(5)])
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"pipe\.json: cannot read the annotation file \(it is a pipe"):
+        read_coco_json(tmp_path / "pipe.json")
 
 
 def test_all_problems_are_counted_and_ten_are_shown(write: Write) -> None:
