@@ -59,6 +59,10 @@ def done() -> None:
     pass
 
 
+def long_input() -> None:
+    raise InputError("x" * 10**6)
+
+
 def wrong_input() -> None:
     raise InputError("x.yaml: 1 problem\n  roi: missing")
 
@@ -77,6 +81,7 @@ def interrupted() -> None:
         (done, 0, ""),
         (wrong_input, 2, "error: x.yaml: 1 problem\n  roi: missing\n"),
         (full_disk, 2, "error: out/1.png: No space left on device\n"),
+        (long_input, 2, f"error: {'x' * 1993} [...] {'x' * 2000}\n"),
         (interrupted, 130, "interrupted\n"),
     ],
 )

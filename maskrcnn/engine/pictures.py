@@ -157,12 +157,12 @@ def _picture_names(files: Sequence[Path]) -> list[str]:
 
 def _image_files(inputs: Sequence[Path]) -> Iterator[Path]:
     for path in inputs:
-        if path.is_dir():
+        if os.path.isdir(path):  # False also for a path that the system refuses, such as one that is too long
             images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
                 raise InputError(f"{path}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
             yield from images
-        elif path.is_file():
+        elif os.path.isfile(path):
             yield path
         else:
             raise InputError(f"{path}: no such image or folder")

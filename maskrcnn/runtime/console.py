@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from maskrcnn.errors import InputError
 
+LONGEST_LINE = 4000  # characters of a message
+
 
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit with status 0 (success), 2 (InputError, or an OSError with a file) or 130 (interrupted).
@@ -22,7 +24,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(map(_shortened, f"error: {error}".split("\n"))), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
@@ -33,6 +35,11 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, the shell's convention
     sys.exit(0)
+
+
+def _shortened(line: str) -> str:
+    """Return a line of a message without the middle part of a very long value that it repeats."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} [...] {line[-LONGEST_LINE // 2 :]}"
 
 
 def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
