@@ -82,8 +82,8 @@ VALUES: tuple[Any, ...] = (
 YAML_VALUES = (
     *(json.dumps(value) for value in VALUES),
     ".inf", "-.INF", ".nan", "1:30", "010", "0o17", "0xffffffffffffffffffff", "1e999", "yes", "2020-01-01",
-    "[", "{", "!!int x", "!!python/object:os.system x", "&a [*a]", "*a", '"\\uD800"', '"\\0"', "\x07", "[" * 10_000, "{a: " * 10_000,
-    "- - -", "| x", "? ?", "%", "@", "`", "9" * 5000, "<<: x", "a: b: c",
+    "[", "{", "!!int x", "!!python/object:os.system x", "&a [*a]", "*a", '"\\uD800"', '"\\0"', "\x07", "[" * 10_000,
+    "{a: " * 10_000, "- - -", "| x", "? ?", "%", "@", "`", "9" * 5000, "<<: x", "a: b: c",
 )  # fmt: skip
 
 DOUBLING = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
@@ -404,7 +404,7 @@ def command_lines(rng: random.Random, user: User, number: int) -> list[str]:
         "\udcff",
         "1,2",
         "1x1",
-        "x" * 10**5,
+        "x" * 10**4,
     )
     weights = f"--weights={user.home / 'run/checkpoints/last.pt'}"
     commands = (
