@@ -217,7 +217,9 @@ def test_directions_and_sizes_are_drawn_evenly():
     ("options", "message"),
     [
         ({"objects": (3, 2)}, "0 <= minimum <= maximum"),
-        ({"sizes": (0.0, 0.5)}, "0 < minimum"),
+        ({"sizes": (0.0, 0.5)}, "0.001 <= minimum"),
+        ({"sizes": (1e-300, 0.5)}, "0.001 <= minimum"),  # drawing such sizes would not end
+        ({"objects": (1, 10**9)}, "maximum <= 1000"),
         ({"sizes": (0.2, 1.5)}, "maximum <= 1"),
         ({"classes": ("disc", "disc")}, "only once"),
         ({"classes": ("hexagon",)}, "'star'"),
