@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from maskrcnn.config import Section, Size
+from maskrcnn.config import Section
 from maskrcnn.models.losses import Normalizer, RPNLosses, rpn_losses
 from maskrcnn.models.rpn_head import RPNHead, RPNOutputs, gathered_outputs, sampled_outputs
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
@@ -27,14 +27,15 @@ from maskrcnn.structures import ImageBatch, Proposals, Targets
 RPN_STREAM = 0  # random stream of the anchor sampling; see `sample_balanced`
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=2**20)]  # of anchors or proposals; an image may have more than 100,000 anchors
 Lengths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 class ProposalCounts(Section):
     """Number of proposals to keep in each image: per level before NMS, in total after NMS."""
 
-    pre_nms_top_n: Size
-    post_nms_top_n: Size
+    pre_nms_top_n: Count
+    post_nms_top_n: Count
 
 
 class RPNConfig(Section):
@@ -45,7 +46,7 @@ class RPNConfig(Section):
     round_anchors: bool = False
     foreground: float = Field(0.7, gt=0, le=1)  # smallest IoU of a positive
     background: Share = 0.3  # IoU below which an anchor is background; those between the two are not used
-    batch_size_per_image: Size = 256  # anchors sampled for the loss
+    batch_size_per_image: Count = 256  # anchors sampled for the loss
     positive_fraction: Share = 0.5
     bbox_reg_weights: BoxWeights = (1.0, 1.0, 1.0, 1.0)
     smooth_l1_beta: NonNegativeFloat = 0.0
