@@ -285,7 +285,7 @@ def test_weights_of_another_model_are_refused(run: Path, tmp_path: Path, overrid
 
 def test_a_key_of_inference_may_differ_from_the_training(run: Path, tmp_path: Path) -> None:
     overrides = ["model.detection.nms_threshold=0.3", "model.rpn.inference.post_nms_top_n=5", "training.workers=3",
-                 "model.mask_head.paste=torchvision", "model.backbone.weights=imagenet"]  # fmt: skip
+                 "model.mask_head.paste=torchvision", "model.backbone.weights=other.pth"]  # fmt: skip
     load_predictor(load(tmp_path, *overrides), run / "checkpoints" / "last.pt", CPU)
 
 

@@ -42,12 +42,12 @@ class Outcome(NamedTuple):
     err: str
 
 
-def run(*commands: list[object]) -> list[Outcome]:
-    """Run the commands one after another in one process."""
+def run(*commands: list[object], modules: Path = EXAMPLE) -> list[Outcome]:
+    """Run the commands one after another in one process, which also finds the modules in a folder."""
     done = subprocess.run(
         [sys.executable, "-c", RUN_COMMANDS],
         input=json.dumps([[str(argument) for argument in command] for command in commands]),
-        env={**os.environ, "PYTHONPATH": str(EXAMPLE)},
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLE}{os.pathsep}{modules}"},
         capture_output=True,
         text=True,
         check=True,
@@ -114,32 +114,19 @@ MESSAGES = {
 }
 
 
-def test_messages_list_the_foreign_kinds(tmp_path: Path) -> None:
-    train = ["train", EXAMPLE / "experiment.yaml", "--out", tmp_path / "run", "--set"]
-    for outcome, message in zip(run(*([*train, change] for change in MESSAGES)), MESSAGES.values(), strict=True):
-        assert outcome.status == 2
-        assert message in outcome.err
-        assert "1 problem\n" in outcome.err
-
-
-def test_two_parts_of_one_kind_are_refused(tmp_path: Path) -> None:
+def test_messages_list_the_foreign_kinds_and_refuse_two_parts_of_one_kind(tmp_path: Path) -> None:
     (tmp_path / "twin.py").write_text(
         "from typing import Literal\n"
         "from maskrcnn.models.backbones.parts import BackboneConfig\n"
         "class PlainConfig(BackboneConfig):\n"
         "    kind: Literal['plain'] = 'plain'\n"
     )
-    code = (
-        "import extension.parts, twin\n"
-        "from maskrcnn.config.parts import choices_of\n"
-        "from maskrcnn.models.backbones.parts import BackboneConfig\n"
-        "choices_of(BackboneConfig)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{EXAMPLE}{os.pathsep}{tmp_path}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "extension.parts.PlainConfig and twin.PlainConfig both have the kind 'plain'" in done.stderr
+    train = ["train", EXAMPLE / "experiment.yaml", "--out", tmp_path / "run", "--set"]
+    changes = [*MESSAGES, "imports=[extension.parts, twin]"]
+    *outcomes, last = run(*([*train, change] for change in changes), modules=tmp_path)
+    for outcome, message in zip(outcomes, MESSAGES.values(), strict=True):
+        assert outcome.status == 2
+        assert message in outcome.err
+        assert "1 problem\n" in outcome.err
+    assert last.status == 2
+    assert "extension.parts.PlainConfig and twin.PlainConfig both have the kind 'plain'" in last.err

@@ -31,7 +31,8 @@ def described(folder: Path, **changes: Any) -> dict[str, str]:
         "categories": [{"id": 1, "name": "leaf"}],
     }
     (folder / "a.json").write_text(json.dumps(data))
-    Image.new("RGB", (30, 20)).save(folder / names[0])
+    for name in names:
+        Image.new("RGB", (30, 20)).save(folder / name)
     return describe(CocoConfig(root=folder, annotations="a.json", images="", degenerate="drop", **changes).build())
 
 

@@ -42,13 +42,13 @@ from maskrcnn.structures import ClassTable, Example, MaskCrop
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 WORLD = 2
-STEPS = 10
+STEPS = 6
 BATCH = 4  # images over all processes
 IMAGES = STEPS * BATCH  # one epoch: each image is used once
 
 SIDE = 64  # px
 
-# The last layers start near zero, so that ten steps amplify no rounding.
+# The last layers start near zero, so that the steps amplify no rounding.
 SMALL: dict[str, Any] = {
     "rpn": {
         "anchor_sizes": [[8], [16], [32], [48], [64]],
@@ -135,7 +135,7 @@ class Noise:
 
 
 def train(group: Processes, name: str) -> dict[str, Tensor]:
-    """Train ten steps with momentum and gradient clipping; return the state dict."""
+    """Train with momentum and gradient clipping; return the state dict."""
     training = TRAININGS[name]
     torch.manual_seed(group.rank)  # the initial weights differ until the model is wrapped
     model = MaskRCNNConfig.model_validate({**SMALL, **training.model}).build(3)

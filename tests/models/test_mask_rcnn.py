@@ -27,14 +27,14 @@ SIDE = 64
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "fpn": {
-        "backbone": {"kind": "resnet", "depth": 18},
+        "backbone": {"kind": "resnet", "depth": 18, "width": 32},
         "neck": {"kind": "fpn", "channels": 16},
         "rpn": {"anchor_sizes": [[8], [16], [32], [64], [128]]},
         "box_head": {"kind": "fc", "width": 32},
         "mask_head": {"kind": "fcn", "depth": 1, "width": 16},
     },
     "c4": {
-        "backbone": {"kind": "resnet", "depth": 18, "out_features": ["res4"], "res5_on_regions": True},
+        "backbone": {"kind": "resnet", "depth": 18, "width": 32, "out_features": ["res4"], "res5_on_regions": True},
         "neck": {"kind": "none"},
         "rpn": {"anchor_sizes": [[8, 16, 32, 64]]},
         "box_head": {"kind": "mean"},
@@ -574,7 +574,7 @@ def test_a_region_stage_needs_the_channels_of_the_backbone() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NoNeckConfig, "build", lambda self, **maps: Narrow())
         with pytest.raises(
-            InputError, match=r"maps of 8 channels, but a stage of model\.backbone that runs on regions needs 256"
+            InputError, match=r"maps of 8 channels, but a stage of model\.backbone that runs on regions needs 128"
         ):
             config.build(2)
 

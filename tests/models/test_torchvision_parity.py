@@ -23,6 +23,7 @@ from maskrcnn.structures import AxisAlignedMap, ImageBatch, MaskCrop, Targets
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES, HEIGHT, WIDTH = 5, 128, 160
 EVERYTHING = 2**13  # more samples than boxes: sampling is not random
+BEFORE_NMS, AFTER_NMS = 400, 200  # proposals of each level, and of an image
 
 
 def torchvision_model() -> TorchvisionMaskRCNN:
@@ -37,6 +38,10 @@ def torchvision_model() -> TorchvisionMaskRCNN:
         rpn_batch_size_per_image=EVERYTHING,
         box_batch_size_per_image=EVERYTHING,
         box_positive_fraction=0.5,
+        rpn_pre_nms_top_n_train=BEFORE_NMS,
+        rpn_pre_nms_top_n_test=BEFORE_NMS,
+        rpn_post_nms_top_n_train=AFTER_NMS,
+        rpn_post_nms_top_n_test=AFTER_NMS,
     )
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
@@ -68,6 +73,10 @@ def models(
             f"model.rpn.batch_size_per_image={EVERYTHING}",
             f"model.sampling.batch_size_per_image={EVERYTHING}",
             "model.sampling.positive_fraction=0.5",
+            *(
+                f"model.rpn.{phase}={{pre_nms_top_n: {BEFORE_NMS}, post_nms_top_n: {AFTER_NMS}}}"
+                for phase in ("training", "inference")
+            ),
             "model.backbone.norm_eps=1.0e-5",  # of FrozenBatchNorm2d; torchvision's published weights need 0
         ],
     )
