@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -58,6 +59,11 @@ class Checkpoint:
     config: dict[str, Any]  # resolved configuration in plain types
     metrics: dict[str, float]  # evaluation metrics of these weights; empty if they were not evaluated
     versions: dict[str, str]
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)  # Tensor
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def capture(
@@ -137,8 +143,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     absent = [name for name, value in fields.items() if value is None]
     if absent:
         raise InputError(f"{path}: the checkpoint is damaged: it lacks {', '.join(absent)}")
-    fields["classes"] = ClassTable(**content["classes"])
-    return Checkpoint(**fields)
+    try:
+        checkpoint = _CHECKPOINT.validate_python(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{path}: the checkpoint is damaged: {place}: {problem['msg']}") from error
+    if len(checkpoint.classes.names) != len(checkpoint.classes.category_ids):
+        raise InputError(f"{path}: the checkpoint is damaged: classes has not as many names as ids")
+    return checkpoint
 
 
 class CheckpointFolder:

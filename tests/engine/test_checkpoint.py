@@ -1,6 +1,7 @@
 import dataclasses
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -192,6 +193,24 @@ def test_a_damaged_file_is_named(tmp_path, model, optimizer):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"last\.pt: "):
             load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", {"weight": 3}, "model.weight: Input should be an instance of Tensor"),
+        ("iteration", "soon", "iteration: Input should be a valid integer"),
+        ("classes", {"names": None, "category_ids": (1,)}, "classes.names: Input should be a valid tuple"),
+        ("classes", {"names": ("a", "b"), "category_ids": (1,)}, "classes has not as many names as ids"),
+        ("config", None, "it lacks config"),
+    ],
+)
+def test_a_field_that_is_no_such_field_is_named(tmp_path, model, optimizer, field, value, message):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of(model, optimizer))
+    torch.save(torch.load(path, weights_only=True) | {field: value}, path)
+    with pytest.raises(InputError, match=rf"last\.pt: the checkpoint is damaged: {re.escape(message)}"):
+        load_checkpoint(path)
 
 
 def equal(first, second):
