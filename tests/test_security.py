@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import struct
 import sys
 import zlib
@@ -27,6 +28,16 @@ def calls(path: Path) -> list[tuple[str, dict[str, str]]]:
     return [
         (ast.unparse(node.func), {str(word.arg): ast.unparse(word.value) for word in node.keywords}) for node in nodes
     ]
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"tests/[\w/]+\.py", page))
+    tests = set(re.findall(r"`(test_\w+)`", page))
+    assert len(files) > 5
+    assert len(tests) > 5
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join((REPOSITORY / file).read_text() for file in files), re.M))
+    assert tests <= defined
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
