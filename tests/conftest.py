@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from launcher import Launcher
 from pydantic import create_model
 from torch import nn
 
@@ -34,6 +36,16 @@ def _usual_signals() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts commands in processes of their own."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("forks a process that has imported torch, which is safe only on Linux")
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture

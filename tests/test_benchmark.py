@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launcher import Launcher
 from pycocotools import mask as cocoapi
 from torch import nn
 
@@ -123,26 +124,30 @@ def test_random_matches_are_those_of_a_good_model(worker: ModuleType) -> None:
         assert figures[name] == pytest.approx(figures["AP"], abs=0.1)
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / "benchmark.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_tool_measures_and_writes(tmp_path: Path) -> None:
+def test_the_tool_measures_and_writes(launcher: Launcher, tmp_path: Path) -> None:
     out = tmp_path / "new" / "masks.md"
     options = ["--repeats", "2", "--threads", "1", "--height", "64", "--width", "96", "--out", str(out)]
-    done = run_tool("masks", *options)
-    assert done.returncode == 0, done.stderr
-    assert out.read_text() in done.stdout
-    seconds = next(line for line in done.stdout.splitlines() if line.startswith("torchvision, s:"))
+    done = launcher.run("tools/benchmark.py", "masks", *options)
+    assert done.status == 0, done.err
+    assert out.read_text() in done.out
+    seconds = next(line for line in done.out.splitlines() if line.startswith("torchvision, s:"))
     assert len(seconds.split(":")[1].split(",")) == 2
 
 
 @pytest.mark.parametrize("arguments", [["speed"], ["masks", "--repeats", "0"], ["masks", "--device", "nonsense"]])
-def test_wrong_arguments_leave_with_two(arguments: list[str]) -> None:
-    done = run_tool(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_wrong_arguments_leave_with_two(launcher: Launcher, arguments: list[str]) -> None:
+    done = launcher.run("tools/benchmark.py", *arguments)
+    assert done.status == 2
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("taken", ["report.md", "report.png"])
+def test_a_report_replaces_no_file(launcher: Launcher, tmp_path: Path, taken: str) -> None:
+    (tmp_path / taken).write_text("mine")
+    done = launcher.run("tools/benchmark.py", "masks", "--out", tmp_path / "report.md")
+    assert done.status == 2
+    assert f"{taken}: exists already" in done.err
+    assert (tmp_path / taken).read_text() == "mine"
 
 
 # ---- Learning speed
@@ -160,6 +165,17 @@ SMALL = [
 @pytest.fixture(scope="module")
 def convergence() -> ModuleType:
     return load(TOOLS / "benchmarks" / "convergence.py")
+
+
+@pytest.fixture
+def forked_trainings(launcher: Launcher, convergence: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings of the command need no import of torch."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ended = launcher.run(*command[1:])
+        return subprocess.CompletedProcess(command, ended.status, ended.out, ended.err)
+
+    monkeypatch.setattr(convergence, "subprocess", SimpleNamespace(run=run, DEVNULL=None, PIPE=None))
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +233,7 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
     assert sum(cocoapi.area(result["segmentation"]) for result in own) > 1000
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_both_sides_train_and_the_command_goes_on(convergence: ModuleType, tmp_path: Path) -> None:
     arguments = ([CONFIGS / "shapes.yaml"], SMALL, [0], [1, 2], tmp_path / "runs", 2)
     runs = convergence.run_all(*arguments)
@@ -249,6 +266,7 @@ def test_the_comparison_by_hand(convergence: ModuleType) -> None:
     assert "Mean over all cells: +2.00 [-10.7, +14.7], 2 pairs of trainings. Worst cell: photos after 4 steps" in text
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_a_model_that_torchvision_does_not_have_is_refused(convergence: ModuleType, tmp_path: Path) -> None:
     changes = [*SMALL, "model.box_head.depth=1"]
     job = convergence.Job(str(CONFIGS / "shapes.yaml"), changes, "torchvision", seed=0, marks=[1])
@@ -324,8 +342,9 @@ def test_levels_change_what_they_name(screening: ModuleType) -> None:
                 assert (high[key].std() / low[key].std()).item() == pytest.approx(scale, rel=0.15, abs=1e-6), key
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_the_screening_trains_each_combination(
-    screening: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convergence: ModuleType, screening: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(screening, "train_missing", lambda wanted, runs, jobs: list(wanted.values()))
     (block,) = screening.run_all([CONFIGS / "shapes.yaml"], SMALL, [3], 10, tmp_path, 1)
@@ -333,5 +352,5 @@ def test_the_screening_trains_each_combination(
     assert all(job.marks == [5, 10] and job.seed == 3 for job in block)
     assert sum("model.loss_normalizer=batch" in job.overrides for job in block) == 10
     job = dataclasses.replace(block[0], marks=[1])
-    (run,) = load(TOOLS / "benchmarks" / "convergence.py").train_missing({tmp_path / "one.json": job}, tmp_path, 1)
+    (run,) = convergence.train_missing({tmp_path / "one.json": job}, tmp_path, 1)
     assert run.figures.keys() == {1}

@@ -9,12 +9,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
+import pytest
 import torch
+from launcher import Ended, Launcher
 
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 
@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "extension"
 RUN_COMMANDS = """
 import contextlib, io, json, sys
 from maskrcnn.cli import main
-for arguments in json.load(sys.stdin):
+for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["maskrcnn", *arguments]
     try:
@@ -36,26 +36,25 @@ for arguments in json.load(sys.stdin):
 """
 
 
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
+class Run(Protocol):
+    def __call__(self, *commands: list[object], modules: Path = EXAMPLE) -> list[Ended]: ...
 
 
-def run(*commands: list[object], modules: Path = EXAMPLE) -> list[Outcome]:
-    """Run the commands one after another in one process, which also finds the modules in a folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_COMMANDS],
-        input=json.dumps([[str(argument) for argument in command] for command in commands]),
-        env={**os.environ, "PYTHONPATH": f"{EXAMPLE}{os.pathsep}{modules}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [Outcome(*json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+@pytest.fixture
+def run(launcher: Launcher) -> Run:
+    """Runs commands one after another in one process, which also finds the modules in a folder."""
+
+    def run(*commands: list[object], modules: Path = EXAMPLE) -> list[Ended]:
+        arguments = json.dumps([[str(argument) for argument in command] for command in commands])
+        path = {"PYTHONPATH": f"{EXAMPLE}{os.pathsep}{modules}"}
+        done = launcher.run("-c", RUN_COMMANDS, arguments, environment=path)
+        assert done.status == 0, done.err
+        return [Ended(*json.loads(line)) for line in done.out.splitlines() if line.startswith("[")]
+
+    return run
 
 
-def test_every_command_works_with_parts_of_another_package(tmp_path: Path) -> None:
+def test_every_command_works_with_parts_of_another_package(run: Run, tmp_path: Path) -> None:
     config, whole, resumed = EXAMPLE / "experiment.yaml", tmp_path / "whole", tmp_path / "resumed"
     broken = tmp_path / "broken"
     outcomes = run(
@@ -114,7 +113,7 @@ MESSAGES = {
 }
 
 
-def test_messages_list_the_foreign_kinds_and_refuse_two_parts_of_one_kind(tmp_path: Path) -> None:
+def test_messages_list_the_foreign_kinds_and_refuse_two_parts_of_one_kind(run: Run, tmp_path: Path) -> None:
     (tmp_path / "twin.py").write_text(
         "from typing import Literal\n"
         "from maskrcnn.models.backbones.parts import BackboneConfig\n"

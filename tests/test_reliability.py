@@ -1,7 +1,6 @@
 """Faults during training: kills, signals, a full disk, damaged files. The resumed run must be equal bit for bit.
 
-Each run is a separate process of tools/train.py. The processes are forked from one that has already imported torch,
-which saves seconds per process.
+Each run is a separate process of tools/train.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launcher import Launcher, Process
 from PIL import Image
 
 from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="forks a process that has imported torch, which is safe only on Linux"
-)
-
 REPOSITORY = Path(__file__).parents[1]
-TIMEOUT = 300  # seconds; only a hanging process takes this long
 
 # All state of a run: momenta, running statistics, averaged weights. Also gradient accumulation and evaluations.
 EXPERIMENT = f"""
@@ -51,65 +46,6 @@ training:
   keep_checkpoints: 2
 """
 
-LAUNCHER = """
-import gc, json, os, resource, runpy, sys
-import torch
-import maskrcnn.training_run
-
-torch.set_num_threads(1)
-gc.freeze()  # otherwise each child would copy and collect the imported objects
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        console = os.open(job["console"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream, file in enumerate((os.open(os.devnull, os.O_RDONLY), console, console)):
-            os.dup2(file, stream)
-        if job["largest_file"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], resource.RLIM_INFINITY))
-        sys.argv = ["tools/train.py", *job["arguments"]]
-        runpy.run_path("tools/train.py", run_name="__main__")
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Launcher:
-    """A process that forks training processes, one at a time."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def start(self, arguments: Sequence[object], console: Path, largest_file: int) -> int:
-        """Start `tools/train.py` and return its process id, which is also its process group id."""
-        assert self._process.stdin is not None
-        job = {"arguments": list(map(str, arguments)), "console": str(console), "largest_file": largest_file}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._read_int()
-
-    def status(self) -> int:
-        """Wait for the process and return its exit status, or minus the number of the signal that killed it."""
-        return self._read_int()
-
-    def _read_int(self) -> int:
-        assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate(timeout=TIMEOUT)
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
-
 
 class Training:
     """A run directory and its training process."""
@@ -118,21 +54,20 @@ class Training:
         folder.mkdir(exist_ok=True)
         self.run = folder / "run"
         self.last = self.run / "checkpoints" / "last.pt"
-        self.console = folder / "console.txt"
         self._launcher = launcher
         config = folder / "experiment.yaml"
         config.write_text(EXPERIMENT)
         settings = [argument for override in overrides for argument in ("--set", override)]
         self._arguments = [config, "--out", self.run, "--device", "cpu", *settings]
-        self.process = 0
+        self.process: Process
 
     def start(self, *, largest_file: int = 0) -> None:
         """Start or resume the run; a positive `largest_file` limits the size of each file, in bytes."""
         resume = ["--resume"] if (self.run / "config.yaml").exists() else []
-        self.process = self._launcher.start([*self._arguments, *resume], self.console, largest_file)
+        self.process = self._launcher.start("tools/train.py", *self._arguments, *resume, largest_file=largest_file)
 
     def end(self) -> int:
-        return self._launcher.status()
+        return self.process.end().status
 
     def finish(self) -> None:
         self.start()
@@ -140,28 +75,15 @@ class Training:
 
     @property
     def output(self) -> str:
-        return self.console.read_text()
+        return self.process.output
 
     def steps(self) -> int:
         """Return the number of recorded training steps. Records of repeated steps are dropped on resume."""
         metrics = self.run / "metrics.jsonl"
         return sum(record["kind"] == "train" for record in read_records(metrics)) if metrics.exists() else 0
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` is true or the process has ended."""
-        deadline = time.monotonic() + TIMEOUT
-        while not condition() and self.alive():
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.005)
-
-    def alive(self) -> bool:
-        try:
-            return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
     def stop(self, number: signal.Signals) -> int:
-        os.kill(self.process, number)
+        os.kill(self.process.pid, number)
         return self.end()
 
 
@@ -228,7 +150,7 @@ def test_stopped_twice_and_killed_once_a_run_ends_as_if_nothing_had_happened(
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
         before = training.steps()
         training.start()
-        training.wait_for(lambda before=before: training.steps() > before)  # type: ignore[misc]
+        training.process.wait_for(lambda before=before: training.steps() > before)  # type: ignore[misc]
         assert training.stop(number) == status, training.output
         if number != signal.SIGKILL:
             assert f"{number.name}: stopped after iteration" in training.output
@@ -267,7 +189,7 @@ def test_killed_twenty_times_a_run_ends_as_if_nothing_had_happened(
         seconds = time.monotonic() - started_at
         print(f"kill {kill + 1} after {seconds:.2f} s: step, saved, half-written file {outcomes[-1]}")
     assert any(half_written for *_, half_written in outcomes), "no kill happened while a file was written"
-    assert group_ends(training.process)
+    assert group_ends(training.process.pid)
     training.finish()
     assert_same_run(uninterrupted.run, training.run)
 
@@ -277,15 +199,15 @@ def kill_one(training: Training, rng: random.Random, *, saved: int, while_saving
     started_at, records = time.time_ns(), training.steps()
     more_steps = rng.choice([0, 0, 1, 1, 2, 3, 4, 5])
     if while_saving:
-        training.wait_for(lambda: is_written(training.last.with_name("last.pt.tmp"), since=started_at))
+        training.process.wait_for(lambda: is_written(training.last.with_name("last.pt.tmp"), since=started_at))
     elif more_steps == 0:
         kill_at = started_at + rng.randrange(10**9)  # training starts within about a second
-        training.wait_for(lambda: time.time_ns() > kill_at or training.steps() > records)
+        training.process.wait_for(lambda: time.time_ns() > kill_at or training.steps() > records)
     else:
-        training.wait_for(lambda: training.steps() >= saved + more_steps)
+        training.process.wait_for(lambda: training.steps() >= saved + more_steps)
         time.sleep(rng.uniform(0, 0.1))  # about the duration of a step
     with suppress(ProcessLookupError):  # it has already ended; the caller checks its exit status
-        os.kill(training.process, signal.SIGKILL)
+        os.kill(training.process.pid, signal.SIGKILL)
 
 
 def is_written(path: Path, *, since: int) -> bool:
@@ -315,7 +237,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, uninterrupte
     """A file size limit makes a write fail half-way, like a full disk."""
     training = Training(launcher, tmp_path)
     training.start()
-    training.wait_for(training.last.exists)
+    training.process.wait_for(training.last.exists)
     assert training.stop(signal.SIGTERM) == 143
     before = load_checkpoint(training.last).iteration
     training.start(largest_file=training.last.stat().st_size // 2)

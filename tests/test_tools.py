@@ -11,14 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launcher import TIMEOUT, Ended, Launcher
 from PIL import Image
 
 from maskrcnn.runtime import outputs
@@ -40,13 +40,7 @@ data:
 """
 
 
-class StepResult(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., StepResult]
+Run = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -55,12 +49,12 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     root, package = logging.getLogger(), logging.getLogger("maskrcnn")
     before = root.handlers[:], root.level, package.level
 
-    def run(name: str, *arguments: object) -> StepResult:
+    def run(name: str, *arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
             runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"), run_name="__main__")
         assert isinstance(exited.value.code, int)
-        return StepResult(exited.value.code, *capsys.readouterr())
+        return Ended(exited.value.code, *capsys.readouterr())
 
     yield run
     for handler in set(root.handlers) - set(before[0]):
@@ -113,25 +107,23 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the model and the classes above, trained by the command line in a separate process."""
     folder = tmp_path_factory.mktemp("tools")
     config = Dataset(folder / "data").config
-    done = in_process("train", config, "--out", folder / "run", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+    done = launcher.run("tools/train.py", config, "--out", folder / "run", "--device", "cpu")
+    assert done.status == 0, done.err
     return folder / "run" / "checkpoints" / "last.pt"
 
 
-def in_process(name: str, *arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(["-c", code] if code else [f"tools/{name}.py"]), *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+def python(*arguments: str) -> Ended:
+    """Run `python *arguments` without anything that is imported already."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def assert_refused(outcome: StepResult, *words: str) -> None:
+def assert_refused(outcome: Ended, *words: str) -> None:
     """Check for status 2 and a single error message with all `words`. Log lines may come before it."""
     assert outcome.status == 2, outcome.err
     assert "Traceback" not in outcome.err
@@ -153,9 +145,9 @@ def test_help_needs_no_torch(path: Path) -> None:
         "except SystemExit as exited: assert not exited.code\n"
         "assert 'torch' not in sys.modules"
     )
-    done = in_process("", code=code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ")
+    done = python("-c", code)
+    assert done.status == 0, done.err
+    assert done.out.startswith("usage: ")
 
 
 def test_the_maskrcnn_command_lists_its_commands_without_torch() -> None:
@@ -165,9 +157,9 @@ def test_the_maskrcnn_command_lists_its_commands_without_torch() -> None:
         "except SystemExit as exited: assert not exited.code\n"
         "assert 'torch' not in sys.modules"
     )
-    done = in_process("", code=code)
-    assert done.returncode == 0, done.stderr
-    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")}
+    done = python("-c", code)
+    assert done.status == 0, done.err
+    listed = {line.split()[0] for line in done.out.splitlines() if line.startswith("    ")}
     assert {path.stem.replace("_", "-") for path in TOOLS} - {"benchmark"} <= listed
 
 
@@ -181,12 +173,11 @@ def test_the_maskrcnn_command_lists_its_commands_without_torch() -> None:
         (["tarin"], 2, "'tarin'"),
     ],
 )
-def test_the_maskrcnn_command(arguments: list[str], status: int, words: str) -> None:
-    command = [sys.executable, "-m", "maskrcnn", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == status
-    assert words in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_maskrcnn_command(launcher: Launcher, arguments: list[str], status: int, words: str) -> None:
+    done = launcher.run("-m", "maskrcnn", *arguments)
+    assert done.status == status
+    assert words in done.out + done.err
+    assert "Traceback" not in done.err
 
 
 # Normal use.
@@ -639,41 +630,29 @@ def test_a_run_directory_that_cannot_be_made(tool: Run, dataset: Dataset, tmp_pa
     assert_refused(tool("train", dataset.config, "--out", tmp_path / "file"), str(tmp_path / "file"))
 
 
-def test_wrong_input_in_a_separate_process(dataset: Dataset) -> None:
-    done = in_process("train", dataset.config, "--set", "model.roi.kind=roi_aling")
-    assert_refused(StepResult(done.returncode, done.stdout, done.stderr), "did you mean 'roi_align'")
-    assert not done.stdout
+def test_wrong_input_in_a_separate_process(launcher: Launcher, dataset: Dataset) -> None:
+    ended = launcher.run("tools/train.py", dataset.config, "--set", "model.roi.kind=roi_aling")
+    assert_refused(ended, "did you mean 'roi_align'")
+    assert not ended.out
 
 
 # Signals.
 
 
-@pytest.mark.skipif(os.name != "posix", reason="process groups need POSIX")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_saves_the_state(
-    dataset: Dataset, tmp_path: Path, number: signal.Signals, status: int
+    launcher: Launcher, dataset: Dataset, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     """`timeout`, Ctrl-C and SLURM also send the signal to the data loader workers."""
     run = tmp_path / "run"
     overrides = ["training.workers=1", "training.schedule.iterations=100000", "training.checkpoint_every=100000"]
-    command = [sys.executable, "tools/train.py", str(dataset.config), "--out", str(run), "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, *(argument for override in overrides for argument in ("--set", override))],
-        cwd=REPOSITORY,
-        env=environment(),
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while process.poll() is None and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
-            time.sleep(0.05)
-        os.killpg(process.pid, number)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    assert "which is saved; resume with --resume" in errors
+    settings = [argument for override in overrides for argument in ("--set", override)]
+    process = launcher.start("tools/train.py", dataset.config, "--out", run, "--device", "cpu", *settings)
+    process.wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text() != "")
+    os.killpg(process.pid, number)
+    ended = process.end()
+    assert ended.status == status, ended.err
+    assert "Traceback" not in ended.err
+    assert "which is saved; resume with --resume" in ended.err
     saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert saved["iteration"] >= 1

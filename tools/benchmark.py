@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -210,6 +211,21 @@ def _number(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda[:NUMBER]")
+    return text
+
+
+def _new_report(text: str) -> Path:
+    """Parse the path of a report; neither it nor its picture may replace a file."""
+    path = Path(text)
+    taken = [str(file) for file in (path, path.with_suffix(".png")) if file.exists()]
+    if taken:
+        raise argparse.ArgumentTypeError(f"{', '.join(taken)}: exists already; choose another name")
+    return path
+
+
 def main() -> None:
     """Parse, measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -234,8 +250,8 @@ def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=_number(64), default=800, help="of the images; default 800")
     parser.add_argument("--width", type=_number(64), default=1333, help="default 1333")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides; bf16 by autocast")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; default cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, to this file as well")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ...; default cpu")
+    parser.add_argument("--out", type=_new_report, metavar="FILE", help="write the report, Markdown, to this new file")
 
 
 def _speed(args: argparse.Namespace) -> str:
@@ -263,13 +279,13 @@ def _add_convergence_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--marks", type=_number(1), nargs="+", default=MARKS, help="steps after which to measure the AP"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, and a picture beside it")
+    parser.add_argument("--out", type=_new_report, metavar="FILE", help="write the report and a picture to new files")
 
 
 def _add_screening_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training_arguments(parser, seeds=[0], runs=Path("runs/screening"))
     parser.add_argument("--steps", type=_number(5), default=400, help="length of each training; default 400")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report, Markdown, to this file as well")
+    parser.add_argument("--out", type=_new_report, metavar="FILE", help="write the report, Markdown, to this new file")
 
 
 def _screening(args: argparse.Namespace) -> str:

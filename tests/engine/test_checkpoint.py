@@ -3,8 +3,6 @@ import pickle
 import random
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -166,9 +164,8 @@ folder.save(2)
 """
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(tmp_path, model, optimizer):
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_checkpoint(launcher, tmp_path, model, optimizer):
+    assert launcher.run("-c", KILLED_WHILE_SAVING, tmp_path).status == -signal.SIGKILL
     assert (tmp_path / "last.pt.tmp").exists()
     assert load_checkpoint(tmp_path / "last.pt").iteration == 1
     save_checkpoint(

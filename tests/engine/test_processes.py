@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from launcher import Launcher
 from PIL import Image
 from torch import Tensor
 
@@ -240,7 +242,7 @@ def work(group: Processes, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    warnings.simplefilter("error")
     folder, device = sys.argv[1:]
     with processes(torch.device(device)) as joined:
         work(joined, Path(folder))
@@ -250,34 +252,26 @@ if __name__ == "__main__":
 # ---- Tests
 
 
-def run(command: list[str]) -> None:
-    """Start `command` twice, as torchrun would, and check that both succeed."""
+def run(launcher: Launcher, out: Path, device: str) -> None:
+    """Start this file twice, as torchrun would, and check that both succeed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
+    shared = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": "tests"}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORLD)]
+    running = [launcher.start(__file__, out, device, environment=rank) for rank in ranks]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in running]
+        ended = [process.end() for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * WORLD, "\n".join(outputs)
+    assert [process.status for process in ended] == [0] * WORLD, "\n".join(process.err for process in ended)
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_processes(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of two processes."""
     out = tmp_path_factory.mktemp("two_processes")
-    run([sys.executable, "-W", "error", __file__, str(out), "cpu"])
+    run(launcher, out, "cpu")
     return out
 
 
@@ -326,8 +320,8 @@ def test_alone_a_shared_norm_is_a_batch_norm() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason=f"needs {WORLD} GPUs")
-def test_gpus_share_the_statistics_of_a_norm(tmp_path: Path) -> None:
-    run([sys.executable, __file__, str(tmp_path), "cuda"])
+def test_gpus_share_the_statistics_of_a_norm(launcher: Launcher, tmp_path: Path) -> None:
+    run(launcher, tmp_path, "cuda")
     torch.manual_seed(0)
     norm = build_norm("bn", 4)
     output, gradient = normalised(norm, torch.randn(6, 4, 3, 3))
