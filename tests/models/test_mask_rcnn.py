@@ -423,7 +423,9 @@ def test_an_image_without_detections(pyramid: MaskRCNN) -> None:
     assert not detections.masks.any()
 
 
-def test_bfloat16_on_a_cpu(model: MaskRCNN) -> None:
+@pytest.mark.parametrize("kind", ["fpn", pytest.param("c4", marks=pytest.mark.slow)])
+def test_bfloat16_on_a_cpu(kind: str) -> None:
+    model = build(kind)
     inputs = batch(model, example())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         detections = model.detect(inputs.images)

@@ -21,9 +21,9 @@ from maskrcnn.ops.masks import paste_probabilities
 from maskrcnn.structures import AxisAlignedMap, ImageBatch, MaskCrop, Targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CLASSES, HEIGHT, WIDTH = 5, 128, 160
-EVERYTHING = 2**13  # more samples than boxes: sampling is not random
-BEFORE_NMS, AFTER_NMS = 400, 200  # proposals of each level, and of an image
+CLASSES, HEIGHT, WIDTH = 5, 64, 96
+EVERYTHING = 2**11  # more samples than anchors: sampling is not random
+BEFORE_NMS, AFTER_NMS, DETECTIONS = 400, 50, 20  # proposals of each level and of an image, detections of an image
 
 
 def torchvision_model() -> TorchvisionMaskRCNN:
@@ -42,6 +42,7 @@ def torchvision_model() -> TorchvisionMaskRCNN:
         rpn_pre_nms_top_n_test=BEFORE_NMS,
         rpn_post_nms_top_n_train=AFTER_NMS,
         rpn_post_nms_top_n_test=AFTER_NMS,
+        box_detections_per_img=DETECTIONS,
     )
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
@@ -73,6 +74,7 @@ def models(
             f"model.rpn.batch_size_per_image={EVERYTHING}",
             f"model.sampling.batch_size_per_image={EVERYTHING}",
             "model.sampling.positive_fraction=0.5",
+            f"model.detection.detections_per_image={DETECTIONS}",
             *(
                 f"model.rpn.{phase}={{pre_nms_top_n: {BEFORE_NMS}, post_nms_top_n: {AFTER_NMS}}}"
                 for phase in ("training", "inference")
@@ -91,8 +93,8 @@ def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (2, 3, HEIGHT, WIDTH), dtype=np.uint8))
     boxes = [
-        torch.tensor([[10.0, 12, 70, 90], [60, 30, 150, 120], [100, 5, 128, 40]]),
-        torch.tensor([[30.0, 20, 95, 64]]),
+        torch.tensor([[6.0, 7, 42, 54], [36, 18, 90, 63], [60, 3, 77, 24]]),
+        torch.tensor([[18.0, 12, 57, 38]]),
     ]
     labels = [torch.tensor([1, 3, 5]), torch.tensor([2])]
     masks = [torch.stack([disc(box) for box in image]) for image in boxes]
@@ -131,7 +133,7 @@ def test_proposals_agree(models, scene) -> None:
         proposals = ours.rpn.propose(ours.features(images), images.sizes, ours.rpn.inference_counts)
     for index in range(2):
         boxes = proposals.boxes[index][proposals.valid[index]]
-        assert len(boxes) == len(expected[index]) > 100
+        assert len(boxes) == len(expected[index]) == AFTER_NMS
         # Scores may be tied, so the order is not compared: each box has a counterpart.
         distance = torch.cdist(boxes, expected[index], p=torch.inf)
         assert distance.amin(dim=0).max() < 1e-3
