@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from maskrcnn.config import Part, Section, differences, json_schema, read_config, to_dict, to_yaml
+from maskrcnn.config import Part, Section, composition, differences, json_schema, read_config, to_dict, to_yaml
 from maskrcnn.config.composition import merge, read_overrides
 from maskrcnn.config.recipes import RECIPES, find_config
 from maskrcnn.config.yaml_text import traced
@@ -493,6 +493,19 @@ def test_files_that_cannot_be_used(write: Write, files: dict[str, str], message:
     assert refusal(write(**files)) == message
 
 
+def test_files_that_share_their_bases_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of forty files has two bases, which have the next two: 2^40 paths lead to the last ones."""
+    for level in range(40):
+        for side in "ab":
+            bases = f"base: [{level + 1}a.yaml, {level + 1}b.yaml]\n" if level < 39 else "classes: 7\n"
+            (tmp_path / f"{level}{side}.yaml").write_text(bases)
+    reads = []
+    read = composition.read_file
+    monkeypatch.setattr(composition, "read_file", lambda path, **limits: (reads.append(path), read(path, **limits))[1])
+    assert composition.compose(tmp_path / "0a.yaml", []) == {"classes": 7}
+    assert len(reads) == 79
+
+
 def test_a_file_that_is_absent_a_folder_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert refusal(tmp_path / "no.yaml") == "no.yaml: cannot read the file: No such file or directory"
@@ -521,6 +534,7 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in rang
         ("a: !!int x", "not valid YAML: line 1, column 4: this is no int"),
         (f"a: 0x{'f' * 1000}", "not valid YAML: line 1, column 4: this is no int"),
         ("a: !!map x", "not valid YAML: line 1, column 4: this is no map"),
+        ("a: !!float 1:30", "not valid YAML: line 1, column 4: this is no float"),
         ("a: !!python/object:os.system x", "could not determine a constructor for the tag"),
     ],
 )

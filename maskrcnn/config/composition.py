@@ -16,25 +16,39 @@ from maskrcnn.errors import InputError
 from maskrcnn.paths import expand, read_file
 
 
-def compose(path: Path, problems: list[str], children: tuple[Path, ...] = ()) -> TracedMapping:
+def compose(path: Path, problems: list[str]) -> TracedMapping:
     """Return the file merged onto its base files.
 
     Args:
         path: a YAML file.
         problems: gets a line for each duplicate or invalid key.
-        children: the files that led to `path` through `base`, the outermost first.
 
     Raises:
         InputError: a file cannot be read, is not a YAML mapping, or is its own base.
     """
-    if os.path.realpath(path) in map(os.path.realpath, children):
+    return _compose(path, problems, (), {})
+
+
+def _compose(
+    path: Path, problems: list[str], children: tuple[Path, ...], composed: dict[str, TracedMapping]
+) -> TracedMapping:
+    """Return the file merged onto its base files.
+
+    `children` are the files that led to `path` through `base`, the outermost first; `composed` holds the files that
+    are composed already, so that two of them can share a base without doubling the work at each level.
+    """
+    real = os.path.realpath(path)
+    if real in composed:
+        return composed[real]
+    if real in map(os.path.realpath, children):
         cycle = " -> ".join(str(file) for file in [*children, path])
         raise InputError(f"{children[0]}: base files must not form a cycle: {cycle}")
     document = _read_file(path, children, problems)
     if len(children) == DEEPEST:
         raise InputError(f"{children[0]}: more than {DEEPEST} files are a base of one another")
-    bases = [compose(base, problems, (*children, path)) for base in _take_bases(document, path)]
-    return reduce(merge, [*bases, document])
+    bases = [_compose(base, problems, (*children, path), composed) for base in _take_bases(document, path)]
+    composed[real] = reduce(merge, [*bases, document])
+    return composed[real]
 
 
 def _read_file(path: Path, children: tuple[Path, ...], problems: list[str]) -> TracedMapping:

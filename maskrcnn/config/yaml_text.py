@@ -85,6 +85,12 @@ class _Loader(yaml.SafeLoader):
         number = int(text, base) if len(text) < 100 else float(text)
         return number if abs(number) < 2**63 else float(number)
 
+    def read_float(self, node: yaml.ScalarNode) -> float:
+        """Return a number. PyYAML's would read `!!float 1:30` as 90."""
+        if ":" in self.construct_scalar(node):
+            raise ValueError
+        return float(self.construct_yaml_float(node))
+
     def read_text(self, node: yaml.ScalarNode) -> str:
         """Return a text. Raises yaml.YAMLError for characters that no path or file may have."""
         text: str = self.construct_scalar(node)
@@ -162,6 +168,7 @@ def _prepare_yaml() -> None:
         for yaml_class in (_Loader, _Dumper):
             yaml_class.add_implicit_resolver(f"{_TAG}{name}", re.compile(f"^(?:{pattern})$"), first)
     _Loader.add_constructor(f"{_TAG}int", _Loader.read_int)
+    _Loader.add_constructor(f"{_TAG}float", _Loader.read_float)
     _Loader.add_constructor(f"{_TAG}str", _Loader.read_text)
     _Loader.add_constructor(f"{_TAG}map", _Loader.read_mapping)
     _Dumper.add_representer(list, _Dumper.write_list)
