@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 import maskrcnn.data.coco
-import maskrcnn.data.shapes  # noqa: F401 (these two define kinds of datasets)
+import maskrcnn.data.crops
+import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)
 from maskrcnn.config import Section, Size, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
@@ -44,7 +45,8 @@ class DataConfig(Section):
         """Return the training and the validation dataset.
 
         Raises:
-            InputError: a dataset is invalid, their classes differ, or `num_classes` does not match.
+            InputError: a dataset is invalid, their classes differ, `num_classes` does not match, or a transform does
+                not fit.
         """
         train, validation = self.build_train(), self.build_validation()
         if self.num_classes is not None and self.num_classes != len(train.classes):
@@ -53,6 +55,8 @@ class DataConfig(Section):
                 f"{', '.join(train.classes.names)}. Remove the key: the number comes from the annotations"
             )
         require_same_classes(train.classes, validation.classes, "data.train", "data.validation")
+        self.build_train_transform(train)  # refuses what does not fit before the run directory is written
+        self.build_validation_transform()
         return train, validation
 
     def build_train(self) -> DetectionDataset:
@@ -63,12 +67,22 @@ class DataConfig(Section):
         """Return the validation dataset. Raises InputError if it is invalid."""
         return self.validation.with_root(self.root).build()
 
-    def build_train_transform(self) -> Transform:
-        """Return the training transforms, composed in their order."""
-        return Compose(tuple(transform.build() for transform in self.train_transforms))
+    def build_train_transform(self, dataset: DetectionDataset) -> Transform:
+        """Return the training transforms, composed in their order.
+
+        Args:
+            dataset: the training set.
+
+        Raises:
+            InputError: a transform does not fit the dataset.
+        """
+        transform = Compose(())
+        for config in self.train_transforms:
+            transform = Compose((*transform.steps, config.build_for(dataset, transform)))
+        return transform
 
     def build_validation_transform(self) -> Transform:
-        """Return the validation transforms, composed in their order."""
+        """Return the validation transforms, composed in their order. Raises InputError if one is for training only."""
         return Compose(tuple(transform.build() for transform in self.validation_transforms))
 
 

@@ -172,7 +172,7 @@ def _set_up(
     trainer = Trainer(
         model,
         dataset,
-        config.data.build_train_transform(),
+        config.data.build_train_transform(dataset),
         optimizer=settings.optimizer.build(model, batch_size=settings.batch_size),
         schedule=schedule.build(),
         iterations=schedule.num_iterations,

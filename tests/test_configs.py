@@ -78,9 +78,10 @@ def narrow(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def first_batch(config: ExperimentConfig, model: MaskRCNN, num_images: int) -> Batch:
+    dataset = config.data.train.build()
     loader = training_loader(
-        config.data.train.build(),
-        config.data.build_train_transform(),
+        dataset,
+        config.data.build_train_transform(dataset),
         batch_size=num_images,
         seed=0,
         workers=0,

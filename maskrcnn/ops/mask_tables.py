@@ -37,7 +37,7 @@ def tabulate(crops: Sequence[Sequence[MaskCrop]], maps: Sequence[AxisAlignedMap]
         assert len(image) <= objects_per_image, f"{len(image)} masks, but objects_per_image is {objects_per_image}"
         for g, crop in enumerate(image):
             sizes[b, g], origins[b, g], starts[b, g] = crop.pixels.shape, offsets[b] + (crop.x, crop.y), end
-            tables.append(_summed_area(crop.pixels).ravel())
+            tables.append(summed_area(crop.pixels).ravel())
             end += tables[-1].size
     return MaskTables(
         sums=torch.from_numpy(np.concatenate(tables)),
@@ -48,7 +48,7 @@ def tabulate(crops: Sequence[Sequence[MaskCrop]], maps: Sequence[AxisAlignedMap]
     )
 
 
-def _summed_area(pixels: np.ndarray) -> np.ndarray:
+def summed_area(pixels: np.ndarray) -> np.ndarray:
     """Return the summed-area table of a binary mask: (h, w) -> (h + 1, w + 1) int32."""
     table = np.zeros((pixels.shape[0] + 1, pixels.shape[1] + 1), dtype=np.int32)
     np.cumsum(pixels, axis=0, dtype=np.int32, out=table[1:, 1:])

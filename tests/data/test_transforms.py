@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,20 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from maskrcnn.config import Part
+from maskrcnn.data.crops import (
+    LargeScaleJitter,
+    LargeScaleJitterConfig,
+    RandomCrop,
+    RandomCropConfig,
+    enlarged_to_whole_objects,
+)
 from maskrcnn.data.loader import collate
+from maskrcnn.data.mask_crops import visible_box
 from maskrcnn.data.transforms import (
     Compose,
+    FlipConfig,
     HorizontalFlip,
     HorizontalFlipConfig,
     Resize,
     ResizeConfig,
+    VerticalFlipConfig,
     crop,
     flip_horizontally,
+    flip_vertically,
     resize,
     resized_size,
 )
+from maskrcnn.errors import InputError
 from maskrcnn.ops.mask_tables import full_masks, mask_coverage
-from maskrcnn.structures import AxisAlignedMap, Example, MaskCrop
+from maskrcnn.structures import AxisAlignedMap, ClassTable, Example, MaskCrop
 
 
 def example_with(*boxes: tuple[int, int, int, int], height: int = 12, width: int = 17) -> Example:
@@ -160,7 +175,8 @@ def test_a_wrong_probability_is_refused() -> None:
 
 def test_crop_by_hand() -> None:
     example = example_with((3, 2, 8, 9), (0, 0, 3, 3), (9, 5, 17, 12))
-    cropped = crop(example, top=4, left=5, height=6, width=7)
+    full = tuple(mask._replace(pixels=np.ones_like(mask.pixels)) for mask in example.masks)
+    cropped = crop(dataclasses.replace(example, masks=full), top=4, left=5, height=6, width=7)
     assert cropped.pixels.equal(example.pixels[:, 4:10, 5:12])
     assert cropped.boxes.tolist() == [[0, 0, 3, 5], [4, 1, 7, 6]]
     assert cropped.labels.tolist() == [1, 3]
@@ -183,9 +199,11 @@ def test_masks_follow_their_pixels_through_any_chain(data: st.DataObject) -> Non
     original = visible_masks(example)[0]
     for _ in range(data.draw(st.integers(1, 5))):
         height, width = example.pixels.shape[1:]
-        step = data.draw(st.sampled_from(["flip", "crop", "enlarge"]))
+        step = data.draw(st.sampled_from(["flip", "flip vertically", "crop", "enlarge"]))
         if step == "flip":
             example = flip_horizontally(example)
+        elif step == "flip vertically":
+            example = flip_vertically(example)
         elif step == "enlarge" and height * width < 4000:  # whole factors repeat pixels: no rounding, no blur
             factor_y, factor_x = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
             pixels = example.pixels.repeat_interleave(factor_y, 1).repeat_interleave(factor_x, 2)
@@ -213,3 +231,141 @@ def test_coverage_of_a_cropped_and_resized_image_is_that_of_the_whole() -> None:
     whole = mask_coverage(collate([example], [0], 1).targets.masks, box, first, 28)
     part = mask_coverage(collate([cropped], [0], 1).targets.masks, box - torch.tensor([5.0, 3, 5, 3]), first, 28)
     torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)
+
+
+# ---- Vertical flips, and flips that turn classes into each other
+
+
+def test_a_vertical_flip_is_a_horizontal_one_of_the_transposed_image() -> None:
+    example = resize(example_with(*BOXES), (24, 51))
+    flipped, transposed = flip_vertically(example), flip_horizontally(transpose(example))
+    assert_same(flipped, transpose(transposed))
+    assert_same(flip_vertically(flipped), example)
+
+
+def transpose(example: Example) -> Example:
+    scale_x, scale_y, offset_x, offset_y = example.map
+    return dataclasses.replace(
+        example,
+        pixels=example.pixels.mT,
+        boxes=example.boxes[:, [1, 0, 3, 2]],
+        masks=tuple(MaskCrop(y, x, pixels.T) for x, y, pixels in example.masks),
+        map=AxisAlignedMap(scale_y, scale_x, offset_y, offset_x),
+        original_size=example.original_size[::-1],
+    )
+
+
+SIDES = SimpleNamespace(classes=ClassTable(("left hand", "nose", "right hand"), (1, 2, 3)))
+
+
+@pytest.mark.parametrize("config", [HorizontalFlipConfig, VerticalFlipConfig])
+def test_a_flip_turns_classes_into_each_other(config: type[FlipConfig]) -> None:
+    flip = config(probability=1.0, swap=(("left hand", "right hand"),)).build_for(SIDES, Compose(()))  # type: ignore
+    example = dataclasses.replace(example_with(*BOXES, BOXES[0]), labels=torch.tensor([1, 2, 3, -1]))
+    rng = np.random.default_rng(0)
+    assert flip(example, rng).labels.tolist() == [3, 2, 1, -1]
+    twice = flip(flip(example, rng), rng)
+    assert_same(twice, example)
+    assert torch.equal(twice.labels, example.labels)
+
+
+def test_wrong_classes_of_a_flip_are_refused() -> None:
+    config = HorizontalFlipConfig(swap=(("left hand", "rigth hand"),))
+    with pytest.raises(InputError, match=r"swap` of horizontal_flip names 'rigth hand', which is no class.*nose"):
+        config.build_for(SIDES, Compose(()))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="names classes of the training set"):
+        config.build()
+    with pytest.raises(ValueError, match="a class stands there twice"):
+        HorizontalFlipConfig(swap=(("left hand", "right hand"), ("nose", "left hand")))
+
+
+# ---- Random crops and large-scale jitter
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_a_random_crop_cuts_no_object_that_is_to_stay_whole(seed: int, flipped: bool) -> None:
+    example = resize(example_with((3, 2, 8, 9), (9, 5, 17, 12), (0, 0, 2, 3)), (36, 34))
+    example = flip_horizontally(example) if flipped else example
+    cropped = RandomCrop((0.1, 0.9), whole_objects=True)(example, np.random.default_rng(seed))
+    lengths = dict(zip(example.labels.tolist(), sizes(example), strict=True))
+    assert sizes(cropped) == [lengths[label] for label in cropped.labels.tolist()]
+    assert_inside(cropped)
+
+
+def sizes(example: Example) -> list[list[float]]:
+    return (example.boxes[:, 2:] - example.boxes[:, :2]).tolist()
+
+
+def assert_inside(example: Example) -> None:
+    """Nothing leaves the image, objects have all their fields, and boxes bound what the image shows of the masks."""
+    height, width = example.pixels.shape[1:]
+    assert len(example.boxes) == len(example.labels) == len(example.masks)
+    assert ((example.boxes >= 0) & (example.boxes <= torch.tensor([width, height, width, height]))).all()
+    for box, mask in zip(example.boxes.tolist(), example.masks, strict=True):
+        if mask.pixels.size:
+            assert box == pytest.approx(visible_box(mask, example.map, height, width), abs=1e-3)
+
+
+@given(st.integers(0, 2**32))
+def test_what_a_random_crop_cuts_is_bounded_by_its_box(seed: int) -> None:
+    example = resize(example_with(*BOXES), (30, 41))
+    cropped = RandomCrop((0.1, 0.9))(example, np.random.default_rng(seed))
+    assert_inside(cropped)
+    gone = set(example.labels.tolist()) - set(cropped.labels.tolist())
+    x1, y1 = -cropped.map.offset_x, -cropped.map.offset_y
+    width, height = cropped.pixels.shape[2], cropped.pixels.shape[1]
+    for label in gone:  # less than a pixel of its mask was left
+        box = visible_box(example.masks[label - 1], example.map.then(1, 1, -x1, -y1), height, width)
+        assert min(box[2] - box[0], box[3] - box[1]) < 1
+
+
+def test_the_window_that_cuts_no_object_by_hand() -> None:
+    boxes = torch.tensor([[2.5, 3.0, 6.0, 8.0], [6.0, 1.0, 9.0, 4.5], [20.0, 0.0, 30.0, 9.0]])
+    assert enlarged_to_whole_objects((4, 4, 5, 5), boxes, 40, 40) == (2, 3, 6, 8)
+    assert enlarged_to_whole_objects((4, 4, 7, 5), boxes, 40, 40) == (2, 1, 9, 8)
+    assert enlarged_to_whole_objects((10, 4, 20, 5), boxes, 40, 40) == (10, 4, 20, 5)
+    assert enlarged_to_whole_objects((1, 1, 2, 2), boxes[:0], 40, 40) == (1, 1, 2, 2)
+
+
+def test_an_object_without_a_mask_is_clipped() -> None:
+    example = dataclasses.replace(example_with((0, 0, 17, 12)), masks=(MaskCrop(0, 0, np.zeros((0, 0), np.uint8)),))
+    assert crop(example, 3, 4, 5, 6).boxes.tolist() == [[0, 0, 6, 5]]
+
+
+def test_a_cut_box_bounds_the_visible_part_of_the_mask() -> None:
+    pixels = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.uint8)
+    example = dataclasses.replace(example_with((2, 3, 6, 6)), masks=(MaskCrop(2, 3, pixels),))
+    example = resize(example, (24, 34))
+    assert crop(example, 7, 0, 17, 34).boxes.tolist() == [[4, 0, 12, 5]]  # half of the first row is visible
+    assert crop(example, 8, 0, 16, 34).boxes.tolist() == [[8, 0, 12, 4]]
+    assert crop(example, 8, 5, 2, 20).boxes.tolist() == [[3, 0, 5, 2]]
+    assert len(crop(example, 6, 6, 2, 2).boxes) == 0  # inside the box, but the mask has no pixel there
+
+
+@given(st.integers(0, 2**32))
+def test_large_scale_jitter_gives_a_square_with_exact_masks(seed: int) -> None:
+    example = example_with(*BOXES)
+    jittered = LargeScaleJitter(24, (0.5, 3.0), fill=7)(example, np.random.default_rng(seed))
+    assert jittered.pixels.shape == (3, 24, 24)
+    assert_inside(jittered)
+    scale = jittered.map.scale_x
+    assert 0.4 < scale * 17 / 24 < 3.1
+    if scale * 17 < 23:  # padded
+        assert jittered.pixels[:, :, math.ceil(scale * 17) + 1 :].eq(7).all()
+        assert jittered.map.offset_x == 0
+    assert all(mask is example.masks[label - 1] for mask, label in zip(jittered.masks, jittered.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "words"),
+    [
+        (RandomCropConfig, {"size": (0.9, 0.5)}, "the lower limit 0.9 is above the upper limit 0.5"),
+        (RandomCropConfig, {"size": (0.0, 0.5)}, "size"),
+        (LargeScaleJitterConfig, {"scale": (2.0, 0.1)}, "the lower limit 2 is above the upper limit 0.1"),
+        (LargeScaleJitterConfig, {"scale": (1.0, 1e9)}, "scale"),
+        (LargeScaleJitterConfig, {"fill": 256}, "fill"),
+    ],
+)
+def test_wrong_settings_of_crops_are_refused(config: type[Part], settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**settings)

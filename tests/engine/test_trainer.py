@@ -38,7 +38,7 @@ def trainer(dataset: DetectionDataset) -> maskrcnn.Trainer:
     return maskrcnn.Trainer(
         model,
         dataset,
-        settings.data.build_train_transform(),
+        settings.data.build_train_transform(dataset),
         optimizer=settings.training.optimizer.build(model, batch_size=2),
         schedule=settings.training.schedule.build(),
         iterations=3,

@@ -226,7 +226,7 @@ def train(
     schedule = config.training.schedule.build()
     batches = training_loader(
         dataset,
-        config.data.build_train_transform(),
+        config.data.build_train_transform(dataset),
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         workers=0,

@@ -245,19 +245,19 @@ class Squares:
 # ---- Transform: a random window of the image
 
 
-class RandomCropConfig(TransformConfig):
+class RandomWindowConfig(TransformConfig):
     """A square window at a random place."""
 
-    kind: Literal["random_crop"] = "random_crop"
+    kind: Literal["random_window"] = "random_window"
     side: PositiveInt = 64  # px; a smaller image is not cropped along its smaller side
 
-    def build(self) -> RandomCrop:
+    def build(self) -> RandomWindow:
         """Return the transform."""
-        return RandomCrop(self.side)
+        return RandomWindow(self.side)
 
 
 @dataclass(frozen=True)
-class RandomCrop:
+class RandomWindow:
     """Crops an image to a random window, with its boxes; `crop` keeps the masks exact."""
 
     side: int
