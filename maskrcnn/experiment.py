@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 
 import maskrcnn.data.coco
 import maskrcnn.data.crops
+import maskrcnn.data.photometric
 import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)
 from maskrcnn.config import Section, Size, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
