@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+import maskrcnn.data.affine
 import maskrcnn.data.coco
 import maskrcnn.data.crops
 import maskrcnn.data.photometric
