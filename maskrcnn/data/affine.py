@@ -79,7 +79,7 @@ def rotate_and_shear(example: Example, angle: float, shear: float, fill: int = 1
         scale=1.0,
         shear=[shear, 0.0],
         interpolation=tvf.InterpolationMode.BILINEAR,
-        fill=[float(fill)] * 3,
+        fill=[float(fill)] * len(example.pixels),
     )
     masks = [_moved_mask(mask, move, height, width) if mask.pixels.size else mask for mask in example.masks]
     boxes = _bounds(move, example.boxes, height, width)

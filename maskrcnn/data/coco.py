@@ -262,6 +262,10 @@ class CocoDataset:
         """Return the COCO id of an image."""
         return int(self._image_ids[index])
 
+    def labels(self, index: int) -> np.ndarray:
+        """Return the labels of the objects of an image, (G,) int64. The image is not opened."""
+        return self._labels[index]
+
     def image_sizes(self) -> np.ndarray:
         """Return height and width of each image from the annotation file, (N, 2) int64. No image is opened."""
         return self._sizes

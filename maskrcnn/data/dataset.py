@@ -1,6 +1,6 @@
 """The interface of datasets, and the base class of their configs.
 
-Shapes: N images.
+Shapes: N images, G objects of an image.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class DetectionDataset(Protocol):
 
     def image_id(self, index: int) -> int:
         """Return the `image_id` of an image in COCO results."""
+
+    def labels(self, index: int) -> np.ndarray:
+        """Return the labels of the objects of an image, (G,) int64, without opening it; -1 for ignored regions."""
 
     def image_sizes(self) -> np.ndarray:
         """Return height and width of each image, (N, 2), without opening the images."""

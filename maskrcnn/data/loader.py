@@ -244,10 +244,10 @@ class _Examples(Dataset):
 
     def __getitem__(self, draw: Draw) -> tuple[Example, int] | InputError:
         try:
-            example = self.dataset[draw.image]
-        except InputError as error:
+            example = self.transform(self.dataset[draw.image], np.random.default_rng(draw.seed))
+        except InputError as error:  # of this image, or of another one that the transform reads
             return InputError(*error.args)  # the cause may not pickle
-        return self.transform(example, np.random.default_rng(draw.seed)), draw.seed
+        return example, draw.seed
 
 
 def _collate_or_error(items: Sequence[tuple[Example, int] | InputError], *, size_divisor: int) -> Batch | InputError:

@@ -20,8 +20,8 @@ from maskrcnn.structures import IDENTITY, Example, MaskCrop
 def rasterize_masks(example: Example) -> Example:
     """Return the example with its masks in the pixels of its image, and the identity as `map`.
 
-    Its boxes do not change, so they may be up to half a pixel away from the masks. An object whose mask has no pixel
-    left goes.
+    Its boxes do not change, so a mask may stick out of its box by half a pixel. An object whose mask has no pixel left
+    goes.
     """
     height, width = example.pixels.shape[1:]
     if example.map == IDENTITY and example.original_size == (height, width):

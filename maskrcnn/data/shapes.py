@@ -394,6 +394,10 @@ class ShapesDataset:
         """Return the image id of scene `index`; ids start at 1."""
         return index + 1
 
+    def labels(self, index: int) -> Array:
+        """Return the labels of the objects of scene `index`, (G,) int64. It is arranged, but not rendered."""
+        return np.array(self._arrange(self._generator(index)).labels, dtype=np.int64)
+
     def image_sizes(self) -> Array:
         """Return height and width of each image, (N, 2) int64."""
         return np.tile(np.array(self.image_size, dtype=np.int64), (self.length, 1))

@@ -210,6 +210,10 @@ class Squares:
         """Count images from 1."""
         return index + 1
 
+    def labels(self, index: int) -> np.ndarray:
+        """Each image has one square."""
+        return np.ones(1, np.int64)
+
     def image_sizes(self) -> np.ndarray:
         """All images have the same size."""
         return np.full((self.length, 2), 64)
