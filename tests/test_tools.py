@@ -596,6 +596,25 @@ def test_a_folder_that_cannot_be_written_to_is_named(
     assert_refused(tool(*commands_with_out(dataset, weights)[command], "--out", out), str(out))
 
 
+def test_inspect_dataset_draws_what_the_network_sees(tool: Run, dataset: Dataset, tmp_path: Path) -> None:
+    jitter = "data.train_transforms=[{kind: large_scale_jitter, side: 330}, {kind: copy_paste}]"
+    command = ("inspect_dataset", dataset.config, "--augmented", "--count", 9)
+    outcome = tool(*command, "--set", jitter, "--out", tmp_path / "out")
+    assert outcome.status == 0
+    assert "objects" not in outcome.out
+    names = sorted(path.name for path in (tmp_path / "out").glob("0*.png"))
+    assert [name[:5] for name in names] == [f"{number:04}_" for number in range(1, 10)]
+    assert {name[5:] for name in names} == {"1.png", "2.png", "3.png", "4.png"}
+    with Image.open(tmp_path / "out" / names[0]) as picture:
+        assert picture.size == (330, 330)
+    refused = tool(*command, "--split", "validation", "--out", tmp_path / "other")
+    assert_refused(refused, "--augmented draws training images")
+    unknown = tool(
+        *command, "--set", "data.train_transforms.horizontal_flip.swap=[[cat, cow]]", "--out", tmp_path / "o"
+    )
+    assert_refused(unknown, "names 'cow', which is no class; the classes are cat, dog")
+
+
 def test_a_full_disk_is_named(
     tool: Run, dataset: Dataset, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

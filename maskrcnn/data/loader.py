@@ -179,6 +179,22 @@ def training_loader(
     return zip(*[iter(batches)] * grad_accum_steps, strict=True)
 
 
+def training_examples(
+    dataset: DetectionDataset, transform: Transform, *, batch_size: int, seed: int
+) -> Iterator[Example]:
+    """Yield the images of a training in their order, transformed as for it. They are loaded in this process.
+
+    Raises:
+        InputError: during iteration: the dataset cannot read an image.
+    """
+    examples = _Examples(dataset, transform)
+    for draw in itertools.chain.from_iterable(BatchSampler(dataset.image_sizes(), batch_size=batch_size, seed=seed)):
+        item = examples[draw]
+        if isinstance(item, InputError):
+            raise item
+        yield item[0]
+
+
 def evaluation_loader(
     dataset: DetectionDataset,
     transform: Transform,

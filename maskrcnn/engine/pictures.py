@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.rasters import rasterize_masks
 from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError, first_of
@@ -29,18 +30,22 @@ PREVIEW_SIDE = 1280  # px, longer side of a ground truth and prediction pair
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def draw_ground_truth(dataset: DetectionDataset, count: int, out: Path) -> None:
-    """Draw the ground truth of the first `count` images: one PNG per image and `contact_sheet.png`, in folder `out`.
+def draw_ground_truth(examples: Iterable[tuple[str, Example]], classes: ClassTable, out: Path) -> None:
+    """Draw examples with their objects: a PNG `NAME.png` of each and `contact_sheet.png`, in folder `out`.
+
+    Args:
+        examples: pairs of a name and an example, which may be transformed.
+        classes: names of the labels.
+        out: folder of the files to write.
 
     Raises:
         InputError: `out` is not a folder for output (`outputs.output_folder`), or an image cannot be read.
     """
     pictures = []
     with output_folder(out):
-        for index in range(min(count, len(dataset))):
-            example = dataset[index]
-            pictures.append(_draw_ground_truth(example, dataset.classes))
-            save_image(out / f"{example.image_id}.png", pictures[-1])
+        for name, example in examples:
+            pictures.append(_draw_ground_truth(rasterize_masks(example), classes))
+            save_image(out / f"{name}.png", pictures[-1])
         if pictures:
             save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskrcnn.data.loader import BatchSampler, Draw, collate, evaluation_loader, training_loader
+from maskrcnn.data.loader import BatchSampler, Draw, collate, evaluation_loader, training_examples, training_loader
 from maskrcnn.data.transforms import Compose, HorizontalFlip, Resize
 from maskrcnn.errors import InputError
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
@@ -189,6 +189,16 @@ def test_workers_change_nothing(workers: int) -> None:
     with_workers = training_loader(Small(10), TRANSFORM, workers=workers, start=2, **options)
     for (one,), (other,) in zip(without_workers[2:], islice(with_workers, 5), strict=True):
         assert_same(one, other)
+
+
+def test_the_examples_of_a_training_are_those_of_its_batches() -> None:
+    options: dict[str, Any] = {"batch_size": 3, "seed": 4}
+    examples = training_examples(Small(10), TRANSFORM, **options)
+    for (batch,) in islice(training_loader(Small(10), TRANSFORM, workers=0, size_divisor=8, **options), 5):
+        group = list(islice(examples, 3))
+        assert_same(collate(group, batch.images.seeds.tolist(), 8), batch)
+    with pytest.raises(InputError, match=r"pictures/7.jpg: is broken"):
+        list(islice(training_examples(Small(4, broken=2), TRANSFORM, **options), 20))
 
 
 def test_micro_batches_make_up_the_batch() -> None:
