@@ -30,10 +30,12 @@ ABLATIONS = [path for path in FILES if path.is_relative_to(CONFIGS / "ablations"
 EXPERIMENTS = [path for path in FILES if path not in PARTS and path not in ABLATIONS]
 REFERENCE = CONFIGS / "coco" / "mask_rcnn_r50_fpn_1x.yaml"  # the base for parts that no experiment uses
 
+SMALL_RESIZE = "data.train_transforms.resize={short_side: [64], long_side: 64}"
+SMALL_JITTER = "data.train_transforms.large_scale_jitter.side=64"
 TINY = [
     "data.train={kind: shapes, length: 4, height: 64, width: 64}",
     "data.validation={kind: shapes, length: 4, height: 64, width: 64}",
-    "data.train_transforms.resize={short_side: [64], long_side: 64}",
+    SMALL_RESIZE,
     "model.backbone.weights=none",
     "model.rpn.training={pre_nms_top_n: 20, post_nms_top_n: 20}",
     "model.rpn.inference={pre_nms_top_n: 20, post_nms_top_n: 20}",
@@ -62,7 +64,10 @@ def bases(path: Path) -> set[Path]:
 
 
 def tiny(path: Path, *overrides: str) -> ExperimentConfig:
-    return read_config(path, ExperimentConfig, [*TINY, *overrides])
+    """Return the configuration at a small size; large-scale jitter is there in place of `resize`."""
+    kinds = [transform.kind for transform in read_config(path, ExperimentConfig).data.train_transforms]
+    sizes = [SMALL_JITTER if line == SMALL_RESIZE and "resize" not in kinds else line for line in TINY]
+    return read_config(path, ExperimentConfig, [*sizes, *overrides])
 
 
 def narrow(config: ExperimentConfig) -> ExperimentConfig:
