@@ -1,0 +1,92 @@
+"""The training loop and `detect` on a GPU never make the host wait, as far as that shows without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskrcnn.config import read_config
+from maskrcnn.experiment import ExperimentConfig
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    path = REPOSITORY / "tools" / "gpu_audit.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+WAITING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nonzero": (lambda x: x.nonzero(), "nonzero"),
+    "where": (lambda x: torch.where(x > 0), "nonzero"),
+    "item": (lambda x: x[0, 0].item(), "_local_scalar_dense"),
+    "a condition": (lambda x: bool(x.any()), "_local_scalar_dense"),
+    "tolist": (lambda x: x.tolist(), "tolist"),
+    "a bool index": (lambda x: x[x > 0], "boolean index"),
+    "writing at a bool index": (lambda x: x.__setitem__(x > 0, x.flatten()), "boolean index_put_"),
+    "numbers to the GPU": (lambda x: x.new_tensor((1.0, 2.0)), "copy to the GPU"),
+    "a copy to the host": (lambda x: x.cpu(), "copy to the host"),
+    "unique": (lambda x: x.unique(return_inverse=True), "_unique2"),
+    "bincount": (lambda x: x.long().flatten().bincount(minlength=3), "bincount"),
+    "NMS of torchvision": (lambda x: torch.ops.torchvision.nms(x, x[:, 0], 0.5), "nms"),
+}
+
+
+@pytest.mark.parametrize(("work", "operation"), WAITING.values(), ids=WAITING)
+def test_what_waits_is_found(tool: ModuleType, work: Callable[[Tensor], Any], operation: str) -> None:
+    with tool.audit() as waits:
+        work(torch.empty(8, 4, device="cuda"))
+    assert [name for _, name in waits.elements()] == [operation]
+
+
+def test_what_does_not_wait_is_not_counted(tool: ModuleType) -> None:
+    with tool.audit() as waits:
+        x = torch.empty(8, 4, device="cuda")
+        mask = x > 0.5
+        torch.where(mask, x, 0).masked_fill(mask, -torch.inf).topk(3, dim=0)
+        x[:, torch.arange(2, device="cuda")] = x[:, :2] * 2
+        x.to("cpu", non_blocking=True)
+        torch.empty(3).to("cuda", non_blocking=True)
+        torch.empty(3).nonzero()  # on the host
+    assert not waits
+
+
+def test_the_backward_pass_runs(tool: ModuleType) -> None:
+    with tool.audit() as waits:
+        layers = nn.Sequential(nn.Linear(3, 5, device="cuda"), nn.ReLU(), nn.Linear(5, 2, device="cuda"))
+        outputs = layers(torch.empty(4, 3, device="cuda"))
+        rows = outputs[torch.empty(6, dtype=torch.int64, device="cuda")]  # used twice, and broadcast
+        (outputs.sum() + (rows * torch.ones((), device="cuda", requires_grad=True)).mean()).backward()
+    assert not waits
+    for parameter in layers.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.xfail(strict=True, reason="19 synchronisations in an iteration")
+def test_a_training_iteration_has_no_synchronisation(tool: ModuleType) -> None:
+    config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
+    waits = tool.audit_training(config, tool.Shape(batch=2, objects=3, height=64, width=64))
+    assert not waits, tool.describe(waits)
+
+
+@pytest.mark.xfail(strict=True, reason="21 synchronisations in `detect`")
+def test_detection_has_no_synchronisation(tool: ModuleType) -> None:
+    config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
+    waits = tool.audit_detection(config, tool.Shape(batch=2, objects=3, height=64, width=64))
+    assert not waits, tool.describe(waits)
