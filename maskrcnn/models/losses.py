@@ -81,15 +81,15 @@ def box_head_losses(
 
     Args:
         outputs: predictions for N regions.
-        labels: `(N,)` ground-truth class of each region, 0 for background.
+        labels: `(N,)` ground-truth class of each region, 0 for background, -1 for padding.
         target_deltas: `(N, 4)` deltas of the matched objects; ignored for background.
         images: `(N,)` image index of each region.
         batch: number of images, B.
         beta: see `box_regression_loss`.
         per: see `sample_mean`.
     """
-    counts = target_deltas.new_zeros(batch).index_add(0, images, torch.ones_like(labels, dtype=target_deltas.dtype))
-    class_losses = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none")
+    counts = target_deltas.new_zeros(batch).index_add(0, images, (labels >= 0).to(target_deltas.dtype))
+    class_losses = F.cross_entropy(outputs.class_logits.float(), labels, reduction="none", ignore_index=-1)
     classes = (labels - 1).clamp(min=0)
     deltas = outputs.box_deltas[torch.arange(len(labels), device=labels.device), classes]  # (N, 4)
     box_losses = box_regression_loss(deltas, target_deltas, beta=beta) * (labels > 0)
@@ -98,21 +98,24 @@ def box_head_losses(
     )
 
 
-def mask_loss(outputs: MaskOutputs, targets: Tensor, *, images: Tensor, batch: int, per: Normalizer) -> Tensor:
-    """Return the cross entropy, averaged over the cells of a mask and then over the regions; 0 without regions.
+def mask_loss(
+    outputs: MaskOutputs, targets: Tensor, *, positive: Tensor, images: Tensor, batch: int, per: Normalizer
+) -> Tensor:
+    """Return the cross entropy, averaged over the cells of a mask and then over the positives; 0 without positives.
 
     It is the same for every mask head: a head returns log probabilities, so this is minus the log likelihood of the
     targets (Mask R-CNN, section 3).
 
     Args:
-        outputs: predictions for N regions, all of them positives.
+        outputs: predictions for N regions.
         targets: `(N, M, M)` mask targets in 0..1.
+        positive: `(N,)` bool, False for regions that have no object: background and padding.
         images: `(N,)` image index of each region.
         batch: number of images, B.
         per: see `sample_mean`.
     """
-    losses = -(targets * outputs.inside + (1 - targets) * outputs.outside).mean(dim=(1, 2))
-    counts = losses.new_zeros(batch).index_add(0, images, torch.ones_like(losses))
+    losses = -(targets * outputs.inside + (1 - targets) * outputs.outside).mean(dim=(1, 2)) * positive
+    counts = losses.new_zeros(batch).index_add(0, images, positive.to(losses.dtype))
     return sample_mean(losses, images, counts, per=per)
 
 

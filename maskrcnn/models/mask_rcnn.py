@@ -2,7 +2,8 @@
 
 A region is the pooled feature map `(C, S, S)` of one region of interest (RoI).
 
-Shapes: B images, H x W pixels, N regions of all images, C channels, S cells along a region's side, M mask side.
+Shapes: B images, H x W pixels, N regions of all images, C channels, S cells along a region's side, M mask side. On a
+CPU the N regions are without padding (`maskrcnn.ops.cpu`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from maskrcnn.models.necks.parts import Neck, NeckConfig, describe_maps
 from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
+from maskrcnn.ops.cpu import spread, used_slots
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoILayerConfig, RoIPooler
 from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
@@ -243,7 +245,7 @@ class MaskRCNN(nn.Module):
         if observe is not None:
             observe(diagnose(proposals, targets, samples))
 
-        image, slot = samples.valid.nonzero(as_tuple=True)  # the N samples without padding
+        image, slot = used_slots(samples.valid)
         labels, boxes = samples.labels[image, slot], samples.boxes[image, slot]
         objects = targets.boxes[image, samples.matched[image, slot]]
         regions = self._regions(self.box_pooler, features, boxes, image)
@@ -259,15 +261,21 @@ class MaskRCNN(nn.Module):
 
         loss_mask = loss_classifier.new_zeros(())
         if self.mask_head is not None:
-            positive = (labels > 0).nonzero()[:, 0]
-            image, slot, labels = image[positive], slot[positive], labels[positive]
+            numbers = image * samples.labels.shape[1] + slot  # of the slots in the batch, ascending
+            image, slot = used_slots(samples.labels[:, : self.sampler.max_positives] > 0)
             if self.mask_pooler is self.box_pooler:
-                regions = regions[positive]
+                regions = regions[torch.searchsorted(numbers, image * samples.labels.shape[1] + slot)]
             else:
                 regions = self._regions(self.mask_pooler, features, samples.boxes[image, slot], image)
-            target_masks = self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot]
-            outputs = self.mask_head(regions, labels)
-            loss_mask = mask_loss(outputs, target_masks, images=image, batch=len(images), per=self.losses.normalizer)
+            labels = samples.labels[image, slot]
+            loss_mask = mask_loss(
+                self.mask_head(regions, labels.clamp(min=1)),
+                self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot],
+                positive=labels > 0,
+                images=image,
+                batch=len(images),
+                per=self.losses.normalizer,
+            )
         losses = Losses(loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask)
         return losses.weighted(self.losses.weights)
 
@@ -277,17 +285,17 @@ class MaskRCNN(nn.Module):
         features = self.features(images)
         proposals = self.rpn.propose(features, images.sizes, self.rpn.inference_counts)
 
-        image, slot = proposals.valid.nonzero(as_tuple=True)
+        image, slot = used_slots(proposals.valid)
         regions = self._regions(self.box_pooler, features, proposals.boxes[image, slot], image)
-        class_logits, box_deltas = (_scatter(values.float(), proposals.valid) for values in self.box_head(regions))
+        class_logits, box_deltas = (spread(values.float(), proposals.valid) for values in self.box_head(regions))
         detections = self.selector(proposals, class_logits, box_deltas, images.sizes)
 
         if self.mask_head is None:
             return replace(detections, masks=detections.boxes.new_zeros(*detections.labels.shape, 0, 0))
-        image, slot = detections.valid.nonzero(as_tuple=True)
+        image, slot = used_slots(detections.valid)
         regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
-        masks = self.mask_head.probabilities(regions, detections.labels[image, slot])
-        return replace(detections, masks=_scatter(masks, detections.valid))
+        masks = self.mask_head.probabilities(regions, detections.labels[image, slot].clamp(min=1))
+        return replace(detections, masks=spread(masks, detections.valid))
 
     def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
         """Return the regions of boxes `(N, 4)`, the input of the heads: `(N, C, S, S)`."""
@@ -331,10 +339,3 @@ class MaskRCNN(nn.Module):
         rows |= {"box_head.bbox_pred.weight": deltas, "box_head.bbox_pred.bias": deltas}
         masks = {} if self.mask_head is None else self.mask_head.class_rows()
         return rows | {f"mask_head.{name}": layout for name, layout in masks.items()}
-
-
-def _scatter(values: Tensor, valid: Tensor) -> Tensor:
-    """Write values `(N, ...)` to the N true positions of `valid` `(B, P)`: `(B, P, ...)`, zeros elsewhere."""
-    dense = values.new_zeros(*valid.shape, *values.shape[1:])
-    dense[valid] = values
-    return dense

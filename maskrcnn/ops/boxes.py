@@ -77,12 +77,15 @@ def encode_deltas(boxes: Tensor, anchors: Tensor, *, weights: BoxWeights) -> Ten
     anchor_size, box_size = torch.where(has_area, anchor_size, one), torch.where(has_area, box_size, one)
     shift = ((boxes[..., :2] + boxes[..., 2:]) - (anchors[..., :2] + anchors[..., 2:])) * 0.5 / anchor_size
     deltas = torch.cat((shift, torch.log(box_size / anchor_size)), dim=-1)
-    return torch.where(has_area, deltas * deltas.new_tensor(weights), torch.zeros_like(deltas))
+    weighted = torch.stack([delta * weight for delta, weight in zip(deltas.unbind(-1), weights, strict=True)], dim=-1)
+    return torch.where(has_area, weighted, torch.zeros_like(deltas))
 
 
 def decode_deltas(deltas: Tensor, anchors: Tensor, *, weights: BoxWeights) -> Tensor:
     """Return the boxes of deltas `(dx, dy, dw, dh)`: the inverse of `encode_deltas`. Shapes broadcast; float32."""
-    shift, log_ratio = (deltas.float() / torch.tensor(weights, device=deltas.device)).split(2, dim=-1)
+    # One weight at a time: a tensor of the weights would have to be copied to a GPU, for which the host waits.
+    unweighted = [delta / weight for delta, weight in zip(deltas.float().unbind(-1), weights, strict=True)]
+    shift, log_ratio = torch.stack(unweighted, dim=-1).split(2, dim=-1)
     size = anchors[..., 2:] - anchors[..., :2]
     centre = (anchors[..., :2] + anchors[..., 2:]) * 0.5 + shift * size
     half = torch.exp(log_ratio.clamp(max=MAX_LOG_RATIO)) * size * 0.5

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from maskrcnn.ops import cpu
 from maskrcnn.structures import AxisAlignedMap, MaskCrop, MaskTables
 
 # Pixels of full masks per chunk: each needs about 40 bytes of temporary memory, so 2^23 need a third of a gigabyte.
@@ -158,6 +159,14 @@ def mask_targets_torchvision(
     Returns:
         (B, R, M, M) float32 in 0..1.
     """
+    align = _align_matched_masks if cpu.takes_short_cuts(boxes) else _align_all_masks
+    return align(tables, boxes, matched, size, height, width)
+
+
+def _align_matched_masks(
+    tables: MaskTables, boxes: Tensor, matched: Tensor, size: int, height: int, width: int
+) -> Tensor:
+    """Return `mask_targets_torchvision` from the masks of the matched objects alone."""
     objects_per_image = tables.starts.shape[1]
     offset = objects_per_image * torch.arange(len(matched), device=boxes.device)[:, None]
     # (U,) indices into the B * G objects, and (B * R,) indices into U.
@@ -172,6 +181,27 @@ def mask_targets_torchvision(
         aligned = roi_align(masks, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=False)
         targets[in_chunk] = aligned[:, 0]
     return targets.view(*matched.shape, size, size)
+
+
+def _align_all_masks(tables: MaskTables, boxes: Tensor, matched: Tensor, size: int, height: int, width: int) -> Tensor:
+    """Return `mask_targets_torchvision` from the masks of all objects, so that shapes do not depend on the matches."""
+    batch, objects_per_image = tables.starts.shape
+    images = torch.arange(batch, device=boxes.device)[:, None]
+    targets = boxes.new_zeros(*matched.shape, size, size)
+    step = max(1, PIXELS_AT_ONCE // (batch * height * width))
+    for start in range(0, objects_per_image, step):
+        part = slice(start, min(start + step, objects_per_image))
+        chunk = MaskTables(
+            tables.sums, tables.starts[:, part], tables.sizes[:, part], tables.origins[:, part], tables.scales
+        )
+        masks = full_masks(chunk, height, width).float().flatten(0, 1)[:, None]  # (B * objects, 1, H, W)
+        in_chunk = (matched >= part.start) & (matched < part.stop)
+        index = images * (part.stop - part.start) + torch.where(in_chunk, matched - part.start, 0)
+        moved = torch.where(in_chunk[..., None], boxes, 0)  # the others without area: they cost nothing
+        rois = torch.cat((index[..., None].to(boxes.dtype), moved), dim=-1).flatten(0, 1)
+        aligned = roi_align(masks, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=False)
+        targets = torch.where(in_chunk[..., None, None], aligned.view_as(targets), targets)
+    return targets
 
 
 def _one_object_per_image(tables: MaskTables, objects: Tensor) -> MaskTables:

@@ -23,9 +23,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from maskrcnn.config import Part
+from maskrcnn.ops import cpu
 
 Aggregate = Literal["average", "maximum"]
 Rounding = Literal["round", "floor"]
+
+FAR = -(2.0**16)  # px; a box at this point is outside every map, so a layer reads nothing for it
 
 
 class RoILayer(Protocol):
@@ -257,7 +260,11 @@ class RoIPooler:
         assert len(features) == len(self.strides), (len(features), self.strides)
         if len(self.strides) == 1:
             return self.layer(features[0], boxes, images, stride=self.strides[0], size=self.size)
-        levels = self.assign_levels(boxes)
+        pool = self._each_on_its_level if cpu.takes_short_cuts(boxes) else self._all_on_every_level
+        return pool(features, boxes, images, self.assign_levels(boxes))
+
+    def _each_on_its_level(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor, levels: Tensor) -> Tensor:
+        """Pool the boxes of each level, whose number is read from the device."""
         order = levels.argsort(stable=True)
         counts = levels.bincount(minlength=len(self.strides)).tolist()
         pooled = [
@@ -271,6 +278,20 @@ class RoIPooler:
         # An embedding look-up of rows: the backward pass of tensor indexing is ten times as slow.
         rows = F.embedding(order.argsort(), grids.flatten(1))
         return rows.view_as(grids).permute(0, 3, 1, 2)
+
+    def _all_on_every_level(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor, levels: Tensor) -> Tensor:
+        """Pool all boxes from each level, where those of other levels are empty and far outside of the map.
+
+        So shapes do not depend on the boxes. A box outside costs a layer its zeros and no read of the map.
+        """
+        pooled: Tensor | None = None
+        for index, (level, stride) in enumerate(zip(features, self.strides, strict=True)):
+            on_level = levels == index
+            moved = torch.where(on_level[:, None], boxes, FAR)
+            grids = self.layer(level, moved, images, stride=stride, size=self.size)
+            pooled = grids if pooled is None else torch.where(on_level[:, None, None, None], grids, pooled)
+        assert pooled is not None
+        return pooled
 
     def assign_levels(self, boxes: Tensor) -> Tensor:
         """Return the index into `strides` for each box: (R, 4) -> (R,) int64; 0 for boxes without area."""
@@ -323,7 +344,7 @@ def _average(
     torchvision's kernel is used on a GPU and for an adaptive number of points. On a CPU it is an order of magnitude
     slower than a weighted sum of rows (1000 boxes, 7 x 7, forward and backward: 1.6 s against 0.1 s on two threads).
     """
-    if features.device.type == "cpu" and samples > 0:
+    if cpu.takes_short_cuts(features) and samples > 0:
         return _average_of_rows(features, boxes, images, stride, size, samples, aligned)
     rois = _with_image_index(boxes, images, features)
     return torchvision.ops.roi_align(features, rois, size, 1.0 / stride, samples, aligned)

@@ -181,9 +181,20 @@ def regions_of(labels: Tensor) -> Tensor:
     return torch.randn(len(labels), 6, 7, 7, requires_grad=True)
 
 
+def every(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
 def loss_of_one_image(head: MaskHead, regions: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Return the mask loss of regions that belong to one image."""
-    return mask_loss(head(regions, labels), targets, images=torch.zeros_like(labels), batch=1, per="image")
+    return mask_loss(
+        head(regions, labels),
+        targets,
+        positive=labels > 0,
+        images=torch.zeros_like(labels),
+        batch=1,
+        per="image",
+    )
 
 
 def slow_mask(logits: list[float], label: int, head: MaskHead) -> tuple[float, float]:
@@ -345,7 +356,7 @@ def test_the_mask_loss_by_hand(output: str) -> None:
     mask_targets[1, : M // 2] = 0
     labels = torch.tensor([1, 2, 3])
     outputs = head(regions_of(labels), labels)
-    loss = mask_loss(outputs, mask_targets, images=torch.tensor([0, 0, 1]), batch=2, per="image")
+    loss = mask_loss(outputs, mask_targets, positive=every(3), images=torch.tensor([0, 0, 1]), batch=2, per="image")
     if output == "sigmoid":
         inside = [math.log1p(math.exp(-logit)) for logit in (0, 1, 2)]
         outside = math.log1p(math.e)
@@ -359,8 +370,36 @@ def test_the_mask_loss_by_hand(output: str) -> None:
 
 def test_a_fractional_target_weights_both_losses() -> None:
     outputs = MaskOutputs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[[-3.0, -5.0]]]))
-    loss = mask_loss(outputs, torch.tensor([[[0.25, 1.0]]]), images=torch.tensor([0]), batch=1, per="image")
+    loss = mask_loss(
+        outputs,
+        torch.tensor([[[0.25, 1.0]]]),
+        positive=every(1),
+        images=torch.tensor([0]),
+        batch=1,
+        per="image",
+    )
     assert loss == (0.25 * 1 + 0.75 * 3 + 2) / 2
+
+
+def test_regions_without_an_object_do_not_count_in_the_mask_loss() -> None:
+    inside = torch.tensor([[[-1.0]], [[-7.0]], [[-2.0]]], requires_grad=True)
+    outputs = MaskOutputs(inside, inside.detach())
+    positive, images = torch.tensor([True, False, True]), torch.tensor([0, 0, 1])
+    loss = mask_loss(outputs, torch.ones(3, 1, 1), positive=positive, images=images, batch=2, per="image")
+    assert loss == 1.5
+    loss.backward()
+    assert inside.grad is not None
+    assert inside.grad.flatten().tolist() == [-0.5, 0.0, -0.5]
+
+
+def test_padding_does_not_count_in_the_losses_of_the_box_head() -> None:
+    outputs = BoxOutputs(torch.randn(4, 6), torch.randn(4, 5, 4))
+    labels, images, deltas = torch.tensor([2, 0, -1, 5]), torch.tensor([0, 0, 0, 1]), torch.randn(4, 4)
+    used = labels >= 0
+    padded = box_head_losses(outputs, labels, deltas, images=images, batch=2, beta=0.0, per="image")
+    without = BoxOutputs(*(values[used] for values in outputs))
+    expected = box_head_losses(without, labels[used], deltas[used], images=images[used], batch=2, beta=0.0, per="image")
+    assert padded == expected
 
 
 @each_output
@@ -382,7 +421,9 @@ def test_without_regions_the_loss_is_zero_and_gradients_exist(branch: str, outpu
     head, labels = mask_head(branch, output=output, class_agnostic=class_agnostic), torch.zeros(0, dtype=torch.int64)
     regions, mask_targets = torch.zeros(0, 6, 7, 7), torch.zeros(0, M, M)
     assert head.probabilities(regions, labels).shape == (0, M, M)
-    loss = mask_loss(head(regions, labels), mask_targets, images=labels, batch=2, per="image")
+    loss = mask_loss(
+        head(regions, labels), mask_targets, positive=every(len(labels)), images=labels, batch=2, per="image"
+    )
     assert loss == 0
     loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())

@@ -61,7 +61,8 @@ def test_every_layer_of_the_mask_head_learns_from_the_first_step(config) -> None
         built = config(initialization=how).build(channels=WIDTH, side=14, num_classes=CLASSES)
         outputs = built(torch.randn(8, WIDTH, 14, 14).relu(), torch.arange(1, 9))
         wanted = (torch.rand(8, built.mask_size, built.mask_size) < 0.5).float()
-        mask_loss(outputs, wanted, images=torch.zeros(8, dtype=torch.int64), batch=1, per="image").backward()
+        zeros = torch.zeros(8, dtype=torch.int64)
+        mask_loss(outputs, wanted, positive=zeros == 0, images=zeros, batch=1, per="image").backward()
         first, last = (built.convs if hasattr(built, "convs") else built.hidden)[0], built.logits
         ratios[how] = float(first.weight.grad.norm() / last.weight.grad.norm())
     assert ratios["fan_in"] > 20 * ratios["detectron2"]
