@@ -78,14 +78,13 @@ def test_the_backward_pass_runs(tool: ModuleType) -> None:
         assert parameter.grad.shape == parameter.shape
 
 
-@pytest.mark.xfail(strict=True, reason="19 synchronisations in an iteration")
+@pytest.mark.xfail(strict=True, reason="3 synchronisations in an iteration")
 def test_a_training_iteration_has_no_synchronisation(tool: ModuleType) -> None:
     config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
     waits = tool.audit_training(config, tool.Shape(batch=2, objects=3, height=64, width=64))
     assert not waits, tool.describe(waits)
 
 
-@pytest.mark.xfail(strict=True, reason="21 synchronisations in `detect`")
 def test_detection_has_no_synchronisation(tool: ModuleType) -> None:
     config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
     waits = tool.audit_detection(config, tool.Shape(batch=2, objects=3, height=64, width=64))

@@ -21,7 +21,7 @@ from maskrcnn.models.rpn_head import RPNHead, RPNOutputs, gathered_outputs, samp
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, encode_deltas
 from maskrcnn.ops.matching import match_boxes, sample_balanced
-from maskrcnn.ops.nms import batched_nms
+from maskrcnn.ops.nms import nms_of_levels
 from maskrcnn.structures import ImageBatch, Proposals, Targets
 
 RPN_STREAM = 0  # random stream of the anchor sampling; see `sample_balanced`
@@ -132,19 +132,18 @@ class ProposalSelector:
             sizes: `(B, 2)` height and width of each image.
             counts: number of boxes to keep before and after NMS.
         """
-        boxes, scores, levels = [], [], []
-        for index, ((logits, deltas), level_anchors) in enumerate(zip(outputs, anchors, strict=True)):
+        boxes, scores = [], []
+        for (logits, deltas), level_anchors in zip(outputs, anchors, strict=True):
             top_logits, top_indices = logits.topk(min(counts.pre_nms_top_n, logits.shape[1]), dim=1)
             top_deltas = deltas.gather(1, top_indices[..., None].expand(-1, -1, 4))
             boxes.append(decode_deltas(top_deltas, level_anchors[top_indices], weights=self.bbox_reg_weights))
             scores.append(top_logits.float())
-            levels.append(torch.full_like(top_indices, index))
         clipped = clip_boxes(torch.cat(boxes, dim=1), sizes)
         large = ((clipped[..., 2:] - clipped[..., :2]) > self.min_size).all(dim=-1)
-        indices, kept_scores = batched_nms(
+        indices, kept_scores = nms_of_levels(
             clipped,
             torch.cat(scores, dim=1).masked_fill(~large, -torch.inf),
-            torch.cat(levels, dim=1),
+            [level.shape[1] for level in scores],
             iou_threshold=self.nms_threshold,
             count=counts.post_nms_top_n,
         )

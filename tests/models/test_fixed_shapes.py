@@ -34,7 +34,7 @@ FPN: dict[str, Any] = {
     "detection": {"detections_per_image": 10, "score_threshold": 0.0},
 }
 SINGLE: dict[str, Any] = {
-    "backbone": {"kind": "resnet", "depth": 18, "width": 8, "weights": "none", "out_features": ["res5"]},
+    "backbone": {"kind": "resnet", "depth": 18, "width": 8, "weights": "none", "out_features": ["res4"]},
     "neck": {"kind": "none"},
     "rpn": {**FPN["rpn"], "anchor_sizes": [[16, 32]]},
 }

@@ -605,6 +605,15 @@ def test_the_best_are_kept_up_to_the_count_and_above_the_threshold() -> None:
     assert labels_and_scores(selector(score_threshold=0.4)(candidates, scores, zero_deltas(3), SIZE)) == [(1, 0.5)]
 
 
+def test_nms_gets_the_best_candidates_alone() -> None:
+    candidates = proposals([[0.0, 0, 10, 10], [0, 0, 10, 9], [40, 0, 50, 10]])
+    scores = logits([0.5, 0.2], [0.4], [0.1])
+    everything = [(1, 0.5), (2, 0.2), (1, 0.1)]
+    for limit, detected in ((15, everything), (4, everything), (3, everything[:2]), (2, everything[:1])):
+        result = selector(pre_nms_top_n=limit)(candidates, scores, zero_deltas(3), SIZE)
+        assert labels_and_scores(result) == detected
+
+
 def test_each_class_uses_its_own_deltas() -> None:
     box = torch.tensor([[10.0, 10, 50, 50]])
     expected = torch.tensor([[20.0, 20, 40, 60], [5, 5, 25, 45]])
