@@ -8,13 +8,16 @@ Shapes: N regions, C channels, S cells along a region's side, D features, K clas
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from pydantic import Field, NonNegativeFloat
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Part, Size
-from maskrcnn.models.initialization import Initialization, init_box_predictors, init_linear
+from maskrcnn.models.initialization import Initialization, init_box_predictors, init_convolutions, init_linear
+from maskrcnn.models.norms import NormKind, conv_norm, region_convs, require_groups
 from maskrcnn.ops.boxes import BoxWeights
 from maskrcnn.ops.roi import RoILayerConfig
 
@@ -44,6 +47,28 @@ class FCTrunkConfig(BoxHeadConfig):
         """Return the trunk for regions `(N, channels, side, side)`."""
         inputs = channels * side * side
         return FullyConnected(inputs, width=self.width, depth=self.depth, initialization=self.initialization)
+
+
+class ConvFCTrunkConfig(BoxHeadConfig):
+    """`convs` 3x3 convolutions and `depth` fully connected layers (4 and 1: the head of Group Normalization)."""
+
+    kind: Literal["conv_fc"] = "conv_fc"
+    convs: int = Field(4, ge=1, le=1000)
+    conv_width: Size = 256
+    norm: NormKind = "none"  # after each convolution
+    width: Size = 1024
+    depth: int = Field(1, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _channels_form_groups(self) -> ConvFCTrunkConfig:
+        require_groups(self.norm, self.conv_width)
+        return self
+
+    def build(self, *, channels: int, side: int) -> ConvFC:
+        """Return the trunk for regions `(N, channels, side, side)`."""
+        inputs = self.conv_width * side * side
+        fc = FullyConnected(inputs, width=self.width, depth=self.depth, initialization=self.initialization)
+        return ConvFC([channels, *[self.conv_width] * self.convs], fc, norm=self.norm)
 
 
 class VGGTrunkConfig(BoxHeadConfig):
@@ -91,6 +116,25 @@ class FullyConnected(BoxTrunk, nn.Sequential):
             layers += [linear, nn.ReLU(inplace=True)]
         super().__init__(*layers)
         self.features = width
+
+
+class ConvFC(BoxTrunk):
+    """3x3 convolutions with ReLUs, then fully connected layers: `(N, C, S, S) -> (N, width)`."""
+
+    def __init__(self, channels: Sequence[int], fc: FullyConnected, *, norm: NormKind) -> None:
+        """Build the convolutions between maps with `channels`, before `fc`."""
+        super().__init__()
+        self.convs, self.norms = region_convs(channels, norm=norm)
+        self.fc = fc
+        self.features = fc.features
+        init_convolutions(self.convs)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """`(N, C, S, S) -> (N, width)`."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            assert isinstance(conv, nn.Conv2d)
+            regions = F.relu_(conv_norm(conv, norm, regions))
+        return self.fc(regions)
 
 
 class VGGFullyConnected(BoxTrunk):

@@ -43,7 +43,7 @@ def init_uniform(layer: Layer) -> None:
 
 
 def init_convolutions(module: nn.Module) -> None:
-    """`init_he` for every convolution of a backbone, as in torchvision's."""
+    """`init_he` for every convolution of a module, as in torchvision's backbones."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             init_he(layer)

@@ -16,11 +16,18 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from maskrcnn.config import Part, Size
-from maskrcnn.models.initialization import Initialization, init_he, init_linear, init_mask_logits
+from maskrcnn.models.initialization import (
+    Initialization,
+    init_convolutions,
+    init_he,
+    init_linear,
+    init_mask_logits,
+)
+from maskrcnn.models.norms import NormKind, conv_norm, region_convs, require_groups
 from maskrcnn.ops.roi import RoILayerConfig
 from maskrcnn.structures import ClassRows
 
@@ -60,6 +67,12 @@ class FCNMaskHeadConfig(MaskHeadConfig):
     kind: Literal["fcn"] = "fcn"
     depth: int = Field(4, ge=0, le=1000)
     width: Size = 256
+    norm: NormKind = "none"  # after each 3x3 convolution
+
+    @model_validator(mode="after")
+    def _channels_form_groups(self) -> FCNMaskHeadConfig:
+        require_groups(self.norm, self.width)
+        return self
 
     def build(self, *, channels: int, side: int, num_classes: int) -> FCNMaskHead:
         """Return the head for regions `(N, channels, side, side)`."""
@@ -68,6 +81,7 @@ class FCNMaskHeadConfig(MaskHeadConfig):
             side=side,
             depth=self.depth,
             width=self.width,
+            norm=self.norm,
             num_classes=num_classes,
             output=self.output,
             class_agnostic=self.class_agnostic,
@@ -170,6 +184,7 @@ class FCNMaskHead(MaskHead):
         output: MaskOutput,
         class_agnostic: bool,
         initialization: Initialization = "fan_in",
+        norm: NormKind = "none",
     ) -> None:
         super().__init__(
             mask_size=2 * side,
@@ -177,18 +192,18 @@ class FCNMaskHead(MaskHead):
             output=output,
             class_agnostic=class_agnostic,
         )
-        convs = [nn.Conv2d(channels if index == 0 else width, width, 3, padding=1) for index in range(depth)]
-        self.convs = nn.ModuleList(convs)
+        self.convs, self.norms = region_convs([channels, *[width] * depth], norm=norm)
         self.upsample = nn.ConvTranspose2d(width if depth else channels, width, 2, 2)
         self.logits: nn.Conv2d = nn.Conv2d(width, self.channels, 1)
-        for layer in (*convs, self.upsample):
-            init_he(layer)
+        init_convolutions(self.convs)
+        init_he(self.upsample)
         init_mask_logits(self.logits, how=initialization)
 
     def features(self, regions: Tensor) -> Tensor:
         """Return the input of the last layer: `(N, C, S, S) -> (N, width, M, M)`."""
-        for conv in self.convs:
-            regions = F.relu_(conv(regions))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            assert isinstance(conv, nn.Conv2d)
+            regions = F.relu_(conv_norm(conv, norm, regions))
         return F.relu_(self.upsample(regions))
 
     def all_masks(self, regions: Tensor) -> Tensor:

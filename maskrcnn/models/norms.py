@@ -5,7 +5,8 @@ Shapes: N images or regions, C channels, H x W cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -122,6 +123,12 @@ def build_norm(kind: NormKind, channels: int, *, eps: float = 1e-5) -> nn.Module
             return nn.GroupNorm(GROUPS, channels)
 
 
+def require_groups(norm: NormKind, channels: int) -> None:
+    """Raise ValueError if group norm cannot divide the channels into its groups."""
+    if norm == "gn" and channels % GROUPS:
+        raise ValueError(f"norm 'gn' needs a multiple of {GROUPS} channels, not {channels}")
+
+
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
     """Return `norm(conv(features))`. A frozen norm is folded into the kernel of the convolution.
 
@@ -148,3 +155,9 @@ class ConvNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """`(N, C, H, W) -> (N, C', H', W')`."""
         return conv_norm(self.conv, self.norm, features)
+
+
+def region_convs(channels: Sequence[int], *, norm: NormKind) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Return the 3x3 convolutions of a head between maps with `channels`, and their norms, which replace biases."""
+    convs = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none") for inputs, outputs in pairwise(channels)]
+    return nn.ModuleList(convs), nn.ModuleList(build_norm(norm, outputs) for outputs in channels[1:])

@@ -44,6 +44,9 @@ class RPNConfig(Section):
     anchor_sizes: tuple[Lengths, ...] = ((32,), (64,), (128,), (256,), (512,))  # px, one tuple per level
     anchor_ratios: Lengths = (0.5, 1.0, 2.0)  # height / width
     round_anchors: bool = False
+    conv_depth: int = Field(
+        1, ge=1, le=1000, description="3x3 convolutions of the head; more than 1 need its dense loss"
+    )
     foreground: float = Field(0.7, gt=0, le=1)  # smallest IoU of a positive
     background: Share = 0.3  # IoU below which an anchor is background; those between the two are not used
     batch_size_per_image: Count = 256  # anchors sampled for the loss
@@ -74,7 +77,7 @@ class RPNConfig(Section):
         """Return the RPN for feature maps with these channels and strides."""
         base = [base_anchors(sizes, self.anchor_ratios, rounded=self.round_anchors) for sizes in self.anchor_sizes]
         return RPN(
-            head=RPNHead(channels=channels, num_anchors=len(base[0])),
+            head=RPNHead(channels=channels, num_anchors=len(base[0]), conv_depth=self.conv_depth),
             anchor_generator=AnchorGenerator(base, strides=strides),
             selector=ProposalSelector(
                 bbox_reg_weights=self.bbox_reg_weights, nms_threshold=self.nms_threshold, min_size=self.min_size
@@ -87,7 +90,7 @@ class RPNConfig(Section):
             ),
             training_counts=self.training,
             inference_counts=self.inference,
-            sparse_loss=self.sparse_loss,
+            sparse_loss=self.sparse_loss and self.conv_depth == 1,
         )
 
 

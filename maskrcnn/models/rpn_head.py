@@ -24,21 +24,27 @@ class RPNOutputs(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two sibling 1x1 convolutions, shared by all levels (arXiv 1506.01497, section 3.1)."""
+    """A 3x3 convolution and two sibling 1x1 convolutions, shared by all levels (arXiv 1506.01497, section 3.1).
 
-    def __init__(self, *, channels: int, num_anchors: int) -> None:
-        """Build the layers for feature maps with `channels`. `num_anchors` is A."""
+    More 3x3 convolutions may follow the first one.
+    """
+
+    def __init__(self, *, channels: int, num_anchors: int, conv_depth: int = 1) -> None:
+        """Build `conv_depth` convolutions and the predictors of `num_anchors` (A) for maps with `channels`."""
         super().__init__()
         self.num_anchors = num_anchors
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv, *more = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(conv_depth))
+        self.more_convs = nn.ModuleList(more)
         self.objectness_logits = nn.Conv2d(channels, num_anchors, 1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
-        for layer in (self.conv, self.objectness_logits, self.anchor_deltas):
+        for layer in (self.conv, *more, self.objectness_logits, self.anchor_deltas):
             init_normal(layer, std=0.01)
 
     def forward(self, level: Tensor) -> RPNOutputs:
         """Return logits `(B, H * W * A)` and deltas `(B, H * W * A, 4)` of all anchors of a level `(B, C, H, W)`."""
         hidden = F.relu_(self.conv(level))
+        for conv in self.more_convs:
+            hidden = F.relu_(conv(hidden))
         # (B, A, H, W) -> (B, H, W, A): the order of the anchors.
         logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.anchor_deltas(hidden).permute(0, 2, 3, 1).reshape(len(logits), -1, 4)
@@ -56,7 +62,7 @@ def sampled_outputs(head: RPNHead, features: Sequence[Tensor], indices: Tensor) 
 
     The loss uses at most S anchors per image, so the 3x3 convolution is evaluated only on their neighbourhoods, as one
     matrix product. Values and gradients equal those of `gathered_outputs`, without a backward pass over all positions
-    (a sixth of the training step on a CPU) and without a feature map stored for it.
+    (a sixth of the training step on a CPU) and without a feature map stored for it. The head has one 3x3 convolution.
     """
     channels = features[0].shape[1]
     patches = _neighbourhoods(features, indices // head.num_anchors)  # (B, S, 9 * C)

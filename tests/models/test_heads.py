@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from maskrcnn.engine.checkpoint import load_weights
-from maskrcnn.models.box_head import BoxHead, BoxOutputs, FCTrunkConfig, MeanTrunkConfig, VGGFullyConnected
+from maskrcnn.models.box_head import (
+    BoxHead,
+    BoxOutputs,
+    ConvFCTrunkConfig,
+    FCTrunkConfig,
+    MeanTrunkConfig,
+    VGGFullyConnected,
+)
 from maskrcnn.models.losses import BoxLosses, box_head_losses, box_regression_loss, mask_loss, sample_mean
 from maskrcnn.models.mask_head import FCNMaskHeadConfig, MaskHead, MaskOutputs, MLPMaskHeadConfig
+from maskrcnn.models.necks.fpn import FPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler
 from maskrcnn.ops.boxes import decode_deltas, encode_deltas
 from maskrcnn.ops.mask_tables import tabulate
@@ -129,6 +138,9 @@ def test_each_class_has_four_rows_of_deltas() -> None:
     [
         (lambda: FCTrunkConfig(width=16, depth=1).build(channels=4, side=7), 16),
         (lambda: FCTrunkConfig(width=16, depth=3).build(channels=4, side=7), 16),
+        (lambda: ConvFCTrunkConfig(convs=2, conv_width=8, width=16).build(channels=4, side=7), 16),
+        (lambda: ConvFCTrunkConfig(convs=1, conv_width=8, norm="bn", width=16).build(channels=4, side=7), 16),
+        (lambda: ConvFCTrunkConfig(convs=1, conv_width=32, norm="gn", width=16).build(channels=4, side=7), 16),
         (lambda: MeanTrunkConfig().build(channels=4, side=7), 4),
         (lambda: VGGFullyConnected(4 * 49, width=32), 32),
     ],
@@ -149,6 +161,21 @@ def test_trunks_return_the_stated_number_of_features(trunk: Any, features: int) 
     assert losses == (0, 0)
     sum(losses).backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("config", [ConvFCTrunkConfig, FCNMaskHeadConfig, FPNConfig])
+def test_group_norm_needs_a_multiple_of_its_groups(config: Any) -> None:
+    width = {ConvFCTrunkConfig: "conv_width", FCNMaskHeadConfig: "width", FPNConfig: "channels"}[config]
+    with pytest.raises(ValidationError, match="needs a multiple of 32 channels, not 48"):
+        config.model_validate({"norm": "gn", width: 48})
+
+
+def test_a_norm_follows_each_convolution_of_a_mask_head() -> None:
+    head = FCNMaskHeadConfig(depth=2, width=32, norm="gn").build(channels=4, side=7, num_classes=2)
+    names = {f"{name}s.{index}.weight" for index in (0, 1) for name in ("conv", "norm")}
+    assert names < head.state_dict().keys()
+    assert "convs.0.bias" not in head.state_dict()
+    assert head.all_masks(torch.zeros(3, 4, 7, 7)).shape == (3, 2, 14, 14)
 
 
 def test_vggs_layers_have_torchvisions_numbers() -> None:

@@ -79,6 +79,16 @@ def test_sparse_and_dense_loss_are_equal_and_have_equal_gradients() -> None:
         torch.testing.assert_close(sparse, dense)
 
 
+def test_more_than_one_convolution_trains_the_dense_head() -> None:
+    network, maps = rpn(conv_depth=3), features()
+    assert len(network.head.more_convs) == 2
+    objects = targets([[[0.0, 0, 30, 40]], [[8.0, 8, 40, 30]]], [[1], [3]])
+    losses = losses_of(network, maps, objects, [5, 6])
+    sum(losses).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+    assert maps[0].grad is not None
+
+
 def test_proposals_are_inside_the_image_sorted_and_of_fixed_size() -> None:
     sizes = torch.tensor([[64, 96], [40, 50]])
     proposals = rpn().propose(features(), sizes, ProposalCounts(pre_nms_top_n=100, post_nms_top_n=80))

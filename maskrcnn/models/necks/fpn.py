@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskrcnn.config import Size
 from maskrcnn.models.initialization import init_uniform
 from maskrcnn.models.necks.parts import Neck, NeckConfig, describe_maps
-from maskrcnn.models.norms import GROUPS, ConvNorm, NormKind, build_norm
+from maskrcnn.models.norms import ConvNorm, NormKind, build_norm, require_groups
 
 
 class FPNConfig(NeckConfig):
@@ -28,8 +28,7 @@ class FPNConfig(NeckConfig):
 
     @model_validator(mode="after")
     def _channels_form_groups(self) -> FPNConfig:
-        if self.norm == "gn" and self.channels % GROUPS:
-            raise ValueError(f"norm 'gn' needs a multiple of {GROUPS} channels, not {self.channels}")
+        require_groups(self.norm, self.channels)
         return self
 
     def out_strides(self, strides: Sequence[int]) -> tuple[int, ...]:
