@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from maskrcnn.config import Section, Size, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
-from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, load_weights, require_finite
+from maskrcnn.engine.checkpoint import Checkpoint, load_weights, require_finite
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.loop import TrainingConfig
 from maskrcnn.engine.pictures import draw_predictions
@@ -26,10 +28,14 @@ from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend, Evaluation
 from maskrcnn.evaluation.metric import COCO_METRICS, MetricConfig
+from maskrcnn.interop.conversion import conventions, require_fit
+from maskrcnn.interop.files import Weights, read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.resume_rules import changes
 from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_DEVICES = ("cpu", "cuda")
 
@@ -181,10 +187,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
 def load(
     weights: Path | str, *, device: str = "auto", average: bool | None = None, overrides: Sequence[str] = ()
 ) -> Predictor:
-    """Load a trained model. The checkpoint is enough: it holds the configuration and the classes.
+    """Load a trained model. The file is enough: it holds the configuration and the classes.
+
+    Weights of another framework are converted (docs/weights.md), with the conventions that they need.
 
     Args:
-        weights: path of the checkpoint, such as `runs/NAME/checkpoints/best.pt`.
+        weights: path of a checkpoint, such as `runs/NAME/checkpoints/best.pt`, or of another framework's weights.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ...
         average: whether to use the averaged weights; by default if the run's `evaluation.best_metric` is of them.
         overrides: `a.b.c=VALUE` changes to the stored configuration, such as `model.detection.score_threshold=0.3`.
@@ -193,7 +201,7 @@ def load(
         InputError: the file is not a checkpoint, has no averaged weights or weights that are not finite, an override is
             invalid or changes the meaning of the weights, or the device does not exist.
     """
-    checkpoint = load_checkpoint(Path(weights))
+    checkpoint = _read(Path(weights))
     config = validate(checkpoint.config, ExperimentConfig, source=str(weights), overrides=overrides)
     return _predictor(config, checkpoint, str(weights), choose_device(device), average=average)
 
@@ -213,12 +221,22 @@ def load_predictor(
         InputError: the file is not a checkpoint, was trained with another model, or has no averaged weights or weights
             that are not finite.
     """
-    return _predictor(config, load_checkpoint(weights), str(weights), device, average=average)
+    return _predictor(config, _read(weights), str(weights), device, average=average)
+
+
+def _read(weights: Path) -> Checkpoint:
+    """Return the weights in a file, and log what was converted."""
+    checkpoint, certificate = read_weights(weights)
+    if certificate is not None:
+        logger.info("%s", certificate.describe())
+    return checkpoint
 
 
 def _predictor(
     config: ExperimentConfig, checkpoint: Checkpoint, source: str, device: torch.device, *, average: bool | None
 ) -> Predictor:
+    if not checkpoint.classes.names:
+        raise InputError(f"{source}: it holds a backbone without heads; start a training from it with --init {source}")
     trained = validate(checkpoint.config, ExperimentConfig, source=source)
     if average is None:  # best.pt was selected by this metric
         average = trained.evaluation.best_metric.startswith("ema/")
@@ -248,7 +266,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Evaluate a checkpoint on the validation set and write metrics, results and pictures to folder `out`.
 
-    `load` explains `average`.
+    `load` explains `weights` and `average`.
 
     Raises:
         InputError: the checkpoint does not match the model or the classes of the validation set, or `out` is not a
@@ -262,6 +280,32 @@ def evaluate_checkpoint(
         evaluation = config.evaluator(dataset)(predictor, out)
         draw_predictions(predictor, dataset, settings.pictures, out / "predictions", min_score=settings.picture_score)
     return evaluation
+
+
+def stored_config(weights: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Return the configuration in a file of weights, with `overrides` applied; see `load`."""
+    checkpoint = read_weights(weights).checkpoint
+    return validate(checkpoint.config, ExperimentConfig, source=str(weights), overrides=overrides)
+
+
+def converted(weights: Path, *, class_names: Sequence[str] = (), overrides: Sequence[str] = ()) -> Weights:
+    """Return the weights in a file with their resolved configuration, ready to be written.
+
+    Args:
+        weights: path of another framework's weights, or of a checkpoint.
+        class_names: names of the classes, if the file does not say them.
+        overrides: `a.b.c=VALUE` changes to the configuration, for conventions that the file does not say.
+
+    Raises:
+        InputError: the file cannot be read or converted, an override is invalid, or needs other tensors.
+    """
+    checkpoint, certificate = read_weights(weights, class_names=class_names)
+    config = validate(checkpoint.config, ExperimentConfig, source=str(weights), overrides=overrides)
+    require_fit(checkpoint.model, config.model, len(checkpoint.classes), str(weights))
+    resolved = to_dict(config)
+    if certificate is not None:
+        certificate = replace(certificate, conventions=conventions(resolved))
+    return Weights(replace(checkpoint, config=resolved), certificate)
 
 
 def choose_device(name: str) -> torch.device:

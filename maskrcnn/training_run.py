@@ -20,7 +20,6 @@ from maskrcnn.data.loader import batches_per_epoch
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
     TrainingState,
-    load_checkpoint,
     load_weights,
     restore,
     seed_generators,
@@ -39,6 +38,7 @@ from maskrcnn.engine.step import Keep, Precision, TrainingStep
 from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.interop.files import read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.runtime.console import setup_logging
@@ -60,7 +60,7 @@ def train_experiment(
         config: the experiment.
         out: the run directory, written by the main process.
         resume: resume from the last checkpoint of the run directory.
-        init: checkpoint to load the initial weights from; no other state is loaded.
+        init: file to load the initial weights from, of this project or another framework; no other state is loaded.
         processes: the process group. Every process calls this function.
 
     Raises:
@@ -314,13 +314,15 @@ def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
 
     Args:
         model: the model to load into.
-        weights: path of the checkpoint.
+        weights: path of a checkpoint, or of another framework's weights.
         classes: class table of the model.
 
     Raises:
-        InputError: the file is not a checkpoint, or fewer than half of the backbone's values fit, or nothing.
+        InputError: the file holds no known weights, or fewer than half of the backbone's values fit, or nothing.
     """
-    checkpoint = load_checkpoint(weights)
+    checkpoint, certificate = read_weights(weights)
+    if certificate is not None:
+        logger.info("%s", certificate.describe())
     report = load_weights(
         model, checkpoint.model, source=str(weights), source_classes=checkpoint.classes, classes=classes
     )

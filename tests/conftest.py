@@ -15,7 +15,6 @@ import pytest
 import torch
 from launcher import Launcher
 from pydantic import create_model
-from torch import nn
 
 from maskrcnn.config import Part, Section
 
@@ -81,36 +80,3 @@ def choose() -> Callable[[type[Part], dict[str, Any]], Part]:
         return create_model("Holder", __base__=Section, part=(point, ...)).model_validate({"part": values}).part
 
     return choose
-
-
-RENAMED = {
-    "backbone.fpn.inner_blocks.{}.0": "neck.lateral.{}.conv",
-    "backbone.fpn.layer_blocks.{}.0": "neck.output.{}.conv",
-    "roi_heads.mask_head.{}.0": "mask_head.convs.{}",
-    "rpn.head.conv.0.0": "rpn.head.conv",
-    "rpn.head.cls_logits": "rpn.head.objectness_logits",
-    "rpn.head.bbox_pred": "rpn.head.anchor_deltas",
-    "roi_heads.box_head.fc6": "box_head.trunk.1",
-    "roi_heads.box_head.fc7": "box_head.trunk.3",
-    "roi_heads.box_predictor.cls_score": "box_head.cls_score",
-    "roi_heads.box_predictor.bbox_pred": "box_head.bbox_pred",
-    "roi_heads.mask_predictor.conv5_mask": "mask_head.upsample",
-    "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.logits",
-}
-NAMES = {old.format(i): new.format(i) for old, new in RENAMED.items() for i in range(4)}
-BACKGROUND_ROWS = {"box_head.bbox_pred": 4, "mask_head.logits": 1}  # torchvision predicts these for background too
-
-
-@pytest.fixture(scope="session")
-def copy_torchvision_weights() -> Callable[[nn.Module, nn.Module], None]:
-    """Copies the weights of torchvision's Mask R-CNN with a pyramid into ours."""
-    return _copy_weights
-
-
-def _copy_weights(theirs: nn.Module, ours: nn.Module) -> None:
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        new = NAMES.get(module, module.replace("backbone.body.", "backbone."))
-        state[f"{new}.{kind}"] = tensor[BACKGROUND_ROWS.get(new, 0) :]
-    ours.load_state_dict(state)

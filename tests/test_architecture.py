@@ -24,6 +24,7 @@ LAYERS = (
     {"models", "evaluation"},
     {"visualization", "resume_rules"},
     {"engine"},
+    {"interop"},
     {"run_directory"},
     {"experiment"},
     {"training_run"},

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,13 +15,13 @@ import pytest
 import torch
 from launcher import Launcher
 from pycocotools import mask as cocoapi
-from torch import nn
 
 from maskrcnn.config import read_config
 from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.evaluator import coco_results
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.interop.conversion import convert
 from maskrcnn.ops.mask_tables import full_masks
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -204,7 +203,7 @@ def test_torchvisions_side_has_our_sizes_and_backbone(convergence_worker: Module
 
 
 def test_both_sides_give_the_same_detections_from_the_same_weights(
-    convergence_worker: ModuleType, copy_torchvision_weights: Callable[[nn.Module, nn.Module], None], tmp_path: Path
+    convergence_worker: ModuleType, tmp_path: Path
 ) -> None:
     """Ours under torchvision's conventions: the benchmark adds no difference of its own."""
     file = tmp_path / "both.yaml"
@@ -218,7 +217,7 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
     side = convergence_worker.torchvision_side(config, validation)
     torch.nn.init.normal_(side.model.roi_heads.box_predictor.cls_score.weight, std=0.3)  # scores that differ
     ours = config.model.build(len(validation.classes), pretrained=False)
-    copy_torchvision_weights(side.model, ours)
+    ours.load_state_dict(convert(side.model.state_dict(), source="torchvision").tensors)
     predictor = config.predictor(ours, validation.classes)
     (batch, *_) = evaluation_loader(validation, predictor.transform, batch_size=2, workers=0, size_divisor=32)
     both = (coco_results(predictor, batch), side.detect(batch))

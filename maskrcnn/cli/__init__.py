@@ -17,7 +17,17 @@ import shtab
 from maskrcnn.runtime.console import run_main
 from maskrcnn.runtime.threads import set_thread_defaults
 
-COMMANDS = ("train", "eval", "predict", "ablate", "explain-roi", "show-config", "inspect-dataset", "replay-batch")
+COMMANDS = (
+    "train",
+    "eval",
+    "predict",
+    "ablate",
+    "convert-weights",
+    "explain-roi",
+    "show-config",
+    "inspect-dataset",
+    "replay-batch",
+)
 
 
 def main(command: str | None = None) -> NoReturn:

@@ -3,8 +3,8 @@
     maskrcnn predict --weights runs/shapes/checkpoints/best.pt IMAGE_OR_FOLDER ... --out predictions
 
 Writes one picture per image, and results.json in COCO's results format. The model is built from the configuration that
-the checkpoint holds; --set changes a key of it, for example model.detection.score_threshold. Exit status: 0 success,
-1 some images could not be read and were skipped, 2 invalid input.
+the file of the weights holds; --set changes a key of it, for example model.detection.score_threshold. Exit status: 0
+success, 1 some images could not be read and were skipped, 2 invalid input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from maskrcnn.runtime.console import setup_logging
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("inputs", nargs="+", type=expand, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--weights", type=expand, required=True, metavar="FILE", help="checkpoint of the model")
+    parser.add_argument("--weights", type=expand, required=True, metavar="FILE", help="weights of the model")
     add_average_argument(parser)
     parser.add_argument("--out", type=expand, required=True, help="folder for the pictures and results.json")
     parser.add_argument(

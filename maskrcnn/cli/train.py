@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="resume from the last checkpoint of the run directory")
     start.add_argument(
-        "--init", type=expand, metavar="WEIGHTS", help="start a new run from the weights of this checkpoint"
+        "--init", type=expand, metavar="WEIGHTS", help="start a new run from these weights, also of another framework"
     )
     add_device_argument(parser)
 

@@ -39,9 +39,15 @@ class TracedMapping(dict[str, Any]):
 
 
 def traced(data: Mapping[str, Any], origin: str) -> TracedMapping:
-    """Return nested mappings as traced mappings, all with the same origin."""
-    items = {key: traced(value, origin) if isinstance(value, Mapping) else value for key, value in data.items()}
+    """Return nested mappings, also those in lists, as traced mappings, all with the same origin."""
+    items = {key: _traced(value, origin) for key, value in data.items()}
     return TracedMapping(items, dict.fromkeys(items, origin))
+
+
+def _traced(value: Any, origin: str) -> Any:
+    if isinstance(value, list):
+        return [_traced(item, origin) for item in value]
+    return traced(value, origin) if isinstance(value, Mapping) else value
 
 
 class _Loader(yaml.SafeLoader):

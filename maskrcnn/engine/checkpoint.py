@@ -132,25 +132,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
         InputError: the file cannot be read, is damaged or is not a checkpoint. The message names the file.
     """
     content = read_tensors(path)
-    if content.get("format") != FORMAT:
+    if not is_checkpoint(content):
         raise InputError(
             f"{path}: this is not a checkpoint of this project (backbone weights go to model.backbone.weights)"
         )
+    return checkpoint_of(content, str(path))
+
+
+def is_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Return whether the content of a file is that of a checkpoint, not the weights of another program."""
+    return content.get("format") == FORMAT
+
+
+def checkpoint_of(content: Mapping[str, Any], source: str) -> Checkpoint:
+    """Return the checkpoint that a file contains.
+
+    Raises:
+        InputError: a field is missing or has a wrong type. The message names the file `source`.
+    """
     defaults: dict[str, Any] = {"average": {}, "scaler": {}}  # fields that the first files of this format lack
     fields: dict[str, Any] = {
         field.name: content.get(field.name, defaults.get(field.name)) for field in dataclasses.fields(Checkpoint)
     }
     absent = [name for name, value in fields.items() if value is None]
     if absent:
-        raise InputError(f"{path}: the checkpoint is damaged: it lacks {', '.join(absent)}")
+        raise InputError(f"{source}: the checkpoint is damaged: it lacks {', '.join(absent)}")
     try:
         checkpoint = _CHECKPOINT.validate_python(fields)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{path}: the checkpoint is damaged: {place}: {problem['msg']}") from error
+        raise InputError(f"{source}: the checkpoint is damaged: {place}: {problem['msg']}") from error
     if len(checkpoint.classes.names) != len(checkpoint.classes.category_ids):
-        raise InputError(f"{path}: the checkpoint is damaged: classes has not as many names as ids")
+        raise InputError(f"{source}: the checkpoint is damaged: classes has not as many names as ids")
     return checkpoint
 
 
