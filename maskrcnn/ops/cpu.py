@@ -27,7 +27,8 @@ def used_slots(used: Tensor) -> tuple[Tensor, Tensor]:
         Image and slot of each, `(N,)` int64.
     """
     if takes_short_cuts(used):
-        return used.nonzero(as_tuple=True)
+        images, slots = used.nonzero(as_tuple=True)
+        return images, slots
     batch, count = used.shape
     images = torch.arange(batch, device=used.device)[:, None].expand(batch, count)
     slots = torch.arange(count, device=used.device).expand(batch, count)
