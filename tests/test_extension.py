@@ -109,6 +109,7 @@ MESSAGES = {
     "evaluation.metrics=[{kind: found}, {kind: found}]": "evaluation.metrics: the kind 'found' is there already",
     "evaluation.best_metric=found/object": "mask/APl, found/objects; did you mean 'found/objects'? [--set]",
     "model.neck.kind=projektion": "model.neck.kind: 'projektion' is not one of fpn, none, projection; did you mean",
+    "training.sampler.kind=every_secnd": "'every_secnd' is not one of class_balanced, every_second, repeat_factor",
     "training.loggers=[{kind: csw}]": "training.loggers[0].kind: 'csw' is not one of csv, tensorboard, wandb; did you",
 }
 

@@ -46,6 +46,7 @@ def test_every_key_has_a_rule_and_every_rule_a_key() -> None:
         ("data.validation.annotations", "warned"),
         ("training.batch_size", "refused"),
         ("training.seed", "refused"),
+        ("training.sampler.kind", "refused"),
         ("training.optimizer.kind", "refused"),
         ("training.optimizer.weight_decay", "refused"),
         ("training.optimizer.lr", "warned"),

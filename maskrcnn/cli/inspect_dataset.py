@@ -71,6 +71,9 @@ def _augmented(config: ExperimentConfig, dataset: DetectionDataset, count: int) 
     from maskrcnn.data.loader import training_examples
 
     transform, settings = config.data.build_train_transform(dataset), config.training
-    examples = training_examples(dataset, transform, batch_size=settings.batch_size, seed=settings.seed)
+    weights = settings.sampler.weights(dataset)
+    examples = training_examples(
+        dataset, transform, batch_size=settings.batch_size, seed=settings.seed, weights=weights
+    )
     for number, example in enumerate(itertools.islice(examples, count), start=1):
         yield f"{number:04}_{example.image_id}", example

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.sampling import drawn_positions
 from maskrcnn.data.transforms import Transform
 from maskrcnn.errors import InputError
 from maskrcnn.ops.mask_tables import tabulate
@@ -39,20 +40,22 @@ class Draw(NamedTuple):
 class BatchSampler:
     """An infinite batch sampler that groups images by orientation.
 
-    An epoch contains each image once, in random order, except for `N % batch_size` random images that it skips. The
-    images of a batch are all portrait or all landscape, which reduces padding; the remaining images of both groups
-    share a batch. A dataset smaller than a batch is repeated within the batch.
+    An epoch contains each image once, or as often as its weight says (`SamplerConfig`), in random order, except for
+    `N % batch_size` random draws that it skips. The images of a batch are all portrait or all landscape, which reduces
+    padding; the remaining images of both groups share a batch. A dataset smaller than a batch is repeated within the
+    batch.
 
     Args:
         sizes: (N, 2) height and width of the images.
         batch_size: images per training step, over all processes.
         seed: a non-negative number.
+        weights: (N,) how often each image is drawn in relation to the others; None: each once.
         start: the first training step.
         rank, world: index of this process and number of processes; each process takes an equal share of each batch.
         grad_accum_steps: number of micro-batches per process and training step; each is yielded separately.
 
     Raises:
-        InputError: `batch_size` is not divisible by `world * grad_accum_steps`.
+        InputError: `batch_size` is not divisible by `world * grad_accum_steps`, or the weights are invalid.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class BatchSampler:
         *,
         batch_size: int,
         seed: int,
+        weights: np.ndarray | None = None,
         start: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -76,8 +80,9 @@ class BatchSampler:
         self.batch_size, self.seed, self.start = batch_size, seed, start
         self.rank, self.world, self.grad_accum_steps = rank, world, grad_accum_steps
         self._num_images = len(sizes)
-        repeats = -(-batch_size // len(sizes))
-        self._landscape = np.tile(sizes[:, 1] >= sizes[:, 0], repeats)
+        self._num_draws = len(sizes) * -(-batch_size // len(sizes))  # in an epoch, before the remainder is skipped
+        self._landscape = sizes[:, 1] >= sizes[:, 0]
+        self._weights = weights if weights is None else _checked(weights, len(sizes))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -94,10 +99,15 @@ class BatchSampler:
             first_batch = 0
 
     def _epoch_batches(self, epoch: int) -> np.ndarray:
-        """Return the batches of an epoch as indices into the (repeated) dataset, (batches, batch_size)."""
+        """Return the batches of an epoch, (batches, batch_size): `i + N * k` for draw k of image i."""
         rng = np.random.default_rng((self.seed, epoch, 0))
-        order = rng.permutation(len(self._landscape))[: self.batches_per_epoch * self.batch_size]
-        landscape, portrait = order[self._landscape[order]], order[~self._landscape[order]]
+        if self._weights is None:
+            order = rng.permutation(self._num_draws)
+        else:
+            order = drawn_positions(self._weights, self._num_draws, rng)
+        order = order[: self.batches_per_epoch * self.batch_size]
+        is_landscape = self._landscape[order % self._num_images]
+        landscape, portrait = order[is_landscape], order[~is_landscape]
         full = [len(group) // self.batch_size * self.batch_size for group in (landscape, portrait)]
         remainder = np.concatenate([landscape[full[0] :], portrait[full[1] :]])
         grouped = np.concatenate([landscape[: full[0]], portrait[: full[1]], remainder])
@@ -107,6 +117,16 @@ class BatchSampler:
         # The seed does not depend on the batch, so another batch size gives the same augmentation. Key 0 is the order.
         state = np.random.SeedSequence((self.seed, epoch, position + 1)).generate_state(1, np.uint64)
         return Draw(position % self._num_images, int(state[0]) >> 1)  # 63 bits, to fit int64
+
+
+def _checked(weights: np.ndarray, num_images: int) -> np.ndarray:
+    """Return the weights as float64. Raises InputError if they are invalid."""
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (num_images,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise InputError(f"training.sampler: expected {num_images} finite weights of at least 0, one per image")
+    if not weights.any():
+        raise InputError("training.sampler: the weight of every image is 0; has the training set any object?")
+    return weights
 
 
 def batches_per_epoch(num_images: int, batch_size: int) -> int:
@@ -151,6 +171,7 @@ def training_loader(
     seed: int,
     workers: int,
     size_divisor: int,
+    weights: np.ndarray | None = None,
     pin_memory: bool = False,
     start: int = 0,
     rank: int = 0,
@@ -159,17 +180,18 @@ def training_loader(
 ) -> Iterable[tuple[Batch, ...]]:
     """Return an infinite iterable over the micro-batches of each training step, from step `start` on.
 
-    Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images. Set `pin_memory`
-    if the batches go to a GPU.
+    Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images and `weights`.
+    Set `pin_memory` if the batches go to a GPU.
 
     Raises:
-        InputError: `batch_size` is not divisible by `world * grad_accum_steps`. During iteration: the dataset cannot
-            read an image.
+        InputError: `batch_size` is not divisible by `world * grad_accum_steps`, or the weights are invalid. During
+            iteration: the dataset cannot read an image.
     """
     sampler = BatchSampler(
         dataset.image_sizes(),
         batch_size=batch_size,
         seed=seed,
+        weights=weights,
         start=start,
         rank=rank,
         world=world,
@@ -180,15 +202,21 @@ def training_loader(
 
 
 def training_examples(
-    dataset: DetectionDataset, transform: Transform, *, batch_size: int, seed: int
+    dataset: DetectionDataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    weights: np.ndarray | None = None,
 ) -> Iterator[Example]:
     """Yield the images of a training in their order, transformed as for it. They are loaded in this process.
 
     Raises:
-        InputError: during iteration: the dataset cannot read an image.
+        InputError: during iteration: the weights are invalid, or the dataset cannot read an image.
     """
     examples = _Examples(dataset, transform)
-    for draw in itertools.chain.from_iterable(BatchSampler(dataset.image_sizes(), batch_size=batch_size, seed=seed)):
+    sampler = BatchSampler(dataset.image_sizes(), batch_size=batch_size, seed=seed, weights=weights)
+    for draw in itertools.chain.from_iterable(sampler):
         item = examples[draw]
         if isinstance(item, InputError):
             raise item

@@ -20,6 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from maskrcnn.config import Section, Size
+from maskrcnn.data.sampling import SamplerConfig, UniformConfig
 from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.engine.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
@@ -54,6 +55,9 @@ class TrainingConfig(Section):
     )
     optimizer: OptimizerConfig = SGDConfig()
     schedule: ScheduleConfig = MultiStepConfig()
+    sampler: SamplerConfig = Field(
+        UniformConfig(), description="how often each image is drawn; an epoch has as many draws as there are images"
+    )
     seed: NonNegativeInt = 0
     workers: int = Field(4, ge=0, le=1024, description="data loader processes; 0 loads in the training process")
     precision: Precision = Field("fp32", description="autocast precision; fp16 uses a loss scaler")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.optim import Optimizer
 
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import training_loader
+from maskrcnn.data.sampling import SamplerConfig, UniformConfig
 from maskrcnn.data.transforms import Transform
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
@@ -28,6 +29,7 @@ class TrainerOptions:
     """Options of a training. The keys of `training` with these names explain them (docs/configuration.md)."""
 
     seed: int = 0  # of the order of the images, their augmentation and the sampling of RoIs
+    sampler: SamplerConfig = field(default_factory=UniformConfig)
     workers: int = 0
     grad_accum_steps: int = 1
     precision: Precision = "fp32"
@@ -140,6 +142,7 @@ class Trainer:
             seed=self.options.seed,
             workers=self.options.workers,
             size_divisor=self.model.size_divisor,
+            weights=self.options.sampler.weights(self.dataset),
             pin_memory=processes.device.type == "cuda",
             start=start,
             rank=processes.rank,

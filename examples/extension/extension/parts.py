@@ -20,7 +20,8 @@ from pycocotools import mask as cocoapi
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from maskrcnn.data.dataset import DatasetConfig
+from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
+from maskrcnn.data.sampling import SamplerConfig
 from maskrcnn.data.transforms import TransformConfig, crop
 from maskrcnn.engine.loggers import Logger, LoggerConfig
 from maskrcnn.engine.optimizer import OptimizerConfig, scaled_lr
@@ -272,6 +273,19 @@ class RandomWindow:
         size = min(self.side, height), min(self.side, width)
         top, left = int(rng.integers(height - size[0] + 1)), int(rng.integers(width - size[1] + 1))
         return crop(example, top, left, *size)
+
+
+# ---- Sampler: the images with an even index alone
+
+
+class EverySecondConfig(SamplerConfig):
+    """Every second image, from the first."""
+
+    kind: Literal["every_second"] = "every_second"
+
+    def weights(self, dataset: DetectionDataset) -> np.ndarray:
+        """Return 1, 0, 1, ..."""
+        return (np.arange(len(dataset)) + 1) % 2
 
 
 # ---- Optimizer, schedule, logger
