@@ -91,7 +91,7 @@ def side_by_side(
     left: np.ndarray, right: np.ndarray, titles: tuple[str, str] = ("ground truth", "prediction")
 ) -> np.ndarray:
     """Return two images next to each other, each below its title."""
-    return contact_sheet([_titled(left, titles[0]), _titled(right, titles[1])], columns=2)
+    return contact_sheet([titled(left, titles[0]), titled(right, titles[1])], columns=2)
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -222,7 +222,7 @@ def _text_colour(background: Colour) -> Colour:
     return BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else WHITE
 
 
-def _titled(image: np.ndarray, title: str) -> np.ndarray:
+def titled(image: np.ndarray, title: str) -> np.ndarray:
     """Return the image with a title on a white strip above it."""
     strip = TITLE_SIZE + 8
     canvas = Image.new("RGB", (image.shape[1], image.shape[0] + strip), WHITE)
