@@ -29,7 +29,7 @@ def test_every_kind_is_listed(point: type[Part]) -> None:
 def test_every_transform_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sheet = tmp_path / "sheet.png"
     monkeypatch.setattr("sys.argv", ["draw_transforms", "--out", str(sheet)])
-    names = runpy.run_path(str(REPOSITORY / "tools" / "draw_transforms.py"), run_name="__main__")
+    names = runpy.run_path(str(REPOSITORY / "docs" / "images" / "draw_transforms.py"), run_name="__main__")
     kinds = {config.kind for config in names["TRANSFORMS"].values() if config}
     assert kinds == own_kinds(TransformConfig) - {"resize"}
     stored = REPOSITORY / "docs" / "images" / "transforms.png"

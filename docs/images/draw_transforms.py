@@ -1,6 +1,6 @@
 """Draw a sheet that shows the transforms of docs/augmentation.md, each on the same generated scene.
 
-python tools/draw_transforms.py --out docs/images/transforms.png
+python docs/images/draw_transforms.py --out docs/images/transforms.png
 """
 
 from __future__ import annotations
