@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
@@ -18,6 +19,7 @@ import maskrcnn.data.photometric
 import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)
 from maskrcnn.config import Section, Size, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
+from maskrcnn.data import traps
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, ResizeConfig, Transform, TransformConfig
 from maskrcnn.engine.checkpoint import Checkpoint, load_weights, require_finite
@@ -174,6 +176,25 @@ class ExperimentConfig(Section):
             max_detections=self.max_detections,
             metrics={metric.kind: metric.build() for metric in self.evaluation.metrics},
         )
+
+
+def data_warnings(config: ExperimentConfig, train: DetectionDataset, validation: DetectionDataset) -> list[str]:
+    """Return what in the data lets a training end with a low AP, without an error; see `maskrcnn.data.traps`."""
+    examples = traps.sample(train)
+    transform, rng = config.data.build_validation_transform(), np.random.default_rng(0)
+    resized = (transform(example, rng) for example in examples)
+    flips = [each for each in config.data.train_transforms if isinstance(each, HorizontalFlipConfig)]
+    of_train = [
+        *traps.classes_without_example(train),
+        *traps.boxes_against_masks(examples),
+        *traps.small_objects(resized, min(map(min, config.model.rpn.anchor_sizes))),
+        *(line for each in flips if each.probability > 0 for line in traps.mirrored_classes(train.classes, each.swap)),
+    ]
+    of_validation = [
+        *traps.too_many_objects(validation, config.model.detection.detections_per_image),
+        *traps.shared_images(train, validation),
+    ]
+    return [*(f"data.train: {line}" for line in of_train), *(f"data.validation: {line}" for line in of_validation)]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -37,7 +37,7 @@ from maskrcnn.engine.schedule import ScheduleConfig
 from maskrcnn.engine.step import Keep, Precision, TrainingStep
 from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig
+from maskrcnn.experiment import ExperimentConfig, data_warnings
 from maskrcnn.interop.files import read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.run_directory import RunDirectory
@@ -90,6 +90,8 @@ def _train(
     schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
         _claim(run, config, resume=resume, device=processes.device, data={"train": dataset, "validation": validation})
+        for warning in data_warnings(config, dataset, validation):
+            logger.warning("%s", warning)
     processes.wait()
 
     trainer, start = _set_up(config, run, dataset, schedule, resume=resume, init=init, processes=processes)

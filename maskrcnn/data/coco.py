@@ -278,6 +278,11 @@ class CocoDataset:
         data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] in used]
         return data
 
+    def files(self) -> list[str]:
+        """Return the path of each image file; symbolic links of the image folder are resolved."""
+        folder = os.path.realpath(self._folder)
+        return [os.path.join(folder, self._names[index].tobytes().decode()) for index in range(len(self))]
+
     def origin(self) -> dict[str, str]:
         """Return the annotation file and the image files with digests, and the ids of what was dropped, by reason."""
         names = (self._names[index].tobytes().decode() for index in range(len(self)))
