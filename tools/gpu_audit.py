@@ -7,7 +7,7 @@
 host wait is recorded with the line of this project that called it: one whose result depends on values of the GPU in
 shape or as a number, and a blocking copy. It gets a plausible result, so that one run finds all of them.
 
-Audited are two iterations of the training loop with clipping, averaged weights and a log record at each, and `detect`.
+Audited are three iterations of the training loop with clipping, averaged weights and a log record each, and `detect`.
 Not audited: the loading of batches, several processes, and what `detect` returns on its way to the host.
 """
 
@@ -62,8 +62,8 @@ class Shape(NamedTuple):
 # ---- What is audited
 
 
-def audit_training(config: ExperimentConfig, shape: Shape, *, iterations: int = 2) -> Waits:
-    """Count the synchronisations of a training loop of so many iterations, each of which is logged."""
+def audit_training(config: ExperimentConfig, shape: Shape, *, iterations: int = 3) -> Waits:
+    """Count the synchronisations of so many iterations of the training loop, each of which is logged."""
     model = config.model.build(num_classes=80, pretrained=False)
     with audit(autocast=config.training.precision == "bf16") as waits:
         to_fake_gpu(model)
@@ -74,16 +74,28 @@ def audit_training(config: ExperimentConfig, shape: Shape, *, iterations: int = 
         skips = config.training.skip_non_finite
         step = TrainingStep(state, Processes(device), clip_norm=1.0, skips=skips)
         waits.clear()  # those of the preparation happen once
-        loop.train(
-            step,
-            itertools.repeat([batch]),
-            lambda iteration: 1.0,
-            start=0,
-            iterations=iterations,
-            intervals=loop.Intervals(log=1),
-            writer=SilentWriter(),
-        )
-    return waits
+        counted: Waits = Counter()
+
+        def load() -> Iterator[list[Batch]]:
+            yield from itertools.repeat([batch], iterations)
+            counted.update(waits)  # before the loop ends, for which the host waits
+            raise _Enough
+
+        with contextlib.suppress(_Enough):
+            loop.train(
+                step,
+                load(),
+                lambda iteration: 1.0,
+                start=0,
+                iterations=iterations + 1,
+                intervals=loop.Intervals(log=1),
+                writer=SilentWriter(),
+            )
+    return counted
+
+
+class _Enough(Exception):  # noqa: N818 (not an error)
+    """Ends the training loop."""
 
 
 def audit_detection(config: ExperimentConfig, shape: Shape) -> Waits:
@@ -134,6 +146,7 @@ def audit(*, autocast: bool = False) -> Iterator[Waits]:
         for owner, name, replacement in (
             (Tensor, "backward", _backward),
             (FakeTensor, "tolist", _tolist(waits)),
+            (torch.cuda, "Event", _event(waits)),
             (loop, "peak_memory", lambda device: 0.0),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
@@ -210,10 +223,27 @@ class _Operations(TorchDispatchMode):
 
 def _tolist(waits: Waits) -> Callable[[Tensor], list]:
     def tolist(tensor: Tensor) -> list:
-        waits[_place(), "tolist"] += _on_gpu(tensor)
+        if _on_gpu(tensor):
+            waits[_place(), "tolist"] += 1
         return getattr(tensor, "plausible", None) or np.ones(tuple(tensor.shape)).tolist()
 
     return tolist
+
+
+def _event(waits: Waits) -> type:
+    """Return a class in place of `torch.cuda.Event`: waiting for an event is fine if a newer one has been recorded."""
+
+    class Event:
+        newest: Event | None = None
+
+        def record(self) -> None:
+            Event.newest = self
+
+        def synchronize(self) -> None:
+            if Event.newest is self:
+                waits[_place(), "wait for the newest event"] += 1
+
+    return Event
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
@@ -331,7 +361,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     shape = Shape(args.batch, args.objects, args.height, args.width)
     training = audit_training(config, shape)
     detection = audit_detection(config, shape)
-    for title, waits in (("two training iterations", training), ("detect", detection)):
+    for title, waits in (("three training iterations", training), ("detect", detection)):
         print(f"{title}: {waits.total()} synchronisations\n{describe(waits)}\n")
 
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
@@ -138,27 +139,27 @@ def train(
         Exception: of `loader`, after saving a checkpoint, or of `step`, without saving: norm statistics may be invalid.
     """
     speed, processes = Speedometer(), step.processes
-    save = save or (lambda iteration: None)
     with _progress_bar(start, iterations, enabled=processes.is_main) as bar:
+        is_logged = partial(_is_due, every=intervals.log, iterations=iterations)
+        journal = _Journal(step, writer, speed, bar, is_logged)
+        save = partial(_finish_and_save, journal, save)
         _evaluate_once(start, writer, evaluate, due=_is_due(start, intervals.evaluate, iterations))
         batch_iterator = iter(loader)
         for iteration in range(start + 1, iterations + 1):
             if _is_due(iteration - 1, intervals.evaluate, iterations) and is_over():
                 logger.info("no improvement in the last evaluations: training ends after iteration %d", iteration - 1)
                 break
-            log_due, evaluation_due = (_is_due(iteration, n, iterations) for n in (intervals.log, intervals.evaluate))
+            evaluation_due = _is_due(iteration, intervals.evaluate, iterations)
             with speed.waiting():
                 batches = _fetch(batch_iterator, processes, save, iteration - 1, start)
             with speed.working(images=sum(len(batch.images) for batch in batches) * processes.world):
-                lr = set_learning_rate(step.state.optimizer, schedule(iteration - 1))
-                result = step(batches, iteration, diagnose=log_due)
+                journal.rates[iteration] = set_learning_rate(step.state.optimizer, schedule(iteration - 1))
+                step.start(batches, iteration, diagnose=journal.is_due(iteration))
+                results = step.results()
             if profiler is not None:
                 profiler.step()
-            record = _record_of(result, iteration, lr, speed, processes, average=log_due)
-            bar.set_postfix_str(record.brief, refresh=False)
             bar.update()
-            if log_due:
-                _log_step(record, iterations, writer, speed, console=bool(bar.disable))
+            journal.write(results)
             _stop_on_signal(stop, processes, save, iteration)
             if evaluation_due or _is_due(iteration, intervals.save, iterations):
                 save(iteration)
@@ -166,12 +167,61 @@ def train(
     writer.log_end()
 
 
-def _log_step(record: Step, iterations: int, writer: MetricsWriter, speed: Speedometer, *, console: bool) -> None:
-    """Record a step and restart the timing; `console`: there is no progress bar that shows the same values."""
-    level = logging.INFO if console else logging.DEBUG
-    logger.log(level, "iteration %d of %d: %s", record.iteration, iterations, record)
-    writer.log_step(record)
-    speed.reset()
+class _Journal:
+    """Shows and records the training steps when their results arrive, on a GPU some steps later."""
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        writer: MetricsWriter,
+        speed: Speedometer,
+        bar: tqdm,
+        is_due: Callable[[int], bool],
+    ) -> None:
+        self.is_due = is_due  # whether an iteration is recorded
+        self.rates: dict[int, float] = {}  # learning rate of each iteration whose result has not arrived
+        self._step, self._writer, self._speed, self._bar = step, writer, speed, bar
+
+    def finish(self) -> None:
+        """Wait for the results of all steps, and show and record them."""
+        self.write(self._step.results(wait=True))
+
+    def write(self, results: Sequence[StepResult]) -> None:
+        """Show results, and record those that are due."""
+        for result in results:
+            due = self.is_due(result.iteration)
+            record = self._record_of(result, average=due)
+            self._bar.set_postfix_str(record.brief, refresh=False)
+            if due:
+                # Without a progress bar, the console shows the record.
+                level = logging.INFO if self._bar.disable else logging.DEBUG
+                logger.log(level, "iteration %d of %d: %s", record.iteration, self._bar.total, record)
+                self._writer.log_step(record)
+                self._speed.reset()
+
+    def _record_of(self, result: StepResult, *, average: bool) -> Step:
+        """Return the record of a training step; with `average`, losses are averaged over the processes."""
+        losses, processes = result.losses, self._step.processes
+        if average and processes.world > 1:
+            means = processes.mean(torch.tensor(list(losses.values())))  # on the CPU: the GPU goes on
+            losses = dict(zip(losses, means.tolist(), strict=True))
+        return Step(
+            iteration=result.iteration,
+            losses=losses,
+            lr=self.rates.pop(result.iteration),
+            gradient_norm=result.gradient_norm,
+            images_per_second=self._speed.images_per_second,
+            data_share=self._speed.data_share,
+            peak_memory=peak_memory(processes.device),
+            diagnostics=result.diagnostics,
+        )
+
+
+def _finish_and_save(journal: _Journal, save: Save | None, iteration: int) -> None:
+    """Wait for the results of all steps, so that none is missing in a resumed run, and save a checkpoint."""
+    journal.finish()
+    if save is not None:
+        save(iteration)
 
 
 def _stop_on_signal(stop: StopRequest | None, processes: Processes, save: Save, iteration: int) -> None:
@@ -181,26 +231,6 @@ def _stop_on_signal(stop: StopRequest | None, processes: Processes, save: Save, 
         processes.wait()  # torchrun stops all processes when one exits, so wait for the main one to save
         message = f"stopped after iteration {iteration}, which is saved; resume with --resume"
         raise Interrupted(signal.Signals(number), message)
-
-
-def _record_of(
-    result: StepResult, iteration: int, lr: float, speed: Speedometer, processes: Processes, *, average: bool
-) -> Step:
-    """Return the record of a training step; with `average`, losses are averaged over the processes."""
-    losses = result.losses
-    if average and processes.world > 1:
-        means = processes.mean(torch.tensor(list(losses.values()), device=processes.device))
-        losses = dict(zip(losses, means.tolist(), strict=True))
-    return Step(
-        iteration=iteration,
-        losses=losses,
-        lr=lr,
-        gradient_norm=result.gradient_norm,
-        images_per_second=speed.images_per_second,
-        data_share=speed.data_share,
-        peak_memory=peak_memory(processes.device),
-        diagnostics=result.diagnostics,
-    )
 
 
 def _fetch(

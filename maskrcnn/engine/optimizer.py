@@ -176,6 +176,32 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     return norm
 
 
+def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Return whether `step_unless` works: on a GPU, with the fused optimizers of torch."""
+    return device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Take an optimizer step unless the scalar bool tensor `skip` is true, which the host does not read."""
+    fill_momentum(optimizer)
+    # The attribute by which torch's GradScaler tells a fused optimizer to do nothing.
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def fill_momentum(optimizer: Optimizer) -> None:
+    """Give a fused SGD that has not taken a step momentum buffers of zeros, with which its first step is the same.
+
+    torch creates them in the first step, and leaves them uninitialised if the kernel skips that step. (With dampening,
+    which no configuration has, the first step would differ.)
+    """
+    if isinstance(optimizer, SGD) and not optimizer.state:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any], *, source: str) -> None:
     """Load the optimizer state (momenta, step counts) from a state dict; learning rates and decay are not loaded.
 

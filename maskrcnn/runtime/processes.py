@@ -35,8 +35,8 @@ class Processes:
     """The process group of a training run, as seen from this process. The default is a single process.
 
     Methods that communicate are collective: every process must call them in the same order. Except for `mean`,
-    `share_buffers` and the module that `wrap` returns, they communicate through the CPU (gloo), so they do not wait
-    for the GPU or use its memory.
+    `any_on_device`, `share_buffers` and the module that `wrap` returns, they communicate through the CPU (gloo), so
+    they do not wait for the GPU or use its memory.
     """
 
     device: torch.device  # device of this process
@@ -62,6 +62,14 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on any process."""
         return self.max(int(flag)) > 0
+
+    def any_on_device(self, flag: Tensor) -> Tensor:
+        """Return whether a scalar bool tensor is true on any process, on the same device. The host does not wait."""
+        if self.world == 1:
+            return flag
+        largest = flag.to(torch.int32)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest > 0
 
     def wait(self) -> None:
         """Wait until every process has called this method (a barrier)."""

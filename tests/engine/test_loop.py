@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from maskrcnn.engine import step as engine_step
 from maskrcnn.engine.checkpoint import CheckpointFolder, TrainingState, load_checkpoint, restore
 from maskrcnn.engine.ema import ExponentialAverage
 from maskrcnn.engine.loop import Interrupted, Intervals, Speedometer, StopRequest, TrainingConfig, train
@@ -281,6 +282,34 @@ def poisoned(place):
         run.before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
     return poison
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_results_that_arrive_late_are_recorded_alike(tmp_path, monkeypatch, interrupt):
+    """As from a GPU: the device decides about a step, and its results arrive some steps later."""
+    usual = Run(tmp_path / "usual").train()
+    monkeypatch.setattr(engine_step, "can_skip_on_device", lambda optimizer, device: True)
+    late = Run(tmp_path / "late")
+    if interrupt:
+        late.model.on_step[7] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            late.train()
+        late = Run(tmp_path / "late")
+    late.train()
+    assert late.records() == usual.records()
+    assert_same_state(late, usual)
+
+
+def test_a_late_report_of_a_step_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_step, "can_skip_on_device", lambda optimizer, device: True)
+    run = Run(tmp_path, intervals=Intervals(evaluate=100, save=100, log=2))
+    run.model.on_step[4] = lambda: poisoned("gradient")(run)
+    with pytest.raises(FloatingPointError, match=r"iteration 4: .*image ids 12, 13, 14, 15"):
+        run.train()
+    assert run.model.steps == 6
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, run.before[name])
+    assert [record["iteration"] for record in run.records()] == [2]
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

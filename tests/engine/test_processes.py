@@ -195,6 +195,7 @@ def collectives(group: Processes) -> dict[str, Any]:
     return {
         "max": group.max(3 * rank),
         "any": [group.any(False), group.any(rank == 1), group.any(True)],
+        "any on device": [bool(group.any_on_device(torch.tensor(flag))) for flag in (False, rank == 1, True)],
         "gather": group.gather({"rank": rank}),
         "broadcast": group.gather(group.broadcast(f"from {rank}")),
         "from_main": group.gather(group.from_main(lambda: os.environ["RANK"])),
@@ -352,7 +353,7 @@ def test_two_processes_evaluate_what_one_does(
 def test_collective_operations(results_of_two: dict[str, Any]) -> None:
     results = results_of_two["collectives"]
     assert results["max"] == 3
-    assert results["any"] == [False, True, True]
+    assert results["any"] == results["any on device"] == [False, True, True]
     assert results["gather"] == [{"rank": 0}, {"rank": 1}]
     assert results["broadcast"] == ["from 0", "from 0"]
     assert results["from_main"] == ["0", "0"]
@@ -370,6 +371,7 @@ def test_a_process_alone_needs_no_others() -> None:
     assert (group.gather("x"), group.broadcast("x"), group.from_main(lambda: "x")) == (["x"], "x", "x")
     assert group.wrap(model) is model
     assert group.mean(values) is values
+    assert group.any_on_device(values > 1).tolist() == [False, True]
 
 
 # Environment variables of torchrun.

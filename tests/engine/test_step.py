@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from maskrcnn.engine import step as step_module
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
-from maskrcnn.engine.optimizer import SGDConfig
+from maskrcnn.engine.optimizer import AdamWConfig, OptimizerConfig, SGDConfig
 from maskrcnn.engine.step import TrainingStep
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import AxisAlignedMap, Batch, Diagnostics, ImageBatch, Losses, MaskTables, Targets
@@ -122,9 +123,21 @@ def test_the_average_follows_the_weights() -> None:
     torch.testing.assert_close(average.state_dict()["head.weight"], (before + model.head.weight.detach()) / 2)
 
 
-# Values that are not finite.
+# Values that are not finite. On a GPU the device decides; on a CPU a fused optimizer does the same.
 
 
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_module, "can_skip_on_device", lambda optimizer, device: True)
+
+
+@pytest.fixture(params=["host", "device"])
+def decided_by(request: pytest.FixtureRequest) -> None:
+    if request.param == "device":
+        request.getfixturevalue("on_device")
+
+
+@pytest.mark.usefixtures("decided_by")
 def test_a_step_that_is_not_finite_is_refused_and_stored(tmp_path: Path) -> None:
     model = Toy()
     before = weights(model)
@@ -145,6 +158,7 @@ def test_a_step_that_is_not_finite_is_refused_and_stored(tmp_path: Path) -> None
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.usefixtures("decided_by")
 def test_steps_may_be_skipped_so_many_times_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
     model = Toy(norm=True)
     step = step_of(model, skips=2)
@@ -167,6 +181,7 @@ def test_steps_may_be_skipped_so_many_times_in_a_row(caplog: pytest.LogCaptureFi
         step(ONE_BATCH, 7)
 
 
+@pytest.mark.usefixtures("decided_by")
 def test_a_gradient_that_overflows_in_fp16_lowers_the_scale_and_costs_the_step_alone() -> None:
     model = Toy()
     step = step_of(model, precision="fp16")
@@ -180,6 +195,68 @@ def test_a_gradient_that_overflows_in_fp16_lowers_the_scale_and_costs_the_step_a
     scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
     assert math.isfinite(step(ONE_BATCH, 2).gradient_norm)
     assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_results_from_a_device_are_late() -> None:
+    step = step_of(Toy())
+    arrived = []
+    for iteration in range(1, 6):
+        step.start(ONE_BATCH, iteration)
+        arrived.append([result.iteration for result in step.results()])
+    assert arrived == [[], [], [1], [2], [3]]
+    assert [result.iteration for result in step.results(wait=True)] == [4, 5]
+
+
+@pytest.mark.usefixtures("on_device")
+def test_no_step_is_taken_after_one_that_must_be_reported() -> None:
+    model = Toy()
+    stored = []
+    step = step_of(model, keep=lambda iteration, batches: stored.append((iteration, batches)) or Path("step.pt"))
+    before = []
+    for iteration, poison in ((1, 1.0), (2, math.nan), (3, 1.0), (4, 1.0)):
+        model.poison = poison
+        before.append(weights(model))
+        step.start(ONE_BATCH if iteration == 2 else THREE_BATCHES, iteration)
+        if iteration < 4:
+            step.results()
+    with pytest.raises(FloatingPointError, match=r"iteration 2: .* image ids 0, 1, 2, 3, 4, 5"):
+        step.results()
+    assert stored == [(2, ONE_BATCH)]
+    assert not torch.equal(before[0], before[1])
+    assert torch.equal(weights(model), before[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("poison", [[math.nan, 1, 1], [1, math.inf, 1], [1, 1, 1]], ids=str)
+@pytest.mark.parametrize("config", [SGDConfig(lr=0.1, momentum=0.9), AdamWConfig(lr=0.01)], ids=lambda c: c.kind)
+def test_device_and_host_decide_alike(
+    poison: list[float], precision: str, config: OptimizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the first step is skipped, for which momentum buffers do not exist yet."""
+    results = []
+    for on_device in (False, True):
+        monkeypatch.setattr(step_module, "can_skip_on_device", lambda *arguments, answer=on_device: answer)
+        model = Toy(norm=True)
+        scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=8.0)
+        state = TrainingState(model, config.build(model, batch_size=16), scaler)
+        step = TrainingStep(state, CPU, precision=precision, skips=1)
+        for iteration, factor in enumerate([*poison, 1.0, 1.0], start=1):
+            model.poison = factor
+            step.start(ONE_BATCH, iteration)
+        results.append((weights(model), [(r.losses, r.gradient_norm) for r in step.results(wait=True)]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][0].isfinite().all()
+    assert results[0][1][-2:] == results[1][1][-2:]
+
+
+def test_a_first_step_that_overflows_in_fp16_leaves_no_momentum() -> None:
+    """torch creates the momentum buffers in the first step, and leaves them uninitialised if it is skipped."""
+    model = Toy()
+    optimizer = SGDConfig(lr=0.1, momentum=0.9, weight_decay=0.0).build(model, batch_size=16)
+    state = TrainingState(model, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    TrainingStep(state, CPU, precision="fp16")(ONE_BATCH, 1)
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
 
 
 # Out of memory.
