@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskrcnn.data.loader import collate
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
@@ -153,3 +154,60 @@ def test_slots_by_hand() -> None:
         assert torch.equal(cpu.spread(values, used), dense)
     assert images.tolist() == [0, 0, 0, 1, 1, 1]
     assert slots.tolist() == [0, 1, 2] * 2
+
+
+# One graph. Tracing takes long, so the model has two levels, and few boxes.
+
+
+SMALL: dict[str, Any] = {
+    "backbone": {**FPN["backbone"], "out_features": ["res4", "res5"]},
+    "rpn": {
+        "anchor_sizes": [[16], [32], [64]],
+        "training": {"pre_nms_top_n": 12, "post_nms_top_n": 12},
+        "inference": {"pre_nms_top_n": 12, "post_nms_top_n": 12},
+        "batch_size_per_image": 16,
+    },
+    "detection": {"detections_per_image": 3, "score_threshold": 0.0},
+}
+
+
+def build_small() -> MaskRCNN:
+    torch.manual_seed(1)
+    return MaskRCNNConfig.model_validate(FPN | SMALL).build(K)
+
+
+@pytest.fixture(params=["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def counter(request: pytest.FixtureRequest) -> CompileCounterWithBackend:
+    torch._dynamo.reset()
+    return CompileCounterWithBackend(request.param)
+
+
+def test_losses_and_gradients_are_one_graph(counter: CompileCounterWithBackend) -> None:
+    """Compiled once for batches with tensors of the same shapes."""
+    model = build_small()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    for images in ((SOME, ()), ((), SOME)):
+        batch = batch_of(*images)
+        expected = trained(model, batch)
+        with fixed_shapes():
+            model.zero_grad()
+            losses = compiled(batch.images, batch.targets)
+            losses.total.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(tuple(losses), tuple(expected[0]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_detection_is_one_graph(counter: CompileCounterWithBackend) -> None:
+    model = build_small()
+    detect = torch.compile(model.detect, fullgraph=True, dynamic=False, backend=counter)
+    for boxes in (SOME, MANY):
+        images = batch_of(boxes, ()).images
+        expected = model.detect(images)
+        with fixed_shapes():
+            detections = detect(images)
+        assert torch.equal(detections.labels, expected.labels)
+        torch.testing.assert_close(detections.boxes, expected.boxes, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(detections.scores, expected.scores, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
