@@ -6,16 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from maskrcnn.engine.checkpoint import Checkpoint, checkpoint_of, is_checkpoint, save_checkpoint
 from maskrcnn.errors import InputError
 from maskrcnn.interop.certificate import Certificate
 from maskrcnn.interop.conversion import Converted, convert
-from maskrcnn.runtime.files import json_text, read_tensors, write_text
+from maskrcnn.interop.unpickler import read_pickle
+from maskrcnn.runtime.files import json_text, read_mapping, read_tensors, write_text
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "blobs")  # keys under which programs store the state dict
+PICKLES = (".pkl", ".pickle")  # suffixes of files without torch's own format
 WRAPPER = "module."  # the prefix of all names in a model that was trained in torch's DistributedDataParallel
 
 
@@ -37,11 +41,24 @@ def read_weights(path: Path, *, class_names: Sequence[str] = ()) -> Weights:
         InputError: the file cannot be read, is damaged, holds other things than tensors and plain values, or its layout
             is unknown. The message names the file.
     """
-    content = read_tensors(path)
+    content = read_content(path)
     if is_checkpoint(content):
         return Weights(checkpoint_of(content, str(path)), None)
     converted = convert(state_dict_of(content, str(path)), source=str(path), class_names=class_names)
     return Weights(_as_checkpoint(converted), converted.certificate)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Return the content of a file of `torch.save`, or with its suffix, of safetensors or pickled NumPy arrays.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or holds other things than tensors and plain values.
+    """
+    if path.suffix == ".safetensors":
+        return read_mapping(path, load_file)
+    if path.suffix in PICKLES and not is_zipfile(path):
+        return read_mapping(path, lambda file: read_pickle(file.read_bytes()))
+    return read_tensors(path)
 
 
 def write_weights(out: Path, weights: Weights) -> list[Path]:

@@ -27,12 +27,18 @@ def read_tensors(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
     """
+    return read_mapping(path, _load)
+
+
+def read_mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
+    """Return the dict that `load` reads from a file of tensors.
+
+    Raises:
+        InputError: the file is missing, unreadable, damaged or does not hold a dict. The message names the file.
+    """
     try:
         require_file(path)
-        _verify_checksums(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as advice on files that torch can read in other ways
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror or error}") from error
     except Exception as error:  # unpickling arbitrary bytes can raise almost any exception
@@ -42,6 +48,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: it holds a {type(content).__name__}, not tensors by name")
     return content
+
+
+def _load(path: Path) -> Any:
+    _verify_checksums(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as advice on files that torch can read in other ways
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
