@@ -36,11 +36,10 @@ def model_settings(shapes: Shapes) -> dict[str, Any]:
         "neck": _fpn(shapes) if pyramid else {"kind": "none"},
         "rpn": {"anchor_sizes": [[size] for size in _sizes()] if pyramid else [_sizes()]},
     }
-    if has_heads:
-        settings["rpn"]["conv_depth"] = 1 + _count(shapes, "rpn.head.more_convs.{}.weight")
-        settings["box_head"] = _box_head(shapes)
-        settings["mask_head"] = _mask_head(shapes)
-    return settings
+    if not has_heads:
+        return {**settings, "box_head": {"kind": "fc"}, "mask_head": {"kind": "fcn"}}
+    settings["rpn"]["conv_depth"] = 1 + _count(shapes, "rpn.head.more_convs.{}.weight")
+    return {**settings, "box_head": _box_head(shapes), "mask_head": _mask_head(shapes)}
 
 
 def anchors_per_cell(shapes: Shapes) -> int:

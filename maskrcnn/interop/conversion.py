@@ -28,6 +28,7 @@ from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 from maskrcnn.structures import ClassTable
 
 DATA = "base/data/coco"  # the recipe of the data that published detectors were trained on
+EPS = 1e-5  # of frozen norms
 RANDOM = "not in the file: random initial values"
 
 
@@ -63,15 +64,16 @@ def convert(
     layout = recognise(tensors, source)
     renamed, left_out = _rename(tensors, layout, source)
     ours = {new: tensors[old] for old, new in renamed.items()}
+    filled = _complete_norms(ours) if layout.affine_norms else {}
     try:
         settings = model_settings({name: tuple(tensor.shape) for name, tensor in ours.items()})
     except InputError as error:
         raise InputError(f"{source}: {layout.name}: {error}") from error
     permuted = _reorder(ours, layout, source)
     classes, assumed = _classes(ours, class_names, source)
-    config = _config(layout, settings, found or {})
+    config = _config(layout, settings, found or _pixels(tensors))
     frozen = config["model"]["backbone"]["norm"] == "frozen_bn"
-    missing = require_fit(ours, validate(config["model"], MaskRCNNConfig, source=source), len(classes), source)
+    missing = filled | require_fit(ours, validate(config["model"], MaskRCNNConfig, source=source), len(classes), source)
     return Converted(
         ours,
         classes,
@@ -101,8 +103,10 @@ def recognise(tensors: Mapping[str, Tensor], source: str) -> Layout:
     names = list(tensors)
     for layout in LAYOUTS:
         if all(any_matches(template, names) for template in layout.signature):
+            if layout.refused:
+                raise InputError(f"{source}: {layout.name}: {layout.refused}")
             return layout
-    known = ", ".join(layout.name for layout in LAYOUTS)
+    known = ", ".join(layout.name for layout in LAYOUTS if not layout.refused)
     raise InputError(
         f"{source}: its {len(names)} tensors ({', '.join(names[:3])}, ...) have the names of no known layout; known "
         f"are {known}"
@@ -131,6 +135,30 @@ def _rename(tensors: Mapping[str, Tensor], layout: Layout, source: str) -> tuple
     if unknown:
         raise InputError("\n  ".join([f"{source}: {layout.name}: unknown tensors:", *first_of(unknown)]))
     return renamed, left_out
+
+
+def _complete_norms(ours: dict[str, Tensor]) -> dict[str, str]:
+    """Add the statistics of norms that are a scale and a shift, in place; return what was added, by tensor.
+
+    A variance of 1 - epsilon makes the norm exactly that.
+    """
+    filled: dict[str, str] = {}
+    for name in [name for name in ours if name.endswith(".bias")]:
+        prefix = name.removesuffix(".bias")
+        for part, value in (("running_mean", 0.0), ("running_var", 1 - EPS)):
+            if ours[f"{prefix}.weight"].ndim == 1 and f"{prefix}.{part}" not in ours:
+                ours[f"{prefix}.{part}"] = torch.full_like(ours[name], value)
+                filled[f"{prefix}.{part}"] = f"{value:g}: the norm is a scale and a shift"
+    return filled
+
+
+def _pixels(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the normalisation of pixels that Detectron2's older files hold."""
+    values = [tensors.get(name) for name in ("pixel_mean", "pixel_std")]
+    if any(value is None or value.numel() != 3 for value in values):
+        return {}
+    mean, std = ([round(float(number), 4) for number in value.flatten()] for value in values if value is not None)
+    return {"model": {"pixels": {"mean": mean, "std": std}}}
 
 
 def _reorder(ours: dict[str, Tensor], layout: Layout, source: str) -> dict[str, str]:
@@ -175,8 +203,8 @@ def _config(layout: Layout, settings: Mapping[str, Any], found: Mapping[str, Any
     """Return the configuration: the data, the framework's conventions, and what follows from the tensors."""
     backbone = settings["backbone"]
     changes: list[Mapping[str, Any]] = [{"model": settings}, layout.settings]
-    changes += [layout.if_grouped] if backbone.get("groups", 1) > 1 else []
-    changes += [layout.if_counted] if backbone["norm"] == "bn" else []
+    cases = [backbone["norm"], *(["grouped"] if backbone.get("groups", 1) > 1 else [])]
+    changes += [layout.cases[case] for case in cases if case in layout.cases]
     changes += [{"evaluation": {"best_metric": "box/AP"}}] if settings.get("mask_head", True) is None else []
     problems: list[str] = []
     recipes = [compose(find_config(Path(name)), problems) for name in (DATA, *layout.bases)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,12 @@ from maskrcnn.interop.unpickler import read_pickle
 from maskrcnn.runtime.files import json_text, read_mapping, read_tensors, write_text
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "blobs")  # keys under which programs store the state dict
+CAFFE_STYLE = {  # of MMDetection
+    "model": {
+        "pixels": {"order": "bgr", "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]},
+        "backbone": {"stride_in_1x1": True},
+    }
+}
 PICKLES = (".pkl", ".pickle")  # suffixes of files without torch's own format
 WRAPPER = "module."  # the prefix of all names in a model that was trained in torch's DistributedDataParallel
 
@@ -44,7 +51,13 @@ def read_weights(path: Path, *, class_names: Sequence[str] = ()) -> Weights:
     content = read_content(path)
     if is_checkpoint(content):
         return Weights(checkpoint_of(content, str(path)), None)
-    converted = convert(state_dict_of(content, str(path)), source=str(path), class_names=class_names)
+    stated = _stated(content)
+    converted = convert(
+        state_dict_of(content, str(path)),
+        source=str(path),
+        class_names=class_names or stated.class_names,
+        found=stated.settings,
+    )
     return Weights(_as_checkpoint(converted), converted.certificate)
 
 
@@ -91,6 +104,25 @@ def state_dict_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if all(name.startswith(WRAPPER) for name in tensors):
         tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+class _Stated(NamedTuple):
+    """What a file says besides its tensors."""
+
+    class_names: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+
+
+def _stated(content: Mapping[str, Any]) -> _Stated:
+    """Return the classes and the style of the backbone in a file of MMDetection 2.x or 3.x."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return _Stated()
+    dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
+    candidates = [source.get(key) for source in (dataset, meta) for key in ("classes", "CLASSES")]
+    names = next((tuple(map(str, names)) for names in candidates if isinstance(names, list | tuple) and names), ())
+    text = str(meta.get("cfg", meta.get("config", "")))
+    return _Stated(names, CAFFE_STYLE if re.search(r"style=['\"]caffe['\"]", text) else None)
 
 
 def _as_checkpoint(converted: Converted) -> Checkpoint:
