@@ -36,6 +36,7 @@ from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.resume_rules import changes
 from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable
+from maskrcnn.visualization.colours import ColourBy
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class EvaluationConfig(Section):
     losses: bool = False  # also compute the losses on the validation set
     pictures: int = Field(12, ge=0, le=2**16)  # number of images to draw after training, ground truth beside prediction
     picture_score: float = 0.5  # detections with a lower score are not drawn
+    colour_by: ColourBy = "instance"  # a colour for each object, such that objects that touch differ; or for each class
 
     @field_validator("metrics")
     @classmethod
@@ -299,7 +301,14 @@ def evaluate_checkpoint(
     settings = config.evaluation
     with output_folder(out):
         evaluation = config.evaluator(dataset)(predictor, out)
-        draw_predictions(predictor, dataset, settings.pictures, out / "predictions", min_score=settings.picture_score)
+        draw_predictions(
+            predictor,
+            dataset,
+            settings.pictures,
+            out / "predictions",
+            min_score=settings.picture_score,
+            colour_by=settings.colour_by,
+        )
     return evaluation
 
 

@@ -229,7 +229,13 @@ class _Evaluations:
                 measurement = measurement.with_average(self._measure(self._run.evaluation / "average"))
         if self._processes.is_main:
             self._checkpoints.keep_best(iteration, measurement.metrics)
-            pictures = preview_pictures(self._predictor, dataset, settings.pictures, min_score=settings.picture_score)
+            pictures = preview_pictures(
+                self._predictor,
+                dataset,
+                settings.pictures,
+                min_score=settings.picture_score,
+                colour_by=settings.colour_by,
+            )
             measurement = measurement._replace(pictures=pictures)
         return measurement
 
@@ -237,7 +243,12 @@ class _Evaluations:
         """Draw ground truth beside prediction to folder `out`."""
         settings = self._config.evaluation
         draw_predictions(
-            self._predictor, self._evaluator.dataset, settings.pictures, out, min_score=settings.picture_score
+            self._predictor,
+            self._evaluator.dataset,
+            settings.pictures,
+            out,
+            min_score=settings.picture_score,
+            colour_by=settings.colour_by,
         )
 
     def is_over(self) -> bool:

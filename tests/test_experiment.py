@@ -17,7 +17,7 @@ from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
-from maskrcnn.engine.pictures import ImagesSkipped, _picture_names, predict_images
+from maskrcnn.engine.prediction import ImagesSkipped, _picture_names, predict_images
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, load_predictor

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +9,29 @@ import torch
 from PIL import Image
 
 from maskrcnn.structures import MaskCrop
-from maskrcnn.visualization.drawing import (
-    GAP,
+from maskrcnn.visualization.captions import FONT_SIZE, _places, font_size_of, overlaps, place_captions
+from maskrcnn.visualization.colours import (
     IGNORED,
-    LEGIBLE_SIDE,
+    INSTANCE_COLOURS,
     PALETTE,
-    _overlap,
-    _places,
+    UNMATCHED,
     class_colour,
+    instance_colours,
+    oklab,
+    palette,
+)
+from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects, enlarge, save_image, shrink
+from maskrcnn.visualization.pairs import IGNORED as IN_IGNORED_REGION
+from maskrcnn.visualization.pairs import NONE, Objects, draw_pair, match_objects
+from maskrcnn.visualization.sheets import (
+    GAP,
+    ROW_HEIGHT,
+    SHEET_WIDTH,
+    THUMBNAILS,
+    Thumbnail,
+    _shortened,
     contact_sheet,
-    draw_objects,
-    enlarge,
-    save_image,
-    shrink,
+    grid,
     side_by_side,
 )
 
@@ -38,7 +49,7 @@ def square() -> MaskCrop:
 
 def test_a_mask_is_tinted_inside_and_outlined():
     image = grey(100, 100)
-    drawn = draw_objects(image, [[30, 30, 70, 70]], [2], [square()], NAMES, scale=1)
+    drawn = draw_objects(image, [[30, 30, 70, 70]], [2], [square()], NAMES, scale=1, colour_by="class")
     colour = np.array(class_colour(2))
     assert (drawn[50, 50] == np.rint(0.6 * 100 + 0.4 * colour)).all()
     assert (drawn[40, 45:55] == colour).all()
@@ -128,20 +139,129 @@ def test_boxes_at_and_beyond_the_edge_are_drawn(box: list[int]):
     assert draw_objects(grey(100, 100), [box], [1], [], NAMES, scale=1).shape == (100, 100, 3)
 
 
+def test_lines_and_captions_grow_with_the_picture():
+    small, large = (
+        draw_objects(grey(side, side), [[side / 4, side / 4, side / 2, side / 2]], [1], [], NAMES, scale=1)
+        for side in (500, 4000)
+    )
+    assert (np.all(small[187, 120:130] == PALETTE[0], axis=-1)).sum() == 1
+    assert (np.all(large[1500, 990:1020] == PALETTE[0], axis=-1)).sum() == 8
+    assert (font_size_of((320, 200)), font_size_of((4000, 3000))) == (FONT_SIZE, 53)
+
+
 def test_captions_stay_inside_the_image_and_avoid_each_other():
     for place in _places((-5.0, -5.0, 98.0, 99.0), 40, 14, (100, 100)):
         assert 0 <= place[0] <= place[2] <= 100
         assert 0 <= place[1] <= place[3] <= 100
-    assert _overlap((0, 0, 10, 10), (5, 8, 20, 20)) == 10
-    assert _overlap((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+    first, second = np.array([[0, 0, 10, 10]]), np.array([[5, 8, 20, 20], [10, 0, 20, 10]])
+    assert overlaps(first, second).tolist() == [[10, 0]]
     twice = draw_objects(grey(100, 200), [[30, 40, 90, 60]] * 2, [1, 2], [], NAMES, scale=1)
-    assert (twice[27, 31] == class_colour(1)).all()  # above the box
-    assert (twice[27, 89] == class_colour(2)).all()  # above the right end of the box
+    assert (twice[27, 31] == PALETTE[0]).all()  # above the box
+    assert (twice[27, 89] == PALETTE[1]).all()  # above the right end of the box
 
 
-def test_colours_are_distinct_and_repeat():
-    assert len(set(PALETTE)) == len(PALETTE)
-    assert class_colour(1) == class_colour(1 + len(PALETTE)) != class_colour(2)
+def test_captions_do_not_hide_dense_objects():
+    boxes = np.array([(x, y, x + 12, y + 12) for y in range(100, 160, 14) for x in range(100, 200, 14)], dtype=float)
+    captions = [caption for caption in place_captions(["broccoli"] * len(boxes), boxes, (320, 320)) if caption]
+    rectangles = np.array([caption.rectangle for caption in captions])
+    assert 0 < len(captions) < len(boxes)  # those at the edge have room
+    assert (overlaps(rectangles, boxes) <= 0.25 * 12 * 12).all()
+    assert (np.triu(overlaps(rectangles, rectangles), 1) == 0).all()
+
+
+def test_a_caption_without_room_is_smaller():
+    sizes = {
+        caption.font_size
+        for caption in place_captions(["word"] * 30, np.array([[0, 0, 400, 60]] * 30), (2000, 60))
+        if caption
+    }
+    assert sizes == {27, 19}
+
+
+def test_colours_tell_classes_apart():
+    assert palette(10) == PALETTE
+    assert palette(3) == PALETTE[:3]
+    colours = oklab(np.array([*palette(80), IGNORED, UNMATCHED]))
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + np.eye(len(colours))
+    assert distances.min() > 0.07  # 0.1 for the ten chosen by hand
+    assert class_colour(1) == class_colour(81) != class_colour(11)
+    assert class_colour(-1) == IGNORED
+
+
+def test_oklab_of_white_and_red():
+    """The values of colour.js 0.5."""
+    expected = [[1, 0, 0], [0.627955, 0.224863, 0.125846]]
+    np.testing.assert_allclose(oklab(np.array([[255, 255, 255], [255, 0, 0]])), expected, atol=1e-4)
+
+
+def test_instances_that_touch_have_different_colours():
+    row = np.array([(10 * i, 0, 10 * i + 10, 10) for i in range(30)], dtype=float)
+    colours = instance_colours(row, [1] * 30)
+    assert all(first != second for first, second in itertools.pairwise(colours))
+    assert len(set(colours)) == INSTANCE_COLOURS
+    crowd = instance_colours(np.tile(row[:1], (INSTANCE_COLOURS, 1)), [1] * INSTANCE_COLOURS)
+    assert len(set(crowd)) == INSTANCE_COLOURS
+    assert instance_colours(row[:2], [-1, 1]) == [IGNORED, PALETTE[0]]
+
+
+def test_colours_by_class():
+    boxes = [[10, 10, 40, 40], [40, 10, 70, 40]]
+    by_class, by_instance = (
+        draw_objects(grey(100, 100), boxes, [2, 2], [], NAMES, scale=1, colour_by=colour_by)
+        for colour_by in ("class", "instance")
+    )
+    assert (by_class[25, [10, 69]] == class_colour(2)).all()
+    assert (by_instance[25, [10, 69]] == PALETTE[:2]).all()
+
+
+# Pairs of ground truth and prediction.
+
+
+def objects(
+    boxes: list[list[float]], labels: list[int], scores: list[float] | None = None, *, masks: bool = True
+) -> Objects:
+    """Return objects whose masks fill their boxes."""
+    crops = [MaskCrop(x1, y1, np.ones((y2 - y1, x2 - x1), np.uint8)) for x1, y1, x2, y2 in boxes]
+    return Objects(np.array(boxes, dtype=float).reshape(-1, 4), labels, crops if masks else [], scores)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_matches_are_greedy_by_score_within_a_class(masks: bool):
+    truth = objects([[0, 0, 10, 10], [20, 0, 30, 10], [50, 50, 90, 90]], [1, 1, -1], masks=masks)
+    prediction = objects(
+        [[0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 25, 10], [60, 60, 70, 70], [20, 0, 30, 4]],
+        [1, 1, 2, 1, 1, 1],
+        [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+        masks=masks,
+    )
+    matches = match_objects(truth, prediction)
+    # The second is a duplicate, the third of another class; the fourth has an IoU of exactly 0.5; the last has 0.4.
+    assert matches.detections == [0, NONE, NONE, 1, IN_IGNORED_REGION, NONE]
+    assert matches.objects == [0, 3, IN_IGNORED_REGION]
+
+
+def test_masks_decide_where_there_are_masks():
+    (box,) = boxes = [[0, 0, 10, 10]]
+    other = Objects(np.array(boxes, dtype=float), [1], [MaskCrop(0, 6, np.ones((4, 10), np.uint8))], [0.9])
+    assert match_objects(objects([box], [1]), other).detections == [NONE]
+    assert match_objects(objects([box], [1], masks=False), other).detections == [0]
+
+
+def test_both_sides_of_a_match_have_one_colour_and_misses_are_red():
+    truth = objects([[10, 200, 60, 260], [200, 200, 250, 260]], [1, 2])
+    prediction = objects([[200, 201, 250, 260], [100, 200, 150, 260]], [2, 2], [0.9, 0.8])
+    pair = draw_pair(grey(320, 320), truth, prediction, NAMES)
+    left, right = pair[-320:, :320], pair[-320:, 320 + GAP :]
+    assert (left[230, 200] == PALETTE[1]).all()
+    assert (right[230, 200] == PALETTE[1]).all()
+    assert (left[230, 10] == UNMATCHED).all()
+    assert (right[230, 100] == UNMATCHED).all()
+    by_class = draw_pair(grey(320, 320), truth, prediction, NAMES, colour_by="class")
+    assert (by_class[-90, 320 + GAP + 200] == class_colour(2)).all()
+    assert draw_pair(grey(320, 320), objects([], []), objects([], [], []), NAMES).shape == pair.shape
+
+
+# Sheets.
 
 
 def test_two_pictures_stand_side_by_side_under_their_titles():
@@ -154,14 +274,40 @@ def test_two_pictures_stand_side_by_side_under_their_titles():
     assert (both[:strip, 120 + GAP :] < 128).any()
 
 
-def test_a_sheet_is_filled_in_reading_order():
-    sheet = contact_sheet([grey(10, 20, value) for value in (1, 2, 3)], columns=2)
+def test_a_grid_is_filled_in_reading_order():
+    sheet = grid([grey(10, 20, value) for value in (1, 2, 3)], columns=2)
     assert sheet.shape == (20 + GAP, 40 + GAP, 3)
     assert (sheet[:10, :20] == 1).all()
     assert (sheet[:10, 20 + GAP :] == 2).all()
     assert (sheet[10 + GAP :, :20] == 3).all()
     assert (sheet[10 + GAP :, 20 + GAP :] == 255).all()
-    assert contact_sheet([grey(10, 20)], columns=4).shape == (10, 20, 3)
+    assert grid([grey(10, 20)], columns=4).shape == (10, 20, 3)
+
+
+def test_a_contact_sheet_packs_thumbnails_of_any_size():
+    sizes = [(300, 400), (400, 300), (4000, 30), (30, 4000), (20, 20), (300, 400), (300, 400), (300, 400)]
+    sheet = contact_sheet([Thumbnail(f"{size}.png", grey(*size, 7)) for size in sizes])
+    assert sheet.shape[1] <= SHEET_WIDTH
+    assert 2 * ROW_HEIGHT < sheet.shape[0] <= 3 * (ROW_HEIGHT + 30)  # the panorama has a row of its own
+    assert (sheet[:ROW_HEIGHT, :373] == 7).all()  # reading order, from the left edge
+    alone = contact_sheet([Thumbnail("a.png", grey(20, 50, 7))])
+    assert (alone[:20, :50] == 7).all()  # not enlarged
+    assert alone.shape[1] == 50 + GAP
+    assert (alone[20:] < 128).any()  # the name
+
+
+def test_a_full_contact_sheet_is_bounded():
+    sheet = contact_sheet([Thumbnail("x", grey(360, 480))] * THUMBNAILS)
+    assert sheet.shape[1] <= SHEET_WIDTH
+    assert sheet.size < 40e6
+
+
+def test_the_end_of_a_long_name_is_written():
+    assert _shortened("short.jpg", 300) == "short.jpg"
+    name = _shortened("a" * 300 + "/photo_0001.jpg", 120)
+    assert name.startswith("...")
+    assert name.endswith("photo_0001.jpg")
+    assert _shortened("a" * 1000, 1) == ""
 
 
 def test_an_image_is_written(tmp_path: Path):

@@ -18,7 +18,8 @@ from maskrcnn.data.rasters import rasterize_masks
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, TransformConfig, VerticalFlipConfig
 from maskrcnn.paths import expand
-from maskrcnn.visualization.drawing import contact_sheet, draw_objects, save_image, titled
+from maskrcnn.visualization.drawing import draw_objects, save_image
+from maskrcnn.visualization.sheets import grid, titled
 
 SCENES = ShapesConfig(length=8, seed=6, height=176, width=176, objects=(3, 4), sizes=(0.25, 0.5), noise=0.0)
 SEED = 8
@@ -55,7 +56,7 @@ def main() -> None:
     """Write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=expand, required=True, help="PNG file to write")
-    sheet = contact_sheet([draw(title, config) for title, config in TRANSFORMS.items()], columns=4)
+    sheet = grid([draw(title, config) for title, config in TRANSFORMS.items()], columns=4)
     save_image(parser.parse_args().out, Image.fromarray(sheet).quantize(COLOURS))
 
 

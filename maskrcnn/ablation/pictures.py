@@ -20,7 +20,8 @@ from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.rle import crop_from_counts
 from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
-from maskrcnn.visualization.drawing import LEGIBLE_SIDE, Rectangle, draw_objects
+from maskrcnn.visualization.captions import Rectangle
+from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects
 
 EACH_END = 4  # images with the largest losses, and as many with the largest gains
 MOST = 200  # pictures in one report; at about 20 kB each, the page stays at a few MB
@@ -97,7 +98,8 @@ class _StripRenderer:
         image, classes = example.pixels.permute(1, 2, 0).contiguous().numpy(), self.dataset.classes
         # Large images are reduced before drawing, so that captions stay legible.
         reduction = LEGIBLE_SIDE / max(image.shape[:2])
-        draw = partial(draw_objects, image, names=classes.names, scale=reduction if reduction < 1 else None)
+        scale = reduction if reduction < 1 else None
+        draw = partial(draw_objects, image, names=classes.names, scale=scale, colour_by="class")
         pictures = [draw(example.boxes, example.labels, example.masks)]
         for results_by_image in self.results.values():
             detections = [result for result in results_by_image.get(image_id, []) if result["score"] >= self.min_score]

@@ -59,14 +59,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"the pictures are in {args.out}")
 
 
-def _as_annotated(dataset: DetectionDataset, count: int) -> Iterator[tuple[str, Example]]:
-    """Yield the first images of a dataset, and their ids as names."""
+def _as_annotated(dataset: DetectionDataset, count: int) -> Iterator[tuple[str, str, Example]]:
+    """Yield the first images of a dataset, with their ids as names and their files as titles."""
+    from maskrcnn.engine.pictures import title_of
+
     for index in range(min(count, len(dataset))):
         example = dataset[index]
-        yield str(example.image_id), example
+        yield str(example.image_id), title_of(dataset, index), example
 
 
-def _augmented(config: ExperimentConfig, dataset: DetectionDataset, count: int) -> Iterator[tuple[str, Example]]:
+def _augmented(config: ExperimentConfig, dataset: DetectionDataset, count: int) -> Iterator[tuple[str, str, Example]]:
     """Yield the first images of the training; an id can occur twice, so the name begins with their number."""
     from maskrcnn.data.loader import training_examples
 
@@ -76,4 +78,5 @@ def _augmented(config: ExperimentConfig, dataset: DetectionDataset, count: int) 
         dataset, transform, batch_size=settings.batch_size, seed=settings.seed, weights=weights
     )
     for number, example in enumerate(itertools.islice(examples, count), start=1):
-        yield f"{number:04}_{example.image_id}", example
+        name = f"{number:04}_{example.image_id}"
+        yield name, name, example

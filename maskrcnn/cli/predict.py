@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Predict."""
-    from maskrcnn.engine.pictures import ImagesSkipped, predict_images
+    from maskrcnn.engine.prediction import ImagesSkipped, predict_images
     from maskrcnn.experiment import load
     from maskrcnn.runtime.memory import keep_freed_memory
 

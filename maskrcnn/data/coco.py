@@ -266,6 +266,10 @@ class CocoDataset:
         """Return the labels of the objects of an image, (G,) int64. The image is not opened."""
         return self._labels[index]
 
+    def image_name(self, index: int) -> str:
+        """Return the `file_name` of an image, relative to the image folder."""
+        return self._names[index].tobytes().decode()
+
     def image_sizes(self) -> np.ndarray:
         """Return height and width of each image from the annotation file, (N, 2) int64. No image is opened."""
         return self._sizes
@@ -281,11 +285,11 @@ class CocoDataset:
     def files(self) -> list[str]:
         """Return the path of each image file; symbolic links of the image folder are resolved."""
         folder = os.path.realpath(self._folder)
-        return [os.path.join(folder, self._names[index].tobytes().decode()) for index in range(len(self))]
+        return [os.path.join(folder, self.image_name(index)) for index in range(len(self))]
 
     def origin(self) -> dict[str, str]:
         """Return the annotation file and the image files with digests, and the ids of what was dropped, by reason."""
-        names = (self._names[index].tobytes().decode() for index in range(len(self)))
+        names = (self.image_name(index) for index in range(len(self)))
         return {
             "annotations": f"{self._file.name}, sha256 {file_digest(self._file)}",
             "files": f"in {self._folder.name}, sha256 of their names {digest(names)}",
@@ -316,7 +320,7 @@ class CocoDataset:
             logger.warning("%s: dropped degenerate boxes and polygons; %s", self._file, listed(problems))
 
     def _path(self, index: int) -> Path:
-        return self._folder / self._names[index].tobytes().decode()
+        return self._folder / self.image_name(index)
 
     def _mask(self, row: int, height: int, width: int) -> MaskCrop:
         counts = self._counts[row]

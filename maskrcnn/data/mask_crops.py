@@ -1,14 +1,20 @@
-"""Masks of single objects: which part of them an image shows, and their pixels in another image."""
+"""Masks of single objects: their parts, areas and unions, and their pixels in another image.
+
+A window is a box `(x1, y1, x2, y2)` of whole pixels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from maskrcnn.data.rle import empty_crop
 from maskrcnn.ops.mask_tables import summed_area
 from maskrcnn.structures import AxisAlignedMap, MaskCrop
+
+Window = tuple[int, int, int, int]
 
 ROUNDING = 1e-6  # px; a smaller distance to a pixel edge is a rounding error
 
@@ -76,3 +82,48 @@ def _interpolate(table: np.ndarray, position: np.ndarray) -> np.ndarray:
     position = position.clip(0, len(table) - 1)
     lower = np.minimum(position.astype(np.int64), len(table) - 2)
     return table[lower] + (table[lower + 1] - table[lower]) * (position - lower)[:, None]
+
+
+def window_of(crop: MaskCrop) -> Window:
+    """Return the window that the crop covers."""
+    height, width = crop.pixels.shape
+    return crop.x, crop.y, crop.x + width, crop.y + height
+
+
+def area(crop: MaskCrop) -> int:
+    """Return the number of pixels of the mask."""
+    return int(np.count_nonzero(crop.pixels))
+
+
+def within(crop: MaskCrop, window: Window) -> MaskCrop:
+    """Return the part of a mask inside a window, as a view of its pixels."""
+    x1, y1, x2, y2 = window_of(crop)
+    left, top, right, bottom = max(x1, window[0]), max(y1, window[1]), min(x2, window[2]), min(y2, window[3])
+    if left >= right or top >= bottom:
+        return empty_crop()
+    return MaskCrop(left, top, crop.pixels[top - y1 : bottom - y1, left - x1 : right - x1])
+
+
+def intersection(first: MaskCrop, second: MaskCrop) -> int:
+    """Return the number of pixels that two masks share."""
+    first = within(first, window_of(second))
+    second = within(second, window_of(first))
+    return int(np.count_nonzero(first.pixels.astype(bool) & second.pixels.astype(bool)))
+
+
+def iou(first: MaskCrop, second: MaskCrop) -> float:
+    """Return the IoU of two masks; 0 for two empty ones."""
+    shared = intersection(first, second)
+    return shared / (area(first) + area(second) - shared) if shared else 0.0
+
+
+def union(crops: Sequence[MaskCrop]) -> MaskCrop:
+    """Return the union of masks, at least one."""
+    windows = np.array([window_of(crop) for crop in crops if crop.pixels.size] or [(0, 0, 0, 0)])
+    (left, top), (right, bottom) = windows[:, :2].min(axis=0).tolist(), windows[:, 2:].max(axis=0).tolist()
+    pixels = np.zeros((bottom - top, right - left), np.uint8)
+    for crop in crops:
+        if crop.pixels.size:
+            x1, y1, x2, y2 = window_of(crop)
+            pixels[y1 - top : y2 - top, x1 - left : x2 - left] |= crop.pixels
+    return MaskCrop(left, top, pixels)

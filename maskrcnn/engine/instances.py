@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskrcnn.data.rle import counts_from_string, crop_from_counts
 from maskrcnn.ops.masks import PasteConvention, encode_masks, paste_masks
-from maskrcnn.structures import Batch, ClassTable, Detections
+from maskrcnn.structures import Batch, ClassTable, Detections, MaskCrop
+from maskrcnn.visualization.colours import ColourBy
 from maskrcnn.visualization.drawing import draw_objects
+from maskrcnn.visualization.pairs import Objects
 
 Result = dict[str, Any]  # one detection in COCO's results format
 
@@ -97,8 +100,7 @@ class Instances:
         Raises:
             ValueError: the model has no mask head.
         """
-        if not self.has_masks:
-            raise ValueError("these instances have no masks: the model has no mask head")
+        self._require_masks()
         masks = torch.zeros((len(self), self.height, self.width), dtype=torch.bool)
         for n in range(len(self)):  # one at a time: the probabilities of a mask take four times its memory
             one = slice(n, n + 1)
@@ -106,6 +108,14 @@ class Instances:
                 self.mask_probabilities[one], self.boxes[one], self.height, self.width, convention=self.paste
             )[0]
         return masks
+
+    @property
+    def mask_crops(self) -> list[MaskCrop]:
+        """The N masks of `masks`, cropped; they take much less memory. Empty if the model has no mask head."""
+        if not self.has_masks:
+            return []
+        codes = encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
+        return [crop_from_counts(counts_from_string(code["counts"].encode()), self.height) for code in codes]
 
     def to_coco(self, image_id: int) -> list[Result]:
         """Return one COCO result for each detection.
@@ -131,17 +141,31 @@ class Instances:
                 result["segmentation"] = mask
         return results
 
-    def draw(self, *, min_score: float = 0.5) -> Image.Image:
+    def to_png(self) -> list[Image.Image]:
+        """Return N binary images (mode "1") of the size of the image, white in the mask.
+
+        Raises:
+            ValueError: the model has no mask head.
+        """
+        self._require_masks()
+        images = []
+        for crop in self.mask_crops:
+            image = Image.new("1", (self.width, self.height))
+            image.paste(Image.fromarray(crop.pixels.astype(bool)), (crop.x, crop.y))
+            images.append(image)
+        return images
+
+    def draw(self, *, min_score: float = 0.5, colour_by: ColourBy = "instance") -> Image.Image:
         """Return a picture of the image with the detections whose score is at least `min_score`.
 
-        Small images are enlarged; see `maskrcnn.visualization.drawing.draw_objects`.
+        Small images are enlarged; see `maskrcnn.visualization.drawing.draw_objects`, also for `colour_by`.
 
         Raises:
             ValueError: `image` is None.
         """
-        return Image.fromarray(self.picture(min_score=min_score))
+        return Image.fromarray(self.picture(min_score=min_score, colour_by=colour_by))
 
-    def picture(self, *, min_score: float) -> np.ndarray:
+    def picture(self, *, min_score: float, colour_by: ColourBy = "instance") -> np.ndarray:
         """Return the picture of `draw` as an (H, W, 3) uint8 RGB array."""
         if self.image is None:
             raise ValueError(
@@ -149,8 +173,25 @@ class Instances:
             )
         chosen = self[self.scores >= min_score]
         background = self.image.permute(1, 2, 0).contiguous().numpy()
-        masks = list(chosen.masks.numpy()) if self.has_masks else []
-        return draw_objects(background, chosen.boxes, chosen.labels, masks, self.classes.names, chosen.scores)
+        return draw_objects(
+            background,
+            chosen.boxes,
+            chosen.labels,
+            chosen.mask_crops,
+            self.classes.names,
+            chosen.scores,
+            colour_by=colour_by,
+        )
+
+    def drawn_objects(self) -> Objects:
+        """Return the detections as `maskrcnn.visualization.pairs` compares and draws them."""
+        return Objects(
+            self.boxes.double().numpy(), self.labels.tolist(), self.mask_crops, [float(s) for s in self.scores]
+        )
+
+    def _require_masks(self) -> None:
+        if not self.has_masks:
+            raise ValueError("these instances have no masks: the model has no mask head")
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:

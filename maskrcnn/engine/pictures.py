@@ -1,173 +1,141 @@
-"""Pictures of ground truth and predictions, and predictions for image files."""
+"""Pictures of ground truth, alone and beside predictions."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from tqdm import tqdm
 
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.rasters import rasterize_masks
-from maskrcnn.engine.instances import Result
 from maskrcnn.engine.predictor import Predictor
-from maskrcnn.errors import InputError, first_of
-from maskrcnn.evaluation.results import write_results
 from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable, Example
-from maskrcnn.visualization.drawing import contact_sheet, draw_objects, save_image, shrink, side_by_side
-
-logger = logging.getLogger(__name__)
+from maskrcnn.visualization.colours import ColourBy
+from maskrcnn.visualization.drawing import draw_objects, save_image, shrink
+from maskrcnn.visualization.pairs import Objects, draw_pair
+from maskrcnn.visualization.sheets import GAP, THUMBNAIL_SIDE, THUMBNAILS, Thumbnail, contact_sheet
 
 # With COCO images, 4 pictures take about 5 MB per evaluation.
 PREVIEW_IMAGES = 4
 PREVIEW_SIDE = 1280  # px, longer side of a ground truth and prediction pair
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+@runtime_checkable
+class NamesImages(Protocol):
+    """A dataset whose images have file names. A sheet has these names; otherwise the image ids."""
+
+    def image_name(self, index: int) -> str:
+        """Return the file name of an image."""
 
 
-def draw_ground_truth(examples: Iterable[tuple[str, Example]], classes: ClassTable, out: Path) -> None:
-    """Draw examples with their objects: a PNG `NAME.png` of each and `contact_sheet.png`, in folder `out`.
+def draw_ground_truth(
+    examples: Iterable[tuple[str, str, Example]], classes: ClassTable, out: Path, *, colour_by: ColourBy = "instance"
+) -> None:
+    """Draw examples with their objects: a PNG of each, and `contact_sheet.png` of the first `THUMBNAILS`.
 
     Args:
-        examples: pairs of a name and an example, which may be transformed.
+        examples: the name of the PNG without its suffix, the title on the sheet, and the example, which may be
+            transformed.
         classes: names of the labels.
         out: folder of the files to write.
+        colour_by: what has a colour of its own.
 
     Raises:
         InputError: `out` is not a folder for output (`outputs.output_folder`), or an image cannot be read.
     """
-    pictures = []
+    thumbnails: list[Thumbnail] = []
     with output_folder(out):
-        for name, example in examples:
-            pictures.append(_draw_ground_truth(rasterize_masks(example), classes))
-            save_image(out / f"{name}.png", pictures[-1])
-        if pictures:
-            save_image(out / "contact_sheet.png", contact_sheet(pictures, columns=4))
+        for name, title, example in examples:
+            image, truth = _image(example), _ground_truth(rasterize_masks(example))
+            drawing = (image, truth.boxes, truth.labels, truth.masks, classes.names)
+            save_image(out / f"{name}.png", draw_objects(*drawing, colour_by=colour_by))
+            if len(thumbnails) < THUMBNAILS:
+                small = draw_objects(*drawing, scale=reduction(image, THUMBNAIL_SIDE), colour_by=colour_by)
+                thumbnails.append(Thumbnail(title, small))
+        if thumbnails:
+            save_image(out / "contact_sheet.png", contact_sheet(thumbnails))
 
 
 def draw_predictions(
-    predictor: Predictor, dataset: DetectionDataset, count: int, out: Path, *, min_score: float
+    predictor: Predictor,
+    dataset: DetectionDataset,
+    count: int,
+    out: Path,
+    *,
+    min_score: float,
+    colour_by: ColourBy = "instance",
 ) -> None:
-    """Draw ground truth beside prediction for the first `count` images of a dataset.
+    """Draw ground truth beside prediction for the first `count` images of a dataset, with matches and misses marked.
 
-    Writes one PNG per image and `overview.png` to folder `out`.
+    Writes one PNG per image (`visualization.pairs.draw_pair`), and `overview.png` of the first `THUMBNAILS`, to folder
+    `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pairs = []
-    for image_id, pair in _pairs(predictor, dataset, count, min_score):
-        pairs.append(pair)
-        save_image(out / f"{image_id}.png", pair)
-    if pairs:
-        save_image(out / "overview.png", contact_sheet(pairs, columns=2))
+    thumbnails = []
+    for index in range(min(count, len(dataset))):
+        pair = _pair(predictor, dataset, index, min_score)
+        save_image(out / f"{pair.image_id}.png", pair.draw(None, colour_by))
+        if index < THUMBNAILS:
+            small = pair.draw(reduction(pair.image, THUMBNAIL_SIDE), colour_by)
+            thumbnails.append(Thumbnail(title_of(dataset, index), small))
+    if thumbnails:
+        save_image(out / "overview.png", contact_sheet(thumbnails))
 
 
 def preview_pictures(
-    predictor: Predictor, dataset: DetectionDataset, count: int, *, min_score: float
+    predictor: Predictor,
+    dataset: DetectionDataset,
+    count: int,
+    *,
+    min_score: float,
+    colour_by: ColourBy = "instance",
 ) -> dict[str, np.ndarray]:
     """Return the first pictures of `draw_predictions` by image id, reduced in size to be stored at every evaluation."""
-    pairs = _pairs(predictor, dataset, min(PREVIEW_IMAGES, count), min_score)
-    return {str(image_id): shrink(pair, PREVIEW_SIDE) for image_id, pair in pairs}
+    pairs = (_pair(predictor, dataset, index, min_score) for index in range(min(PREVIEW_IMAGES, count, len(dataset))))
+    return {
+        str(pair.image_id): shrink(pair.draw(reduction(pair.image, (PREVIEW_SIDE - GAP) // 2), colour_by), PREVIEW_SIDE)
+        for pair in pairs
+    }
 
 
-def _pairs(
-    predictor: Predictor, dataset: DetectionDataset, count: int, min_score: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield image id and a picture of ground truth beside prediction for the first `count` images."""
-    for index in range(min(count, len(dataset))):
-        example = dataset[index]
-        prediction = predictor.detect_example(example).picture(min_score=min_score)
-        yield example.image_id, side_by_side(_draw_ground_truth(example, dataset.classes), prediction)
+def reduction(image: np.ndarray, longest: int) -> float | None:
+    """Return the `scale` of `draw_objects` with which the longer side has `longest` pixels; None if it has fewer."""
+    factor = longest / max(image.shape[:2])
+    return factor if factor < 1 else None
 
 
-def _draw_ground_truth(example: Example, classes: ClassTable) -> np.ndarray:
-    image = example.pixels.permute(1, 2, 0).contiguous().numpy()
-    return draw_objects(image, example.boxes, example.labels, example.masks, classes.names)
+class _Pair(NamedTuple):
+    """Ground truth and detections of an image."""
+
+    image_id: int
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    truth: Objects
+    prediction: Objects
+    names: tuple[str, ...]
+
+    def draw(self, scale: float | None, colour_by: ColourBy) -> np.ndarray:
+        """Return the picture of `draw_pair`."""
+        return draw_pair(self.image, self.truth, self.prediction, self.names, scale=scale, colour_by=colour_by)
 
 
-class ImagesSkipped(Exception):  # noqa: N818 (the other images are done)
-    """Some images could not be read; pictures and `results.json` of the others are complete."""
+def _pair(predictor: Predictor, dataset: DetectionDataset, index: int, min_score: float) -> _Pair:
+    example = dataset[index]
+    instances = predictor.detect_example(example)
+    prediction = instances[instances.scores >= min_score].drawn_objects()
+    return _Pair(example.image_id, _image(example), _ground_truth(example), prediction, dataset.classes.names)
 
 
-def predict_images(predictor: Predictor, inputs: Sequence[Path], out: Path, *, min_score: float) -> Path:
-    """Detect and draw objects in images without ground truth.
-
-    Writes one PNG per image, and `results.json` in COCO's results format. There, each detection also has the
-    `file_name` of its image, and `image_id` counts the images from 1. Images that cannot be read are reported and
-    skipped.
-
-    Args:
-        predictor: the predictor.
-        inputs: image files, or folders of images.
-        out: folder of the files to write.
-        min_score: detections with a lower score are left out.
-
-    Returns:
-        The path of `results.json`.
-
-    Raises:
-        InputError: an input does not exist, no image can be read, `out` is the folder of an input image or not a folder
-            for output (`outputs.output_folder`).
-        ImagesSkipped: some images cannot be read; raised when all others are done.
-    """
-    files = list(_image_files(inputs))
-    if any(os.path.dirname(os.path.realpath(path)) == os.path.realpath(out) for path in files):
-        raise InputError(f"{out}: the pictures would replace the images there; name another folder with --out")
-    results: list[Result] = []
-    problems: list[str] = []
-    with output_folder(out):
-        named_files = tqdm(list(zip(files, _picture_names(files), strict=True)), desc="predicting", disable=None)
-        for image_id, (path, name) in enumerate(named_files, start=1):
-            try:
-                instances = predictor(path)
-            except InputError as error:
-                logger.warning("skipped: %s", error)
-                problems.append(str(error))
-                continue
-            instances = instances[instances.scores >= min_score]
-            save_image(out / name, instances.picture(min_score=min_score))
-            results += [{**result, "file_name": str(path)} for result in instances.to_coco(image_id)]
-        if len(problems) == len(files):
-            raise InputError("\n".join(first_of(problems)))
-        write_results(out / "results.json", results)
-    done = len(files) - len(problems)
-    logger.info("%d images, %d objects: pictures and results.json are in %s", done, len(results), out)
-    if problems:
-        raise ImagesSkipped(f"{len(problems)} of {len(files)} images were skipped; results.json has the others")
-    return out / "results.json"
+def _image(example: Example) -> np.ndarray:
+    return example.pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def _picture_names(files: Sequence[Path]) -> list[str]:
-    """Return a PNG name for each image: its own name, followed by its number if another picture would have this name.
-
-    The names differ even where the file system ignores case.
-    """
-    counts = Counter(path.stem.casefold() for path in files)
-    taken = {stem for stem, count in counts.items() if count == 1}
-    names = []
-    for image_id, path in enumerate(files, start=1):
-        name = path.stem
-        if counts[name.casefold()] > 1:
-            name += f"_{image_id}"
-            while name.casefold() in taken:
-                name += f"_{image_id}"
-            taken.add(name.casefold())
-        names.append(f"{name}.png")
-    return names
+def _ground_truth(example: Example) -> Objects:
+    return Objects(example.boxes.double().numpy(), example.labels.tolist(), example.masks)
 
 
-def _image_files(inputs: Sequence[Path]) -> Iterator[Path]:
-    for path in inputs:
-        if os.path.isdir(path):  # False also for a path that the system refuses, such as one that is too long
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise InputError(f"{path}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            yield from images
-        elif os.path.isfile(path):
-            yield path
-        else:
-            raise InputError(f"{path}: no such image or folder")
+def title_of(dataset: DetectionDataset, index: int) -> str:
+    """Return the file name of an image, or its id if the dataset has no names."""
+    return dataset.image_name(index) if isinstance(dataset, NamesImages) else str(dataset.image_id(index))

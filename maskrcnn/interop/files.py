@@ -118,8 +118,8 @@ def _stated(content: Mapping[str, Any]) -> _Stated:
     meta = content.get("meta")
     if not isinstance(meta, Mapping):
         return _Stated()
-    dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
-    candidates = [source.get(key) for source in (dataset, meta) for key in ("classes", "CLASSES")]
+    sources = [source for source in (meta.get("dataset_meta"), meta) if isinstance(source, Mapping)]
+    candidates = [source.get(key) for source in sources for key in ("classes", "CLASSES")]
     names = next((tuple(map(str, names)) for names in candidates if isinstance(names, list | tuple) and names), ())
     text = str(meta.get("cfg", meta.get("config", "")))
     return _Stated(names, CAFFE_STYLE if re.search(r"style=['\"]caffe['\"]", text) else None)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from maskrcnn.ops.roi import RoIAlignConfig, RoIPoolConfig, RoIWarpConfig, SamplingLayerConfig
 from maskrcnn.ops.roi_reading import AxisReading, RoIReading, Span, read_box
-from maskrcnn.visualization.drawing import BLACK, WHITE, Colour, Rectangle, contact_sheet
+from maskrcnn.visualization.captions import Rectangle
+from maskrcnn.visualization.colours import BLACK, WHITE, Colour
+from maskrcnn.visualization.sheets import grid
 
 LAYERS: tuple[tuple[str, str, RoIPoolConfig | SamplingLayerConfig], ...] = (
     ("RoIPool, rounding: round", "box to the nearest whole cells, last one included; maximum", RoIPoolConfig()),
@@ -29,7 +31,7 @@ LAYERS: tuple[tuple[str, str, RoIPoolConfig | SamplingLayerConfig], ...] = (
     ("RoIAlign", "the box as it is, read bilinearly; average of 2 x 2 points", RoIAlignConfig()),
 )
 
-# Colours of Okabe and Ito, as in `visualization.PALETTE`.
+# Colours of Okabe and Ito, as in `visualization.colours.PALETTE`.
 BOX: Colour = (213, 94, 0)
 BINS: Colour = (0, 114, 178)
 POINT: Colour = (240, 228, 66)
@@ -162,8 +164,8 @@ def draw_roi_layers(
         for (name, description, _), reading in zip(LAYERS, readings, strict=True)
     ]
     columns = 2 if 2 * max(panel.shape[1] for panel in panels) <= WIDEST else 1
-    rows = [contact_sheet(context, columns=2)] if context else []
-    return _with_heading(_stack([*rows, contact_sheet(panels, columns)]), title, notes)
+    rows = [grid(context, columns=2)] if context else []
+    return _with_heading(_stack([*rows, grid(panels, columns)]), title, notes)
 
 
 def draw_box(image: np.ndarray, box: Rectangle, title: str) -> np.ndarray:

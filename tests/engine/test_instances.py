@@ -19,6 +19,7 @@ from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.masks import PasteConvention
 from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, Detections, ImageBatch, Targets
+from maskrcnn.visualization.colours import class_colour
 
 CLASSES = ClassTable(names=("cat", "dog"), category_ids=(5, 90))
 
@@ -131,3 +132,18 @@ def test_pictures(instances: Instances) -> None:
     assert picture.shape == (40 * 6, 60 * 6, 3)  # small images are enlarged
     assert picture.any()
     assert not np.array(with_image.draw(min_score=0.8)).any()
+    by_class = np.array(with_image.draw(colour_by="class"))
+    assert (by_class[120, 60] == class_colour(2)).all()
+
+
+def test_crops_and_binary_images_equal_the_masks(instances: Instances) -> None:
+    for mask, crop, image in zip(instances.masks.numpy(), instances.mask_crops, instances.to_png(), strict=True):
+        height, width = crop.pixels.shape
+        assert (mask[crop.y : crop.y + height, crop.x : crop.x + width] == crop.pixels).all()
+        assert mask.sum() == crop.pixels.sum()
+        assert image.mode == "1"
+        assert (np.array(image) == mask).all()
+    boxes_alone = dataclasses.replace(instances, mask_probabilities=torch.zeros(2, 0, 0))
+    assert boxes_alone.mask_crops == []
+    with pytest.raises(ValueError, match="no mask head"):
+        boxes_alone.to_png()
