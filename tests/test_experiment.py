@@ -17,7 +17,7 @@ from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from maskrcnn.engine.evaluator import Evaluator
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
-from maskrcnn.engine.prediction import ImagesSkipped, _picture_names, predict_images
+from maskrcnn.engine.prediction import ImagesSkipped, PredictionOptions, predict_images
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, load_predictor
@@ -354,7 +354,9 @@ def picture(path: Path, width: int, height: int) -> Path:
 def test_predicting_images_of_any_size(predictor: Predictor, tmp_path: Path) -> None:
     files = [picture(tmp_path / "in" / "b.jpg", 100, 50), picture(tmp_path / "in" / "a.PNG", 33, 70)]
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    results = json.loads(predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0).read_text())
+    results = json.loads(
+        predict_images(predictor, [tmp_path / "in"], tmp_path / "out", PredictionOptions(min_score=0.0)).read_text()
+    )
     written = {path.name for path in (tmp_path / "out").iterdir()} - {LOCK, MARKER}
     assert written == {"a.png", "b.png", "results.json"}
     width, height = Image.open(tmp_path / "out" / "b.png").size
@@ -370,19 +372,21 @@ def test_predicting_images_of_any_size(predictor: Predictor, tmp_path: Path) -> 
 
 def test_detections_below_the_score_are_left_out(predictor: Predictor, tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png", 64, 64)
-    assert json.loads(predict_images(predictor, [path], tmp_path / "out", min_score=1.0).read_text()) == []
+    assert (
+        json.loads(predict_images(predictor, [path], tmp_path / "out", PredictionOptions(min_score=1.0)).read_text())
+        == []
+    )
 
 
 def test_images_of_one_name_do_not_replace_each_other(predictor: Predictor, tmp_path: Path) -> None:
     same_name = [picture(tmp_path / "x" / "a.png", 64, 64), picture(tmp_path / "y" / "a.jpg", 64, 64)]
-    predict_images(predictor, [*same_name, picture(tmp_path / "y" / "b.png", 64, 64)], tmp_path / "out", min_score=0.5)
+    predict_images(
+        predictor,
+        [*same_name, picture(tmp_path / "y" / "b.png", 64, 64)],
+        tmp_path / "out",
+        PredictionOptions(min_score=0.5),
+    )
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a_1.png", "a_2.png", "b.png"}
-
-
-def test_no_two_pictures_have_one_name() -> None:
-    files = [Path(name) for name in ("x/1.jpg", "y/1.jpg", "1_2.jpg", "x/A.jpg", "y/a.png", "x/A_4_4.jpg", "A_4.jpg")]
-    names = _picture_names(files)
-    assert names == ["1_1.png", "1_2_2.png", "1_2.png", "A_4_4_4.png", "a_5.png", "A_4_4.png", "A_4.png"]
 
 
 def test_a_broken_image_is_skipped_and_reported(
@@ -392,7 +396,7 @@ def test_a_broken_image_is_skipped_and_reported(
     files[1].write_bytes(files[1].read_bytes()[:100])
     (tmp_path / "in" / "loop.png").symlink_to(tmp_path / "in" / "loop.png")
     with pytest.raises(ImagesSkipped, match="2 of 4 images were skipped"):
-        predict_images(predictor, [tmp_path / "in"], tmp_path / "out", min_score=0.0)
+        predict_images(predictor, [tmp_path / "in"], tmp_path / "out", PredictionOptions(min_score=0.0))
     assert [message.split(": ")[1] for message in caplog.messages if message.startswith("skipped: ")] == [
         str(files[1]), str(tmp_path / "in" / "loop.png"),
     ]  # fmt: skip
@@ -405,7 +409,7 @@ def test_the_users_images_are_not_overwritten(predictor: Predictor, tmp_path: Pa
     path = picture(tmp_path / "in" / "a.png", 64, 64)
     before = path.read_bytes()
     with pytest.raises(InputError, match="the pictures would replace the images"):
-        predict_images(predictor, [path], tmp_path / "in", min_score=0.5)
+        predict_images(predictor, [path], tmp_path / "in", PredictionOptions(min_score=0.5))
     assert path.read_bytes() == before
 
 
@@ -418,7 +422,7 @@ def test_there_must_be_images(predictor: Predictor, tmp_path: Path) -> None:
         ("text.jpg", "cannot be"),
     ):
         with pytest.raises(InputError, match=message) as refusal:
-            predict_images(predictor, [tmp_path / wrong], tmp_path / "out", min_score=0.5)
+            predict_images(predictor, [tmp_path / wrong], tmp_path / "out", PredictionOptions(min_score=0.5))
         assert wrong in str(refusal.value)
 
 

@@ -408,7 +408,7 @@ def command_lines(rng: random.Random, user: User, number: int) -> list[str]:
     )
     weights = f"--weights={user.home / 'run/checkpoints/last.pt'}"
     commands = (
-        lambda value: ["predict", weights, str(user.home / "1.jpg"), user.out, "--device=cpu", f"--min-score={value}"],
+        lambda value: ["predict", weights, str(user.home / "1.jpg"), user.out, "--device=cpu", f"--score={value}"],
         lambda value: ["predict", weights, str(user.home / "1.jpg"), user.out, f"--device={value}"],
         lambda value: ["inspect-dataset", *user.config(), user.out, f"--count={value}"],
         lambda value: ["ablate", str(user.home / "absent.yaml"), user.out, f"--jobs={value}"],

@@ -286,7 +286,7 @@ def test_predicting_on_photographs(tool: Run, shared_data: Path, weights: Path, 
         weights,
         "--out",
         tmp_path,
-        "--min-score",
+        "--score",
         0,
     )
     assert outcome.status == 0

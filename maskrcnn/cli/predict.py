@@ -1,10 +1,12 @@
 """Detect and draw objects in your own images.
 
-    maskrcnn predict --weights runs/shapes/checkpoints/best.pt IMAGE_OR_FOLDER ... --out predictions
+    maskrcnn predict --weights runs/shapes/checkpoints/best.pt PHOTOS --out found
 
-Writes one picture per image, and results.json in COCO's results format. The model is built from the configuration that
-the file of the weights holds; --set changes a key of it, for example model.detection.score_threshold. Exit status: 0
-success, 1 some images could not be read and were skipped, 2 invalid input.
+PHOTOS are images, folders of images, and patterns in quotes, such as 'photos/**/*.jpg'. The images are read ahead by
+worker processes, and memory does not grow with their number. Writes one picture per image, and results.json in COCO's
+results format. The model is built from the configuration that the file of the weights holds; --set changes a key of
+it, for example model.detection.score_threshold. Exit status: 0 success, 1 some images could not be read and were
+skipped, 2 invalid input.
 """
 
 from __future__ import annotations
@@ -12,19 +14,37 @@ from __future__ import annotations
 import argparse
 import sys
 
-from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument, number
+from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument, number, whole_number
 from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
+
+GPU_BATCH = 8  # images; on a CPU a batch takes memory and saves no time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("inputs", nargs="+", type=expand, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("inputs", nargs="+", type=expand, metavar="PHOTOS", help="images, folders, patterns in quotes")
     parser.add_argument("--weights", type=expand, required=True, metavar="FILE", help="weights of the model")
     add_average_argument(parser)
     parser.add_argument("--out", type=expand, required=True, help="folder for the pictures and results.json")
     parser.add_argument(
-        "--min-score", type=number(0, 1), default=0.5, help="omit detections with a lower score (default 0.5)"
+        "--score", type=number(0, 1), default=0.5, help="omit detections with a lower score (default 0.5)"
+    )
+    parser.add_argument("--classes", nargs="+", default=(), metavar="NAME", help="keep detections of these classes")
+    parser.add_argument(
+        "--pictures", action=argparse.BooleanOptionalAction, default=True, help="draw the detections (default)"
+    )
+    parser.add_argument(
+        "--colour-by",
+        choices=("instance", "class"),
+        default="instance",
+        help="a colour for each object, such that objects that touch differ (default), or for each class",
+    )
+    parser.add_argument(
+        "--batch-size", type=whole_number(1, 1024), help=f"images at a time (default {GPU_BATCH} on a GPU, else 1)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number(0, 1024), help="processes that read images (default: none for a few, else 4)"
     )
     add_set_argument(parser, help="override a key of the stored configuration; may be repeated")
     add_device_argument(parser)
@@ -32,15 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Predict."""
-    from maskrcnn.engine.prediction import ImagesSkipped, predict_images
+    from maskrcnn.engine.prediction import ImagesSkipped, PredictionOptions, predict_images
     from maskrcnn.experiment import load
     from maskrcnn.runtime.memory import keep_freed_memory
 
     setup_logging()
     keep_freed_memory()
     predictor = load(args.weights, device=args.device, average=args.ema, overrides=args.overrides)
+    options = PredictionOptions(
+        min_score=args.score,
+        classes=tuple(args.classes),
+        pictures=args.pictures,
+        colour_by=args.colour_by,
+        batch_size=args.batch_size or (GPU_BATCH if predictor.device.type == "cuda" else 1),
+        workers=args.workers,
+    )
     try:
-        predict_images(predictor, args.inputs, args.out, min_score=args.min_score)
+        predict_images(predictor, args.inputs, args.out, options)
     except ImagesSkipped as error:
         print(error, file=sys.stderr)
         sys.exit(1)

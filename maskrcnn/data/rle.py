@@ -8,6 +8,7 @@ and faster still at larger sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as cocoapi
@@ -51,6 +52,22 @@ def crop_from_counts(counts: np.ndarray, height: int) -> MaskCrop:
     rows = np.flatnonzero(columns.any(axis=0))
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     return MaskCrop(left, top, np.ascontiguousarray(columns[:, top:bottom].T))
+
+
+def rle_of_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
+    """Return a mask of an image as COCO's compressed RLE: `{"size": [height, width], "counts": text}`."""
+    rows, columns = crop.pixels.shape
+    flat = np.zeros(1 + columns * (rows + 1), bool)  # a zero before the first column and one after each ends every run
+    flat[1:].reshape(columns, rows + 1)[:, :rows] = crop.pixels.T
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
+    edges = (crop.x + column) * height + crop.y + row
+    # If the crop is as high as the image, a run may go on at the top of the next column: its two edges are one.
+    edges, count = np.unique(edges, return_counts=True)
+    edges = edges[count == 1]
+    counts = np.diff(edges, prepend=0, append=height * width)
+    runs = counts[: len(counts) - (counts[-1] == 0)].tolist()
+    code = cocoapi.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return {"size": [height, width], "counts": code["counts"].decode()}
 
 
 def counts_from_string(code: bytes) -> np.ndarray:

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskrcnn.data.rle import counts_from_string, crop_from_counts
-from maskrcnn.ops.masks import PasteConvention, encode_masks, paste_masks
+from maskrcnn.data.rle import counts_from_string, crop_from_counts, rle_of_crop
+from maskrcnn.ops.masks import PasteConvention, encode_masks
 from maskrcnn.structures import Batch, ClassTable, Detections, MaskCrop
 from maskrcnn.visualization.colours import ColourBy
 from maskrcnn.visualization.drawing import draw_objects
@@ -42,6 +42,7 @@ class Instances:
     classes: ClassTable
     paste: PasteConvention = "exact"
     image: Tensor | None = None  # (3, H, W) uint8 RGB, the original image; only `draw` uses it
+    pixel_masks: tuple[MaskCrop, ...] | None = None  # N masks in pixels of the image, in place of `mask_probabilities`
 
     @classmethod
     def of_batch(
@@ -81,7 +82,11 @@ class Instances:
         """Return the selected detections of the image."""
         selection = [index] if isinstance(index, int) else index
         fields = ("boxes", "scores", "labels", "mask_probabilities")
-        return dataclasses.replace(self, **{name: getattr(self, name)[selection] for name in fields})
+        selected = dataclasses.replace(self, **{name: getattr(self, name)[selection] for name in fields})
+        if self.pixel_masks is None:
+            return selected
+        kept = torch.arange(len(self))[selection].tolist()
+        return dataclasses.replace(selected, pixel_masks=tuple(self.pixel_masks[n] for n in kept))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -90,8 +95,8 @@ class Instances:
 
     @property
     def has_masks(self) -> bool:
-        """Whether the model has a mask head."""
-        return self.mask_probabilities.shape[-1] > 0
+        """Whether there are masks: whether the model has a mask head."""
+        return self.pixel_masks is not None or self.mask_probabilities.shape[-1] > 0
 
     @property
     def masks(self) -> Tensor:
@@ -102,19 +107,17 @@ class Instances:
         """
         self._require_masks()
         masks = torch.zeros((len(self), self.height, self.width), dtype=torch.bool)
-        for n in range(len(self)):  # one at a time: the probabilities of a mask take four times its memory
-            one = slice(n, n + 1)
-            masks[n] = paste_masks(
-                self.mask_probabilities[one], self.boxes[one], self.height, self.width, convention=self.paste
-            )[0]
+        for n, crop in enumerate(self.mask_crops):
+            height, width = crop.pixels.shape
+            masks[n, crop.y : crop.y + height, crop.x : crop.x + width] = torch.from_numpy(crop.pixels).bool()
         return masks
 
     @property
     def mask_crops(self) -> list[MaskCrop]:
         """The N masks of `masks`, cropped; they take much less memory. Empty if the model has no mask head."""
-        if not self.has_masks:
-            return []
-        codes = encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
+        if self.pixel_masks is not None:
+            return list(self.pixel_masks)
+        codes = self._encoded_masks()
         return [crop_from_counts(counts_from_string(code["counts"].encode()), self.height) for code in codes]
 
     def to_coco(self, image_id: int) -> list[Result]:
@@ -136,8 +139,7 @@ class Instances:
             for label, box, score in zip(self.labels.tolist(), xywh.tolist(), self.scores.tolist(), strict=True)
         ]
         if self.has_masks:
-            masks = encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
-            for result, mask in zip(results, masks, strict=True):
+            for result, mask in zip(results, self._encoded_masks(), strict=True):
                 result["segmentation"] = mask
         return results
 
@@ -188,6 +190,14 @@ class Instances:
         return Objects(
             self.boxes.double().numpy(), self.labels.tolist(), self.mask_crops, [float(s) for s in self.scores]
         )
+
+    def _encoded_masks(self) -> list[dict[str, Any]]:
+        """Return the masks as COCO's compressed RLE; nothing if there are none."""
+        if self.pixel_masks is not None:
+            return [rle_of_crop(crop, self.height, self.width) for crop in self.pixel_masks]
+        if not self.has_masks:
+            return []
+        return encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
 
     def _require_masks(self) -> None:
         if not self.has_masks:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -21,6 +22,21 @@ from maskrcnn.ops.masks import PasteConvention
 from maskrcnn.structures import Batch, ClassTable, Example
 
 ImageLike = str | Path | Image | np.ndarray | Tensor
+
+
+class Detector(Protocol):
+    """What finds objects in images: a `Predictor`, or one around it that cuts images into tiles, for example."""
+
+    @property
+    def classes(self) -> ClassTable:
+        """The names of the labels."""
+
+    @property
+    def prepare(self) -> Callable[[Tensor], Example]:
+        """A function from an image, (3, H, W) uint8 RGB, to what `detect_prepared` takes. It can run in a worker."""
+
+    def detect_prepared(self, examples: Sequence[Example]) -> list[Instances]:
+        """Detect objects in images that `prepare` has prepared. The instances need no image."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,18 @@ class Predictor:
             return self.detect_example(_without_objects(to_pixels(images)))
         return [self(image) for image in images]
 
+    @property
+    def prepare(self) -> Callable[[Tensor], Example]:
+        """See `Detector`: the transform."""
+        return partial(_prepared, self.transform)
+
+    def detect_prepared(self, examples: Sequence[Example]) -> list[Instances]:
+        """Detect objects in images that `prepare` has prepared, as one batch. The instances have no image."""
+        return self.detect(collate(examples, [0] * len(examples), self.model.size_divisor))
+
     def detect_example(self, example: Example) -> Instances:
         """Detect objects in an example of a dataset, before any transform; its own objects are not used."""
-        transformed = self.transform(example, np.random.default_rng(0))
-        (instances,) = self.detect(collate([transformed], [0], self.model.size_divisor))
+        (instances,) = self.detect_prepared([self.transform(example, np.random.default_rng(0))])
         return replace(instances, image=example.pixels)
 
     def detect(self, batch: Batch) -> list[Instances]:
@@ -70,6 +94,10 @@ class Predictor:
         self.model.eval()
         detections = self.model.detect(batch.images.to(self.device))
         return Instances.of_batch(detections, batch, self.classes, self.paste)
+
+
+def _prepared(transform: Transform, pixels: Tensor) -> Example:
+    return transform(_without_objects(pixels), np.random.default_rng(0))
 
 
 def _without_objects(pixels: Tensor) -> Example:

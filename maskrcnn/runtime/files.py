@@ -80,7 +80,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
         # torch.save raises a RuntimeError in the context of the OSError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):  # not of another file
             message = f"{cause.strerror}; what was there before is kept"
             raise OSError(cause.errno, message, str(path)) from error
         raise

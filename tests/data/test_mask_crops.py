@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pycocotools import mask as cocoapi
 
 from maskrcnn.data import mask_crops as crops
-from maskrcnn.data.rle import empty_crop
+from maskrcnn.data.rle import empty_crop, rle_of_crop
 from maskrcnn.structures import MaskCrop
 
 
@@ -37,7 +38,24 @@ def test_crops_are_sets_of_pixels(seed: int) -> None:
     assert (full(crops.within(first, window)) == (a & inside)).all()
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_code_of_a_crop_is_that_of_its_mask(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 6, 2).tolist()
+    mask = rng.integers(0, 2, (height, width), dtype=np.uint8)
+    top, left = (int(rng.integers(0, side)) for side in (height, width))
+    if seed % 2:
+        top = 0  # a crop as high as the image
+    crop = MaskCrop(left, top, mask[top:, left:])
+    inside = np.zeros_like(mask)
+    inside[top:, left:] = crop.pixels
+    code = rle_of_crop(crop, height, width)
+    expected = cocoapi.encode(np.asfortranarray(inside))
+    assert code == {"size": [height, width], "counts": expected["counts"].decode()}
+
+
 def test_empty_masks() -> None:
     empty = empty_crop()
+    assert rle_of_crop(empty, 4, 5) == {"size": [4, 5], "counts": "d0"}
     assert crops.area(crops.union([empty, empty])) == crops.intersection(empty, empty) == 0
     assert crops.iou(empty, empty) == 0
