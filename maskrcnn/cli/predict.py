@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a colour for each object, such that objects that touch differ (default), or for each class",
     )
     parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=("coco", "labelme", "png", "yolo"),
+        default=("coco",),
+        help="files to write for other tools, beside results.json, which is COCO's format",
+    )
+    parser.add_argument(
         "--batch-size", type=whole_number(1, 1024), help=f"images at a time (default {GPU_BATCH} on a GPU, else 1)"
     )
     parser.add_argument(
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         classes=tuple(args.classes),
         pictures=args.pictures,
         colour_by=args.colour_by,
+        formats=tuple(args.format),
         batch_size=args.batch_size or (GPU_BATCH if predictor.device.type == "cuda" else 1),
         workers=args.workers,
     )

@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskrcnn.data.polygons import join, polygons_of
 from maskrcnn.data.rle import counts_from_string, crop_from_counts, rle_of_crop
 from maskrcnn.ops.masks import PasteConvention, encode_masks
 from maskrcnn.structures import Batch, ClassTable, Detections, MaskCrop
 from maskrcnn.visualization.colours import ColourBy
 from maskrcnn.visualization.drawing import draw_objects
 from maskrcnn.visualization.pairs import Objects
+
+LABELME_VERSION = "5.0.0"  # of the format, which has been the same since
 
 Result = dict[str, Any]  # one detection in COCO's results format
 
@@ -157,6 +160,76 @@ class Instances:
             images.append(image)
         return images
 
+    def to_labelme(self, image_path: str) -> dict[str, Any]:
+        """Return the content of a LabelMe file of the image: a polygon for each part of each mask.
+
+        The parts of an instance have one `group_id`, and `description` holds the score. A hole is cut free through a
+        line of no width (`data.polygons`). Without a mask head, the boxes are rectangles.
+
+        Args:
+            image_path: of the image, relative to the folder of the file.
+        """
+        shapes = []
+        for n, (name, score, rings) in enumerate(
+            zip(self.class_names, self.scores.tolist(), self._outlines(), strict=True)
+        ):
+            for ring in rings:
+                shapes.append(
+                    {
+                        "label": name,
+                        "points": ring.round(2).tolist(),
+                        "group_id": n if len(rings) > 1 else None,
+                        "description": f"score {score:.3f}",
+                        "shape_type": "polygon" if self.has_masks else "rectangle",
+                        "flags": {},
+                    }
+                )
+        return {
+            "version": LABELME_VERSION,
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": image_path,
+            "imageData": None,
+            "imageHeight": self.height,
+            "imageWidth": self.width,
+        }
+
+    def to_yolo(self) -> list[str]:
+        """Return the lines of a YOLO label file of the image, as Ultralytics reads it for training.
+
+        A line is the class, counted from 0, and a polygon `x y x y ...`, or without a mask head the box
+        `x y width height` by its centre, in parts of the image's width and height. There is one polygon for an
+        instance: holes and several parts are connected through lines of no width. An instance without any pixel has no
+        line.
+        """
+        lines = []
+        for label, rings in zip(self.labels.tolist(), self._outlines(), strict=True):
+            if not rings:
+                continue
+            points = join(rings) / np.array([self.width, self.height])
+            if not self.has_masks:
+                points = np.stack([points.mean(axis=0), points[1] - points[0]])
+            lines.append(" ".join([str(label - 1), *(f"{value:.6f}" for value in points.flatten())]))
+        return lines
+
+    def to_supervision(self) -> Any:
+        """Return `supervision.Detections`: `class_id` counts the classes from 0, `data["class_name"]` has their names.
+
+        Raises:
+            ImportError: the package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("Instances.to_supervision needs another package: pip install supervision") from error
+        return supervision.Detections(
+            xyxy=self.boxes.numpy(),
+            mask=self.masks.numpy() if self.has_masks else None,
+            confidence=self.scores.numpy(),
+            class_id=self.labels.numpy() - 1,
+            data={"class_name": np.array(self.class_names, dtype=str)},
+        )
+
     def draw(self, *, min_score: float = 0.5, colour_by: ColourBy = "instance") -> Image.Image:
         """Return a picture of the image with the detections whose score is at least `min_score`.
 
@@ -198,6 +271,12 @@ class Instances:
         if not self.has_masks:
             return []
         return encode_masks(self.mask_probabilities, self.boxes, self.height, self.width, convention=self.paste)
+
+    def _outlines(self) -> list[list[np.ndarray]]:
+        """Return the rings of each mask (`data.polygons`); without masks the upper left and lower right corner."""
+        if self.has_masks:
+            return [polygons_of(crop) for crop in self.mask_crops]
+        return [[box.reshape(2, 2)] for box in self.boxes.double().numpy()]
 
     def _require_masks(self) -> None:
         if not self.has_masks:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data.image_files import ReadImage, image_files, output_names, read_images
+from maskrcnn.engine.formats import WRITERS, Format, Writer, write_yolo_classes
 from maskrcnn.engine.instances import Instances, Result
 from maskrcnn.engine.predictor import Detector
 from maskrcnn.errors import InputError, first_of
@@ -41,6 +42,7 @@ class PredictionOptions:
     classes: tuple[str, ...] = ()  # names of the classes to keep; all if there are none
     pictures: bool = True  # whether to draw the detections
     colour_by: ColourBy = "instance"
+    formats: tuple[Format, ...] = ("coco",)  # files of other tools to write, beside `results.json`
     batch_size: int = 1
     workers: int | None = None  # processes that read images; 0 reads in this one, None chooses
 
@@ -75,6 +77,8 @@ def predict_images(
         raise InputError(f"{out}: the pictures would replace the images there; name another folder with --out")
     run = _Run(detector, files, out, options, labels)
     with output_folder(out):
+        if "yolo" in options.formats:
+            write_yolo_classes(out, detector.classes)
         write_results(out / "results.json", run.results())
     run.report()
     if run.problems:
@@ -113,6 +117,11 @@ class _Run:
     count: int = 0  # objects
     best: float | None = None  # the highest score of a detection
 
+    @property
+    def writers(self) -> list[Writer]:
+        """The functions that write the files of an image for other tools."""
+        return [WRITERS[name] for name in self.options.formats if name in WRITERS]
+
     def results(self) -> Iterator[Result]:
         """Detect and draw the objects of each image, and yield their results.
 
@@ -129,6 +138,8 @@ class _Run:
                 if options.pictures:
                     picture = instances.picture(min_score=0, colour_by=options.colour_by)
                     save_image(self.out / f"{names[index]}.png", picture)
+                for write in self.writers:
+                    write(self.out, names[index], self.files[index], instances)
                 self.count += len(instances)
                 bar.update()
                 for result in instances.to_coco(index + 1):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ import pycocotools.mask
 import pytest
 import torch
 
+from maskrcnn.data.crops import window_of
+from maskrcnn.data.rle import empty_crop
 from maskrcnn.engine.instances import Instances
 from maskrcnn.evaluation.average_precision import evaluate
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.masks import PasteConvention
-from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, Detections, ImageBatch, Targets
+from maskrcnn.structures import AxisAlignedMap, Batch, ClassTable, Detections, ImageBatch, MaskCrop, Targets
 from maskrcnn.visualization.colours import class_colour
 
 CLASSES = ClassTable(names=("cat", "dog"), category_ids=(5, 90))
@@ -113,6 +117,70 @@ def test_names_and_masks(instances: Instances) -> None:
     decoded = [pycocotools.mask.decode(result["segmentation"]) for result in instances.to_coco(image_id=3)]
     assert np.array_equal(instances.masks.numpy(), np.stack(decoded))
     assert not len(instances[:0].masks)
+
+
+def in_pixels(*masks: MaskCrop) -> Instances:
+    """Return instances of class cat and decreasing score with these masks, in an image of 100 x 50 pixels."""
+    boxes = torch.tensor([window_of(mask) for mask in masks], dtype=torch.float32).reshape(-1, 4)
+    count = len(masks)
+    scores, labels = torch.linspace(0.9, 0.5, count), torch.ones(count, dtype=torch.int64)
+    return Instances(boxes, scores, labels, torch.zeros(count, 0, 0), 50, 100, CLASSES, pixel_masks=masks)
+
+
+SQUARE = MaskCrop(10, 20, np.ones((5, 5), np.uint8))
+TWO_PARTS = MaskCrop(40, 10, np.array([[1, 1, 0, 1]] * 3, np.uint8))
+
+
+def test_masks_in_pixels_are_masks_too() -> None:
+    both = in_pixels(SQUARE, TWO_PARTS)
+    assert both.has_masks
+    assert both.masks.sum(dim=(1, 2)).tolist() == [25, 9]
+    assert both[both.scores < 0.7].mask_crops == [TWO_PARTS]
+    assert both[-1].mask_crops == both[[1]].mask_crops == [TWO_PARTS]
+    for result, mask in zip(both.to_coco(1), both.masks.numpy(), strict=True):
+        assert (pycocotools.mask.decode(result["segmentation"]) == mask).all()
+
+
+def test_labelme_has_a_polygon_for_each_part() -> None:
+    content = in_pixels(SQUARE, TWO_PARTS).to_labelme("../a.jpg")
+    assert [(shape["label"], shape["group_id"]) for shape in content["shapes"]] == [
+        ("cat", None),
+        ("cat", 1),
+        ("cat", 1),
+    ]
+    assert sorted(content["shapes"][0]["points"]) == [[10, 20], [10, 25], [15, 20], [15, 25]]
+    assert content["shapes"][0]["description"] == "score 0.900"
+    assert content["shapes"][0]["shape_type"] == "polygon"
+    assert (content["imagePath"], content["imageHeight"], content["imageWidth"]) == ("../a.jpg", 50, 100)
+    json.dumps(content)
+
+
+def test_yolo_has_a_line_for_each_instance() -> None:
+    first, second = in_pixels(SQUARE, TWO_PARTS, empty_crop()).to_yolo()
+    label, *values = map(float, first.split())
+    assert label == 0
+    corners = np.array(values).reshape(-1, 2) * (100, 50)
+    assert sorted(map(tuple, corners.tolist())) == [(10, 20), (10, 25), (15, 20), (15, 25)]
+    assert len(second.split()) == 1 + 2 * (4 + 4 + 2)  # both parts, and the way between them and back
+
+
+def test_boxes_of_a_model_without_masks(instances: Instances) -> None:
+    boxes_alone = dataclasses.replace(instances, mask_probabilities=torch.zeros(2, 0, 0))
+    (shape, _) = boxes_alone.to_labelme("a.jpg")["shapes"]
+    assert (shape["shape_type"], shape["points"]) == ("rectangle", [[10, 10], [20, 30]])
+    assert boxes_alone.to_yolo()[0] == "1 0.250000 0.500000 0.166667 0.500000"  # of 60 x 40 pixels
+
+
+def test_supervision(instances: Instances, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        instances.to_supervision()
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
+    detections = instances.to_supervision()
+    assert detections.xyxy.tolist() == instances.boxes.tolist()
+    assert (detections.mask == instances.masks.numpy()).all()
+    assert detections.class_id.tolist() == [1, 0]
+    assert detections.data["class_name"].tolist() == ["dog", "cat"]
 
 
 def test_selection(instances: Instances) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,32 @@ def test_chosen_classes_and_scores(tmp_path: Path) -> None:
     assert [(result["category_id"], round(result["score"], 2)) for result in some] == [(2, 0.7), (5, 0.5), (2, 0.3)]
     with pytest.raises(InputError, match="'rings' is not one of disc, ring, cross; did you mean 'ring'"):
         predicted([path], tmp_path / "out", classes=("rings",))
+
+
+def test_files_of_other_tools(tmp_path: Path) -> None:
+    files = [scene(tmp_path / "in" / "a.png", 1, 3), scene(tmp_path / "in" / "b.png")]
+    out = tmp_path / "out"
+    predicted(files, out, formats=("labelme", "png", "yolo"), pictures=False)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {LOCK, MARKER} == {
+        "results.json", "classes.txt", "labels/a.txt", "labels/b.txt", "labelme/a.json", "labelme/b.json",
+        "masks/a/001_disc.png", "masks/a/002_cross.png",
+    }  # fmt: skip
+    assert (out / "classes.txt").read_text() == "disc\nring\ncross\n"
+    assert [line.split()[0] for line in (out / "labels" / "a.txt").read_text().splitlines()] == ["0", "2"]
+    assert (out / "labels" / "b.txt").read_text() == ""
+    labelme = json.loads((out / "labelme" / "a.json").read_text())
+    assert (out / "labelme" / labelme["imagePath"]).resolve() == files[0].resolve()
+    assert np.array(Image.open(out / "masks" / "a" / "002_cross.png")).sum() == 72
+
+
+def test_masks_of_a_model_without_masks_are_refused(tmp_path: Path) -> None:
+    class Boxes(PaintedDetector):
+        def detect_prepared(self, examples: Sequence[Example]) -> list[Instances]:
+            return [replace(instances, pixel_masks=None) for instances in super().detect_prepared(examples)]
+
+    options = PredictionOptions(formats=("png",))
+    with pytest.raises(InputError, match="--format png: there are no masks"):
+        predict_images(Boxes(), [scene(tmp_path / "a.png", 1)], tmp_path / "out", options)
 
 
 def test_the_best_score_is_said_where_none_passes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
