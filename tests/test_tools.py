@@ -299,6 +299,21 @@ def test_predicting_on_photographs(tool: Run, shared_data: Path, weights: Path, 
             assert result["segmentation"]["size"] == [image.height, image.width]
 
 
+def test_the_options_of_a_prediction(tool: Run, dataset: Dataset, weights: Path, tmp_path: Path) -> None:
+    predict = ["predict", dataset.image(1), "--weights", weights, "--out", tmp_path / "out"]
+    tiled = ("--tile", 40, "--overlap", 8, "--nms", "mask", "--format", "yolo", "png", "--classes", "cat", "--score", 0)
+    assert tool(*predict, *tiled, "--no-pictures").status == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {result["category_id"] for result in results} <= {3}
+    assert all(result["segmentation"]["size"] == [48, 64] for result in results)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
+    assert len((tmp_path / "out" / "labels" / "1.txt").read_text().splitlines()) <= len(results)
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert_refused(tool(*predict, "--classes", "cta"), "--classes 'cta' is not one of cat, dog; did you mean 'cat'?")
+    assert_refused(tool(*predict, "--overlap", 8), "--overlap needs --tile")
+    assert_refused(tool(*predict, "--tile", 40, "--overlap", 40), "--overlap 40: it must be less")
+
+
 def test_showing_a_configuration(tool: Run, dataset: Dataset) -> None:
     outcome = tool("show_config", dataset.config, "--set", "model.roi.kind=roi_pool")
     assert outcome.status == 0

@@ -15,6 +15,7 @@ import argparse
 import sys
 
 from maskrcnn.cli.arguments import add_average_argument, add_device_argument, add_set_argument, number, whole_number
+from maskrcnn.errors import InputError
 from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
@@ -41,6 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a colour for each object, such that objects that touch differ (default), or for each class",
     )
     parser.add_argument(
+        "--tile", type=whole_number(32, 100_000), metavar="SIZE", help="cut images into tiles of SIZE x SIZE pixels"
+    )
+    parser.add_argument(
+        "--overlap",
+        type=whole_number(0, 100_000),
+        metavar="N",
+        help="pixels that neighbouring tiles share, at least (default: a quarter of the tile)",
+    )
+    parser.add_argument(
+        "--nms",
+        choices=("class", "agnostic", "mask"),
+        default="class",
+        help="suppress detections whose boxes overlap a better one of the class (default), or of any class; or whose "
+        "masks overlap a better one of the class",
+    )
+    parser.add_argument(
         "--format",
         nargs="+",
         choices=("coco", "labelme", "png", "yolo"),
@@ -60,23 +77,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Predict."""
     from maskrcnn.engine.prediction import ImagesSkipped, PredictionOptions, predict_images
+    from maskrcnn.engine.predictor import Detector
+    from maskrcnn.engine.tiles import TiledDetector
     from maskrcnn.experiment import load
     from maskrcnn.runtime.memory import keep_freed_memory
 
+    if args.overlap is not None and args.tile is None:
+        raise InputError("--overlap needs --tile")
     setup_logging()
     keep_freed_memory()
     predictor = load(args.weights, device=args.device, average=args.ema, overrides=args.overrides)
+    batch_size = args.batch_size or (GPU_BATCH if predictor.device.type == "cuda" else 1)
+    threshold = predictor.nms_threshold
+    if args.nms == "mask":
+        predictor = predictor.with_loose_nms()
+    detector: Detector = predictor
+    if args.tile is not None:
+        overlap = args.tile // 4 if args.overlap is None else args.overlap
+        detector = TiledDetector(predictor, args.tile, overlap, batch_size, args.nms, threshold)
     options = PredictionOptions(
         min_score=args.score,
         classes=tuple(args.classes),
         pictures=args.pictures,
         colour_by=args.colour_by,
         formats=tuple(args.format),
-        batch_size=args.batch_size or (GPU_BATCH if predictor.device.type == "cuda" else 1),
+        batch_size=batch_size if args.tile is None else 1,
+        nms=args.nms,
+        nms_threshold=threshold,
         workers=args.workers,
     )
     try:
-        predict_images(predictor, args.inputs, args.out, options)
+        predict_images(detector, args.inputs, args.out, options)
     except ImagesSkipped as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -17,6 +17,7 @@ from maskrcnn.data.image_files import ReadImage, image_files, output_names, read
 from maskrcnn.engine.formats import WRITERS, Format, Writer, write_yolo_classes
 from maskrcnn.engine.instances import Instances, Result
 from maskrcnn.engine.predictor import Detector
+from maskrcnn.engine.suppression import Nms, suppress
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.evaluation.results import write_results
 from maskrcnn.runtime.outputs import output_folder
@@ -42,6 +43,8 @@ class PredictionOptions:
     classes: tuple[str, ...] = ()  # names of the classes to keep; all if there are none
     pictures: bool = True  # whether to draw the detections
     colour_by: ColourBy = "instance"
+    nms: Nms = "class"  # the model suppresses boxes within a class; "agnostic" and "mask" go on (`suppress`)
+    nms_threshold: float = 0.5
     formats: tuple[Format, ...] = ("coco",)  # files of other tools to write, beside `results.json`
     batch_size: int = 1
     workers: int | None = None  # processes that read images; 0 reads in this one, None chooses
@@ -161,7 +164,10 @@ class _Run:
             instances = instances[torch.isin(instances.labels, self.labels)]
         if len(instances):
             self.best = max(float(instances.scores[0]), self.best or 0.0)
-        return instances[instances.scores >= self.options.min_score]
+        instances = instances[instances.scores >= self.options.min_score]
+        if self.options.nms == "class":
+            return instances
+        return suppress(instances, self.options.nms, self.options.nms_threshold)
 
     def report(self) -> None:
         """Log the number of images and objects; without any object, the best score."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +18,12 @@ from maskrcnn.data.images import to_pixels
 from maskrcnn.data.loader import collate
 from maskrcnn.data.transforms import Resize, Transform
 from maskrcnn.engine.instances import Instances
+from maskrcnn.errors import InputError
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import PasteConvention
 from maskrcnn.structures import Batch, ClassTable, Example
+
+LOOSE_NMS = 0.9  # IoU of two boxes from which they are near duplicates
 
 ImageLike = str | Path | Image | np.ndarray | Tensor
 
@@ -53,6 +57,24 @@ class Predictor:
         """The device of the model."""
         return next(self.model.parameters()).device
 
+    @property
+    def nms_threshold(self) -> float:
+        """The largest IoU of two boxes of a class that the model lets stay."""
+        return self.model.selector.nms_threshold
+
+    def with_loose_nms(self) -> Predictor:
+        """Return a predictor whose model removes only near duplicates, for a suppression by masks that follows.
+
+        Raises:
+            InputError: the model has no mask head.
+        """
+        if self.model.mask_head is None:
+            raise InputError("--nms mask: the model has no mask head")
+        model = copy.copy(self.model)
+        model.selector = copy.copy(model.selector)
+        model.selector.nms_threshold = max(LOOSE_NMS, model.selector.nms_threshold)
+        return replace(self, model=model)
+
     @overload
     def __call__(self, images: ImageLike) -> Instances: ...  # type: ignore[overload-overlap] # a str is a sequence
 
@@ -72,7 +94,7 @@ class Predictor:
             InputError: a file cannot be read, or an array or tensor has another shape or type.
         """
         if isinstance(images, ImageLike):
-            return self.detect_example(_without_objects(to_pixels(images)))
+            return self.detect_example(without_objects(to_pixels(images)))
         return [self(image) for image in images]
 
     @property
@@ -97,8 +119,9 @@ class Predictor:
 
 
 def _prepared(transform: Transform, pixels: Tensor) -> Example:
-    return transform(_without_objects(pixels), np.random.default_rng(0))
+    return transform(without_objects(pixels), np.random.default_rng(0))
 
 
-def _without_objects(pixels: Tensor) -> Example:
+def without_objects(pixels: Tensor) -> Example:
+    """Return an image, (3, H, W) uint8 RGB, as an example without objects."""
     return Example(0, pixels, boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=())
