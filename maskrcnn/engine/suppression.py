@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torchvision.ops import batched_nms, nms
 
-from maskrcnn.data import crops
+from maskrcnn.data import mask_crops
 from maskrcnn.engine.instances import Instances
 from maskrcnn.ops.boxes import pairwise_intersection
 
@@ -42,6 +42,6 @@ def _mask_nms(instances: Instances, threshold: float) -> list[int]:
     )
     kept: list[int] = []
     for index in torch.argsort(instances.scores, descending=True, stable=True).tolist():
-        if all(not near[index, other] or crops.iou(masks[index], masks[other]) <= threshold for other in kept):
+        if all(not near[index, other] or mask_crops.iou(masks[index], masks[other]) <= threshold for other in kept):
             kept.append(index)
     return kept

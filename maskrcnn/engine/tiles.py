@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskrcnn.data import crops
-from maskrcnn.data.crops import Window
+from maskrcnn.data import mask_crops
+from maskrcnn.data.mask_crops import Window
 from maskrcnn.engine.instances import Instances
 from maskrcnn.engine.predictor import Detector, without_objects
 from maskrcnn.engine.suppression import Nms, suppress
@@ -191,10 +191,10 @@ class _Merge:
         if first.cut and second.cut:
             window = _common(self.tiles[first.tile], self.tiles[second.tile])
             assert window is not None
-            return crops.iou(crops.within(one, window), crops.within(other, window))
+            return mask_crops.iou(mask_crops.within(one, window), mask_crops.within(other, window))
         if first.cut or second.cut:
-            return crops.intersection(one, other) / max(crops.area(one if first.cut else other), 1)
-        return crops.iou(one, other)
+            return mask_crops.intersection(one, other) / max(mask_crops.area(one if first.cut else other), 1)
+        return mask_crops.iou(one, other)
 
     def _groups(self, loose: Sequence[int]) -> list[list[int]]:
         """Return the pieces of each object that no tile shows whole: linked, and of different tiles."""
@@ -226,7 +226,7 @@ def _joined(pieces: Sequence[_Piece]) -> _Piece:
     x1, y1 = boxes[:, :2].min(axis=0).tolist()
     x2, y2 = boxes[:, 2:].max(axis=0).tolist()
     masks = [piece.mask for piece in pieces if piece.mask is not None]
-    return _Piece(best.tile, (x1, y1, x2, y2), best.score, best.label, crops.union(masks) if masks else None, True)
+    return _Piece(best.tile, (x1, y1, x2, y2), best.score, best.label, mask_crops.union(masks) if masks else None, True)
 
 
 def _as_instances(pieces: Sequence[_Piece], height: int, width: int, classes: ClassTable) -> Instances:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from maskrcnn.data.crops import iou
+from maskrcnn.data.mask_crops import iou
 from maskrcnn.data.polygons import _signed_area, join, polygons_of
 from maskrcnn.structures import MaskCrop
 

@@ -16,7 +16,7 @@ import pycocotools.mask
 import pytest
 import torch
 
-from maskrcnn.data.crops import window_of
+from maskrcnn.data.mask_crops import window_of
 from maskrcnn.data.rle import empty_crop
 from maskrcnn.engine.instances import Instances
 from maskrcnn.evaluation.average_precision import evaluate
