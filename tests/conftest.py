@@ -21,7 +21,13 @@ from maskrcnn.config import Part, Section
 REPOSITORY = Path(__file__).parents[1]
 
 # The same cases in each run, and no time limit: a busy machine is no failure.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
 
 
