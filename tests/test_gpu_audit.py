@@ -85,6 +85,35 @@ def test_a_training_iteration_has_no_synchronisation(tool: ModuleType) -> None:
     assert not waits, tool.describe(waits)
 
 
+MODELS = {
+    "c4": [
+        "model.backbone={out_features: [res4], res5_on_regions: true}",
+        "model.box_head={kind: mean}",
+        "model.mask_head={kind: fcn, pool_size: 14, depth: 0}",
+    ],
+    "dc5 in bf16": ["model.backbone.res5_dilation=2", "training.precision=bf16"],
+    "vgg": [
+        "model.backbone={kind: vgg, depth: 11, out_features: [conv5], weights: none}",
+        "model.mask_head=null",
+        "evaluation.best_metric=box/AP",
+    ],
+    "roi_warp": ["model.roi={kind: roi_warp, aggregate: maximum}", "training.skip_non_finite=2"],
+    "roi_pool": ["model.roi={kind: roi_pool, rounding: floor}", "model.mask_head={kind: mlp, output: softmax}"],
+    "adaptive": ["model.roi={kind: roi_align, sampling_ratio: 0}", "model.mask_head.class_agnostic=true"],
+    "torchvision": ["model.mask_head.target=torchvision", "model.roi={kind: roi_pool}", "model.rpn.sparse_loss=false"],
+    "adamw": ["training.optimizer={kind: adamw}", "model.loss_normalizer=batch"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_no_kind_of_model_has_a_synchronisation(tool: ModuleType, settings: list[str]) -> None:
+    config = read_config(REPOSITORY / "tests" / "tiny.yaml", ExperimentConfig, settings)
+    shape = tool.Shape(batch=2, objects=3, height=64, width=64)
+    waits = tool.audit_training(config, shape, iterations=1) + tool.audit_detection(config, shape)
+    assert not waits, tool.describe(waits)
+
+
 def test_a_wait_for_the_newest_step_is_found(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "LAG", 0)
     config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)

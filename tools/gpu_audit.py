@@ -148,6 +148,7 @@ def audit(*, autocast: bool = False) -> Iterator[Waits]:
             (FakeTensor, "tolist", _tolist(waits)),
             (torch.cuda, "Event", _event(waits)),
             (loop, "peak_memory", lambda device: 0.0),
+            (loop, "logger", mock.Mock()),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(FakeTensorMode())
