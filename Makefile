@@ -5,7 +5,7 @@ PIP_INSTALL ?= pip install
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-all lint schema clean
+.PHONY: demo test test-all gpu lint schema clean
 
 demo: .venv/ready
 	rm -rf $(DEMO)
@@ -17,6 +17,11 @@ test: .venv/ready
 
 test-all: .venv/ready  ## also what takes long, and what needs a GPU
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m ''
+
+gpu: .venv/ready  ## what needs a GPU: first that the host never waits for it, then all tests, then the speed
+	$(BIN)/python -m pytest -x -m gpu tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/benchmark.py training --device cuda --precision bf16
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
