@@ -17,7 +17,7 @@ import maskrcnn.data.crops
 import maskrcnn.data.mixing
 import maskrcnn.data.photometric
 import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)
-from maskrcnn.config import Section, Size, read_config, to_dict, validate
+from maskrcnn.config import Section, Size, leaves, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data import traps
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
@@ -30,6 +30,7 @@ from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.evaluation.average_precision import Backend, Evaluation
 from maskrcnn.evaluation.metric import COCO_METRICS, MetricConfig
+from maskrcnn.interop.agreement import as_overrides
 from maskrcnn.interop.conversion import conventions, require_fit
 from maskrcnn.interop.files import Weights, read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
@@ -275,12 +276,15 @@ def _predictor(
 
 def _require_same_model(model: MaskRCNNConfig, trained: MaskRCNNConfig, source: str) -> None:
     """Raise InputError if `model` changes a key of the `trained` one that may not change when a run resumes."""
-    refused = changes({"model": to_dict(trained)}, {"model": to_dict(model)}).refused
+    wanted = {"model": to_dict(trained)}
+    refused = changes(wanted, {"model": to_dict(model)}).refused
     if refused:
         lines = "\n  ".join(refused)
+        values = leaves(wanted)
+        restored = {key: values[key] for line in refused if (key := line.partition(": ")[0]) in values}
         raise InputError(
-            f"{source}: the configuration has another model than the checkpoint was trained with:\n  {lines}\nrestore "
-            "these keys, or use the config.yaml of the checkpoint's run"
+            f"{source}: the configuration has another model than the weights were trained with:\n  {lines}\nuse the "
+            f"configuration that the file holds, without CONFIG, or add {as_overrides(restored)}"
         )
 
 

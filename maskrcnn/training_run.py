@@ -38,8 +38,9 @@ from maskrcnn.engine.step import Keep, Precision, TrainingStep
 from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, data_warnings
+from maskrcnn.interop.agreement import require_same_meaning
 from maskrcnn.interop.files import read_weights
-from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.runtime.console import setup_logging
 from maskrcnn.runtime.processes import Processes
@@ -168,7 +169,7 @@ def _set_up(
     model = config.model.build(len(dataset.classes), pretrained=checkpoint is None and init is None)
     model = model.to(processes.device)
     if init is not None:
-        initialize(model, init, dataset.classes)
+        initialize(model, config.model, init, dataset.classes)
     if settings.compile:
         model.compile_dense()
     trainer = Trainer(
@@ -319,7 +320,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
+def initialize(model: MaskRCNN, config: MaskRCNNConfig, weights: Path, classes: ClassTable) -> None:
     """Load the matching weights of a checkpoint, class-specific rows by class name, and log what was loaded.
 
     Heads may differ, as for another task, but at least half of the backbone's values must fit: with fewer, the training
@@ -327,15 +328,19 @@ def initialize(model: MaskRCNN, weights: Path, classes: ClassTable) -> None:
 
     Args:
         model: the model to load into.
+        config: its configuration, which must give the weights the meaning that they have in the file.
         weights: path of a checkpoint, or of another framework's weights.
         classes: class table of the model.
 
     Raises:
-        InputError: the file holds no known weights, or fewer than half of the backbone's values fit, or nothing.
+        InputError: the file holds no known weights, contradicts `config`, or fewer than half of the backbone's values
+            fit, or nothing.
     """
     checkpoint, certificate = read_weights(weights)
     if certificate is not None:
         logger.info("%s", certificate.describe())
+    trained = validate(checkpoint.config, ExperimentConfig, source=str(weights)).model
+    require_same_meaning(config, trained, str(weights))
     report = load_weights(
         model, checkpoint.model, source=str(weights), source_classes=checkpoint.classes, classes=classes
     )

@@ -22,6 +22,8 @@ from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, choose_device, evaluate_checkpoint, load_predictor
 from maskrcnn.experiment import load as load_weights
+from maskrcnn.interop.agreement import require_same_meaning
+from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 from maskrcnn.runtime.outputs import LOCK, MARKER
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import ClassTable
@@ -212,8 +214,9 @@ def test_class_rows_are_loaded_by_class_name(run: Path, tmp_path: Path) -> None:
     source = run / "checkpoints" / "last.pt"
     train(config, tmp_path / "run", init=source)
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "classes found by name: star, disc, cross" in log
-    assert "classes new, keep the model's values: ring" in log
+    table = [line.split() for line in log.partition("rows of the classes:\n")[2].splitlines()[:4]]
+    assert table == [["star", "from", "the", "file"], ["disc", "from", "the", "file"],
+                     ["cross", "from", "the", "file"], ["ring", "new"]]  # fmt: skip
     before, after = load_checkpoint(source), load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     source_rows, rows = before.model["mask_head.logits.weight"], after.model["mask_head.logits.weight"]
     torch.testing.assert_close(rows[[0, 2, 3]], source_rows[[2, 0, 1]])
@@ -236,6 +239,31 @@ def test_weights_of_which_nothing_fits_are_refused(run: Path, tmp_path: Path) ->
         train(load(tmp_path), tmp_path / "run", init=foreign)
 
 
+def test_initial_weights_with_another_meaning_are_refused_with_the_remedy(run: Path, tmp_path: Path) -> None:
+    config = load(tmp_path, "model.pixels.order=bgr", "model.box_head.bbox_reg_weights=[1.0, 1.0, 1.0, 1.0]")
+    with pytest.raises(InputError, match=r"last\.pt: the configuration contradicts what the weights need:") as refusal:
+        train(config, tmp_path / "run", init=run / "checkpoints" / "last.pt")
+    message = str(refusal.value)
+    assert 'model.pixels.order: "rgb" in the file, "bgr" here' in message
+    assert "--set 'model.box_head.bbox_reg_weights=[10.0, 10.0, 5.0, 5.0]'" in message
+
+
+@pytest.mark.parametrize(
+    ("norms", "fits"),
+    [(("frozen_bn", "bn"), True), (("bn", "gn"), False), (("gn", "gn"), True), (("none", "bn"), False)],
+)
+def test_batch_norms_may_be_frozen_or_not(norms: tuple[str, str], fits: bool) -> None:
+    sections = [
+        {"backbone": {"kind": "resnet", "norm": norm, "norm_eps": 1e-5 if norm != "gn" else 1e-3}} for norm in norms
+    ]
+    trained, model = map(MaskRCNNConfig.model_validate, sections)
+    if fits:
+        require_same_meaning(model, trained, "weights")
+    else:
+        with pytest.raises(InputError, match=f"--set 'model.backbone.norm=\"{norms[0]}\"'"):
+            require_same_meaning(model, trained, "weights")
+
+
 @pytest.mark.parametrize("kept", [0.4, 0.6])
 def test_initial_weights_need_half_of_the_backbone(run: Path, tmp_path: Path, kept: float) -> None:
     """Although all heads fit."""
@@ -247,12 +275,13 @@ def test_initial_weights_need_half_of_the_backbone(run: Path, tmp_path: Path, ke
             left -= size
             del checkpoint.model[name]
     save_checkpoint(tmp_path / "part.pt", checkpoint)
-    model = load(tmp_path).model.build(3)
+    config = load(tmp_path).model
+    model = config.build(3)
     if kept < 0.5:
         with pytest.raises(InputError, match=rf"part\.pt: only {left} of the {sum(backbone.values())} values"):
-            initialize(model, tmp_path / "part.pt", checkpoint.classes)
+            initialize(model, config, tmp_path / "part.pt", checkpoint.classes)
     else:
-        initialize(model, tmp_path / "part.pt", checkpoint.classes)
+        initialize(model, config, tmp_path / "part.pt", checkpoint.classes)
 
 
 # Evaluation and prediction.
@@ -277,8 +306,9 @@ def test_evaluating_a_checkpoint_gives_the_metrics_of_its_run(run: Path, tmp_pat
 )
 def test_weights_of_another_model_are_refused(run: Path, tmp_path: Path, override: str, change: str) -> None:
     last, message = run / "checkpoints" / "last.pt", rf"last\.pt: the configuration has another model .*\n  {change}"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refusal:
         load_predictor(load(tmp_path, override), last, CPU)
+    assert f"or add --set '{override.partition('=')[0]}" in str(refusal.value)
     with pytest.raises(InputError, match=message):
         load_weights(last, overrides=[override])
 

@@ -32,6 +32,7 @@ __all__ = [
     "Size",
     "differences",
     "json_schema",
+    "leaves",
     "read_config",
     "to_dict",
     "to_yaml",
@@ -118,12 +119,17 @@ def json_schema(schema: type[Section]) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line `path: old -> new` for each key in which two configurations (see `to_dict`) differ."""
-    old_values, new_values = dict(_leaves(old)), dict(_leaves(new))
+    old_values, new_values = leaves(old), leaves(new)
     return [
         f"{key}: {_format_value(old_values, key)} -> {_format_value(new_values, key)}"
         for key in old_values | new_values
         if key not in old_values or key not in new_values or old_values[key] != new_values[key]
     ]
+
+
+def leaves(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys."""
+    return dict(_leaves(mapping))
 
 
 def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -322,8 +322,9 @@ class WeightsReport:
         lines += [f"  missing       {name}: not in the file" for name in self.missing]
         lines += [f"  unused        {name}: not in the model" for name in self.unused]
         if self.known_classes or self.new_classes:
-            lines.append(f"  classes found by name: {', '.join(self.known_classes) or 'none'}")
-            lines.append(f"  classes new, keep the model's values: {', '.join(self.new_classes) or 'none'}")
+            origins = dict.fromkeys(self.known_classes, "from the file") | dict.fromkeys(self.new_classes, "new")
+            width = max(map(len, origins))
+            lines += ["  rows of the classes:", *(f"    {name:{width}}  {origin}" for name, origin in origins.items())]
         return "\n".join(lines)
 
 

@@ -440,7 +440,7 @@ def test_class_rows_follow_their_names():
     assert model.masks.weight[:, 1, 0, 0].tolist() == [2, -1, 0]
     assert model.shared.bias.tolist() == [0, 1]
     assert (report.known_classes, report.new_classes) == (("owl", "cat"), ("fox",))
-    assert "classes new, keep the model's values: fox" in report.describe()
+    assert "\n    fox  new" in report.describe()
     assert weights["scores.bias"].tolist() == [0, 1, 2, 3]  # the tensors of the caller are unchanged
     with pytest.raises(InputError, match="fox"):
         report.require_complete()

@@ -13,15 +13,20 @@ import torch
 from PIL import Image
 
 from maskrcnn.cli import main
+from maskrcnn.config import read_config
 from maskrcnn.engine.checkpoint import load_checkpoint
-from maskrcnn.experiment import load
+from maskrcnn.errors import InputError
+from maskrcnn.experiment import ExperimentConfig, load
 from maskrcnn.interop.layouts import TORCHVISION
+from maskrcnn.structures import ClassTable
+from maskrcnn.training_run import initialize
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
 States = Callable[..., dict[str, torch.Tensor]]
 Command = Callable[..., tuple[int, str]]
 
+TINY = Path(__file__).parents[1] / "tiny_fpn.yaml"
 SMALL = ["data.validation_transforms.resize.short_side=[64]", "model.detection.score_threshold=0.0"]
 
 
@@ -88,6 +93,25 @@ def test_a_converted_file_gives_the_same_and_needs_no_yaml(foreign: Path, comman
                              "--set", "training.workers=0")  # fmt: skip
     assert status == 0, output
     assert "mask/AP" in json.loads((tmp_path / "eval" / "metrics.json").read_text())
+
+
+def test_a_classifier_starts_a_training(tiny_weights: States, tmp_path: Path) -> None:
+    state = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in tiny_weights("model.backbone.norm=frozen_bn").items()
+        if name.startswith("backbone.")
+    }
+    path = tmp_path / "resnet18.pth"
+    torch.save({**state, "fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}, path)
+    config = read_config(TINY, ExperimentConfig, ["model.backbone.norm=frozen_bn"]).model
+    model = config.build(2, pretrained=False)
+    initialize(model, config, path, ClassTable(("disc", "cross"), (1, 2)))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.backbone.state_dict().items())
+    with pytest.raises(InputError, match=r"resnet18\.pth: it holds a backbone without heads; start a training from it"):
+        load(path)
+    bgr = config.model_copy(update={"pixels": config.pixels.model_copy(update={"order": "bgr"})})
+    with pytest.raises(InputError, match=r"--set 'model\.pixels\.order=\"rgb\"'"):
+        initialize(model, bgr, path, ClassTable(("disc", "cross"), (1, 2)))
 
 
 def test_an_override_that_needs_other_tensors_is_refused(foreign: Path, command: Command, tmp_path: Path) -> None:
