@@ -1,6 +1,7 @@
-"""Convert the weights of another framework to a file that every command reads.
+"""Convert weights: those of another framework to a file that every command reads, or those of a run to another format.
 
     maskrcnn convert-weights maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth --out coco.pt
+    maskrcnn convert-weights runs/mine/checkpoints/best.pt --to torchvision --out mine.pth
     maskrcnn convert-weights mine.pth --out mine.pt --classes cell,nucleus
 
 The file holds the weights, the classes and the configuration with the conventions that the weights need. Beside it,
@@ -19,10 +20,16 @@ from maskrcnn.runtime.console import setup_logging
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("weights", type=expand, metavar="FILE", help="weights of another framework")
+    parser.add_argument("weights", type=expand, metavar="FILE", help="weights of another framework, or a checkpoint")
     parser.add_argument("--out", type=expand, required=True, metavar="FILE", help="the new file, such as coco.pt")
     parser.add_argument(
         "--classes", type=_names, default=(), metavar="NAME,...", help="names of the classes in the order of their rows"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("maskrcnn", "safetensors", "torchvision", "detectron2"),
+        default="maskrcnn",
+        help="format of the new file (default maskrcnn, a checkpoint)",
     )
     add_set_argument(parser, help="override a key of the configuration that follows from the file; may be repeated")
 
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     setup_logging()
     weights = converted(args.weights, class_names=args.classes, overrides=args.overrides)
-    files = write_weights(args.out, weights)
+    files = write_weights(args.out, weights, args.to)
     if weights.certificate is not None:
         print(weights.certificate.describe())
     print(f"wrote {' and '.join(map(str, files))}")

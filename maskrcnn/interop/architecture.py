@@ -66,6 +66,8 @@ def _resnet(shapes: Shapes, *, pyramid: bool) -> dict[str, Any]:
     if bottleneck:
         outputs, group_width = shapes["backbone.layer1.0.conv2.weight"][:2]
         settings |= {"groups": outputs // group_width, "width_per_group": 64 * group_width // width}
+    else:
+        settings["stride_in_1x1"] = False  # basic blocks have no such convolution
     if norm == "bn":
         settings["freeze"] = 0  # a frozen stage has frozen norms, without the counter of the file
     if not pyramid:

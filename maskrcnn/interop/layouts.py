@@ -171,24 +171,31 @@ DETECTRON2 = Layout(
     ),
     parity=UNMEASURED,
 )
-# Group norm, and the baselines with large-scale jitter, whose norms count batches: a box head with convolutions.
+_DETECTRON2_CONV_FCS = (
+    Rule("box_head.trunk.convs.{i}.{p}", "roi_heads.box_head.conv{i+1}.{p}"),
+    Rule("box_head.trunk.norms.{i}.{norm}", "roi_heads.box_head.conv{i+1}.norm.{norm}"),
+    Rule("box_head.trunk.fc.1.{p}", "roi_heads.box_head.fc1.{p}"),
+)
+# Group norm: a box head with convolutions.
 DETECTRON2_CONV = replace(
     DETECTRON2,
     name="Detectron2 FPN with convolutions in the box head",
     signature=(*DETECTRON2.signature, "roi_heads.box_head.conv1.weight"),
+    rules=(*_DETECTRON2_PYRAMID, *_DETECTRON2_CONV_FCS),
+    cases={**DETECTRON2.cases, "gn": {"model": {"backbone": {"stride_in_1x1": False}}}},
+)
+# The baselines with large-scale jitter: norms that count batches, and two convolutions of the RPN.
+DETECTRON2_LSJ = replace(
+    DETECTRON2_CONV,
+    name="Detectron2 FPN of the baselines with large-scale jitter",
+    signature=(*DETECTRON2_CONV.signature, "proposal_generator.rpn_head.conv.conv0.weight"),
     rules=(
-        *_DETECTRON2_PYRAMID,
         Rule("rpn.head.conv.{p}", "proposal_generator.rpn_head.conv.conv0.{p}"),
         Rule("rpn.head.more_convs.{i}.{p}", "proposal_generator.rpn_head.conv.conv{i+1}.{p}"),
-        Rule("box_head.trunk.convs.{i}.{p}", "roi_heads.box_head.conv{i+1}.{p}"),
-        Rule("box_head.trunk.norms.{i}.{norm}", "roi_heads.box_head.conv{i+1}.norm.{norm}"),
-        Rule("box_head.trunk.fc.1.{p}", "roi_heads.box_head.fc1.{p}"),
+        *_DETECTRON2_PYRAMID,
+        *_DETECTRON2_CONV_FCS,
     ),
-    cases={
-        **DETECTRON2.cases,
-        "gn": {"model": {"backbone": {"stride_in_1x1": False}}},
-        "bn": {"data": {"validation_transforms": {"resize": {"short_side": [1024], "long_side": 1024}}}},
-    },
+    settings={"data": {"validation_transforms": {"resize": {"short_side": [1024], "long_side": 1024}}}},
 )
 DETECTRON2_C4 = replace(
     DETECTRON2,
@@ -379,6 +386,7 @@ VGG = Layout(
 LAYOUTS = (
     TORCHVISION_OLD,
     TORCHVISION,
+    DETECTRON2_LSJ,
     DETECTRON2_CONV,
     DETECTRON2,
     DETECTRON2_C4,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
@@ -94,7 +93,7 @@ class RowOrder:
 def scatter_rows(tensor: Tensor, name: str, rows: Sequence[int], count: int) -> Tensor:
     """Return `count` rows, of which those with the indices `rows` are the rows of `tensor`; others predict nothing."""
     fill = NEVER if name == f"{_SCORES}bias" else 0.0
-    scattered = torch.full((count, *tensor.shape[1:]), fill, dtype=tensor.dtype)
+    scattered = tensor.new_full((count, *tensor.shape[1:]), fill)
     scattered[list(rows)] = tensor
     return scattered
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from maskrcnn.cli import main
-from maskrcnn.config import read_config
-from maskrcnn.engine.checkpoint import load_checkpoint
+from maskrcnn.config import read_config, to_dict
+from maskrcnn.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, load
+from maskrcnn.interop.files import read_weights
 from maskrcnn.interop.layouts import TORCHVISION
 from maskrcnn.structures import ClassTable
 from maskrcnn.training_run import initialize
@@ -93,6 +94,38 @@ def test_a_converted_file_gives_the_same_and_needs_no_yaml(foreign: Path, comman
                              "--set", "training.workers=0")  # fmt: skip
     assert status == 0, output
     assert "mask/AP" in json.loads((tmp_path / "eval" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("torchvision", "x.pth"), ("detectron2", "x.pth"), ("safetensors", "x.safetensors")]
+)
+def test_out_and_in_again(foreign: Path, command: Command, tmp_path: Path, to: str, name: str) -> None:
+    first = tmp_path / "first.pt"
+    assert command("convert-weights", foreign, "--out", first, "--classes", "disc,cross")[0] == 0
+    status, output = command("convert-weights", first, "--to", to, "--out", tmp_path / name)
+    assert status == 0, output
+    assert ("model.roi.aligned: true -> false" in output) == (to == "detectron2")
+    before, after = load_checkpoint(first), read_weights(tmp_path / name).checkpoint
+    assert before.model.keys() == after.model.keys()
+    assert all(torch.equal(tensor, after.model[key]) for key, tensor in before.model.items())
+    if to == "safetensors":
+        assert (after.classes, after.config) == (before.classes, before.config)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    if to != "detectron2":
+        assert torch.equal(
+            load(first, overrides=SMALL)(image).boxes, load(tmp_path / name, overrides=SMALL)(image).boxes
+        )
+
+
+def test_what_another_framework_lacks_is_refused(tiny_weights: States, command: Command, tmp_path: Path) -> None:
+    config = read_config(TINY, ExperimentConfig, ["model.mask_head={kind: mlp, width: 8, pool_size: 7}"])
+    state = config.model.build(2, pretrained=False).state_dict()
+    checkpoint = Checkpoint(0, state, {}, {}, {}, {}, ClassTable(("disc", "cross"), (1, 2)), to_dict(config), {}, {})
+    save_checkpoint(tmp_path / "mlp.pt", checkpoint)
+    status, output = command("convert-weights", tmp_path / "mlp.pt", "--to", "torchvision", "--out", tmp_path / "x.pth")
+    assert (status, "has no place for these tensors:\n  mask_head.hidden.0.weight" in output) == (2, True)
+    status, output = command("convert-weights", tmp_path / "mlp.pt", "--to", "safetensors", "--out", tmp_path / "x.pth")
+    assert (status, "has the suffix .safetensors" in output) == (2, True)
 
 
 def test_a_classifier_starts_a_training(tiny_weights: States, tmp_path: Path) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torchvision.models
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 
 from maskrcnn.config import validate
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.interop import layouts
 from maskrcnn.interop.conversion import convert
+from maskrcnn.interop.export import export, target_layout
 from maskrcnn.interop.files import _stated
 from maskrcnn.models.mask_rcnn import MaskRCNNConfig
 
@@ -223,7 +225,7 @@ FILES = {
     "detectron2 lsj": (
         detectron2_conv((*STATISTICS, "num_batches_tracked"), 2),
         432,
-        "Detectron2 FPN with convolutions in the box head",
+        "Detectron2 FPN of the baselines with large-scale jitter",
     ),
     "detectron2 c4": (detectron2_c4(), 279, "Detectron2 C4"),
     "detectron2 dc5": (detectron2_dc5(), 291, "Detectron2 DC5"),
@@ -282,6 +284,29 @@ def test_every_tensor_of_torchvisions_resnets(builder: str) -> None:
     assert all(name.startswith("backbone.") for name in converted.tensors)
     reasons = set(converted.certificate.left_out.values())
     assert reasons == {"the classifier of ImageNet's classes", "frozen norms do not count batches"}
+
+
+# From this model, at full size: Detectron2's names in our checkpoints, and ours in theirs.
+EXPORTED = [name for name in FILES if name.startswith("detectron2")]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_has_the_names_and_shapes_of_detectron2(name: str) -> None:
+    shapes, _, layout = FILES[name]
+    converted = convert(on_meta(shapes), source=name)
+    target = target_layout("detectron2", converted.tensors)
+    assert target.name == layout
+    exported = export(converted.tensors, converted.classes, target, source=name)
+    assert {key: tuple(tensor.shape) for key, tensor in exported.items()} == shapes
+
+
+@pytest.mark.parametrize("builder", [maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2])
+def test_torchvisions_models_load_an_export_strictly(builder: Callable[..., nn.Module]) -> None:
+    with torch.device("meta"):
+        model = builder(weights=None, weights_backbone=None)
+    converted = convert(model.state_dict(), source="coco.pth")
+    exported = export(converted.tensors, converted.classes, target_layout("torchvision", converted.tensors), source="")
+    model.load_state_dict(exported, strict=True, assign=True)
 
 
 def test_every_tensor_of_a_resnet_of_timm() -> None:
