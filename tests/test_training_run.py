@@ -69,7 +69,13 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert records(one) == records(other)
 
 
+TRANSFORMS = (
+    "{kind: horizontal_flip}, {kind: mosaic, side: 64}, {kind: affine}, {kind: large_scale_jitter, side: 64}, "
+    "{kind: copy_paste, balanced: true}, {kind: color_jitter}, {kind: gaussian_blur}, {kind: jpeg}, {kind: cutout}"
+)
 ALL_FEATURES = (
+    f"data.train_transforms=[{TRANSFORMS}]",
+    "training.sampler.kind=class_balanced",
     "training.grad_accum_steps=2",
     "training.ema_decay=0.9",
     "training.workers=2",
@@ -83,7 +89,10 @@ ALL_FEATURES = (
 def test_a_resumed_run_equals_an_uninterrupted_one_with_all_features(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop within an epoch (of 2 steps), with workers, gradient accumulation, averaged weights and a loss scaler."""
+    """Stop within an epoch (of 2 steps), with workers, gradient accumulation, averaged weights and a loss scaler.
+
+    The images are drawn by class, and pass transforms that read other images.
+    """
     options = (*ALL_FEATURES, f"training.precision={precision}")
     uninterrupted = train(tmp_path / "uninterrupted", *options)
     take_step = TrainingStep.__call__
