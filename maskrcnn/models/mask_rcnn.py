@@ -225,6 +225,9 @@ class MaskRCNN(nn.Module):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.losses = losses
+        # Padding must not be among the regions from which a batch norm takes its statistics.
+        heads = nn.ModuleList(stage for stage in (region_stage, box_head, mask_head) if stage is not None)
+        self.drop_padding = any(isinstance(module, nn.BatchNorm2d) for module in heads.modules())
 
     @property
     def size_divisor(self) -> int:
@@ -245,7 +248,7 @@ class MaskRCNN(nn.Module):
         if observe is not None:
             observe(diagnose(proposals, targets, samples))
 
-        image, slot = used_slots(samples.valid)
+        image, slot = used_slots(samples.valid, drop_padding=self.drop_padding)
         labels, boxes = samples.labels[image, slot], samples.boxes[image, slot]
         objects = targets.boxes[image, samples.matched[image, slot]]
         regions = self._regions(self.box_pooler, features, boxes, image)
@@ -262,7 +265,8 @@ class MaskRCNN(nn.Module):
         loss_mask = loss_classifier.new_zeros(())
         if self.mask_head is not None:
             numbers = image * samples.labels.shape[1] + slot  # of the slots in the batch, ascending
-            image, slot = used_slots(samples.labels[:, : self.sampler.max_positives] > 0)
+            positive = samples.labels[:, : self.sampler.max_positives] > 0
+            image, slot = used_slots(positive, drop_padding=self.drop_padding)
             if self.mask_pooler is self.box_pooler:
                 regions = regions[torch.searchsorted(numbers, image * samples.labels.shape[1] + slot)]
             else:

@@ -17,16 +17,17 @@ def takes_short_cuts(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def used_slots(used: Tensor) -> tuple[Tensor, Tensor]:
+def used_slots(used: Tensor, *, drop_padding: bool = False) -> tuple[Tensor, Tensor]:
     """Return the slots to compute, by image and then by slot: on a CPU the used ones, elsewhere all of them.
 
     Args:
         used: `(B, S)` bool, False for padding.
+        drop_padding: return the used ones on every device, for which the host waits.
 
     Returns:
         Image and slot of each, `(N,)` int64.
     """
-    if takes_short_cuts(used):
+    if drop_padding or takes_short_cuts(used):
         images, slots = used.nonzero(as_tuple=True)
         return images, slots
     batch, count = used.shape

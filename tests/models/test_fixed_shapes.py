@@ -141,6 +141,18 @@ def test_a_crowd_alone() -> None:
     assert losses.loss_classifier == losses.loss_mask == 0
 
 
+def test_padding_is_not_part_of_the_statistics_of_batch_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two objects leave most slots of the mask head empty."""
+    monkeypatch.setitem(MODELS, "batch norms", {"mask_head": FPN["mask_head"] | {"norm": "bn"}})
+    batch = batch_of(SOME[:1], SOME[1:2])
+    losses, gradients = trained(build("batch norms"), batch)
+    with fixed_shapes():
+        fixed_losses, fixed_gradients = trained(build("batch norms"), batch)
+    assert losses.loss_mask > 0
+    torch.testing.assert_close(tuple(fixed_losses), tuple(losses), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fixed_gradients, gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_slots_by_hand() -> None:
     used = torch.tensor([[True, False, True], [False, True, False]])
     values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
