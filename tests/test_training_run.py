@@ -95,16 +95,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_all_features(
     """
     options = (*ALL_FEATURES, f"training.precision={precision}")
     uninterrupted = train(tmp_path / "uninterrupted", *options)
-    take_step = TrainingStep.__call__
+    start = TrainingStep.start
 
-    def stop_after_3(self: TrainingStep, batches: Any, iteration: int, **kwargs: Any) -> Any:
-        result = take_step(self, batches, iteration, **kwargs)
+    def stop_after_3(self: TrainingStep, batches: Any, iteration: int, **kwargs: Any) -> None:
+        start(self, batches, iteration, **kwargs)
         if iteration == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", stop_after_3)
+        patch.setattr(TrainingStep, "start", stop_after_3)
         with pytest.raises(Interrupted, match="stopped after iteration 3"):
             train(tmp_path / "resumed", *options)
     resumed = train(tmp_path / "resumed", *options, resume=True)
