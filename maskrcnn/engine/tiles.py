@@ -1,8 +1,9 @@
 """Detection in images far larger than those of the training, cut into tiles that overlap.
 
 An object that a tile shows whole is taken from there, once. One that every tile cuts is put together from its pieces,
-which agree where the tiles overlap. So an object comes out as it does in an untiled image, if the detector finds it, or
-its pieces, alike in both, and if its pieces meet in the overlaps.
+which agree where the tiles overlap. A piece that another tile shows away from its borders is left to that tile, which
+sees more of the object. So an object comes out as it does in an untiled image, if the
+detector finds it, or its pieces, alike in both, and if its pieces meet in the overlaps.
 
 Shapes: H, W image; N detections.
 """
@@ -26,7 +27,7 @@ from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 SAME = 0.5  # overlap from which two detections show the same object; see `_Merge._overlap`
-EDGE = 0.01  # of the side of a tile: an object that ends this close to an inner border may be cut there
+EDGE = 1 / 32  # of the side of a tile: what ends this close to an inner border may be cut there; models are not exact
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,21 @@ class TiledDetector:
         tiles = tiles_of(height, width, self.size, self.overlap)
         if len(tiles) == 1:
             return self.detector.detect_prepared([self.detector.prepare(pixels)])[0]
-        found = list(itertools.chain.from_iterable(self._detect(pixels, tiles)))
-        merged = _Merge(tiles, found, agnostic=self.nms == "agnostic").result()
+        margin = max(1, round(EDGE * self.size))
+        inner = np.array([_inner(tile, height, width, margin) for tile in tiles])
+        found = [piece for of_tile in self._detect(pixels, tiles, inner) for piece in of_tile]
+        needed = [piece for piece in found if not (piece.cut and _is_within(piece.box, inner).any())]
+        merged = _Merge(tiles, needed, agnostic=self.nms == "agnostic").result()
         return suppress(_as_instances(merged, height, width, self.classes), self.nms, self.nms_threshold)
 
-    def _detect(self, pixels: Tensor, tiles: Sequence[Window]) -> Iterator[list[_Piece]]:
-        """Yield what is found in each tile."""
-        height, width = pixels.shape[1:]
-        margin = max(1, round(EDGE * self.size))
+    def _detect(self, pixels: Tensor, tiles: Sequence[Window], inner: np.ndarray) -> Iterator[list[_Piece]]:
+        """Yield what is found in each tile; `inner` (tiles, 4) are the regions in which they do not cut."""
         for start in range(0, len(tiles), self.batch_size):
             batch = tiles[start : start + self.batch_size]
             prepared = [self.detector.prepare(pixels[:, y1:y2, x1:x2].contiguous()) for x1, y1, x2, y2 in batch]
             detected = self.detector.detect_prepared(prepared)
             for index, (tile, instances) in enumerate(zip(batch, detected, strict=True), start=start):
-                yield _pieces(instances, index, tile, _inner(tile, height, width, margin))
+                yield _pieces(instances, index, tile, inner[index])
 
 
 def tiles_of(height: int, width: int, size: int, overlap: int) -> list[Window]:
@@ -126,7 +128,17 @@ def _inner(tile: Window, height: int, width: int, margin: int) -> tuple[float, f
     )
 
 
-def _pieces(instances: Instances, index: int, tile: Window, inner: tuple[float, float, float, float]) -> list[_Piece]:
+def _is_within(box: Sequence[float], regions: np.ndarray) -> np.ndarray:
+    """Return whether a box lies in each region (..., 4)."""
+    return (
+        (box[0] >= regions[..., 0])
+        & (box[1] >= regions[..., 1])
+        & (box[2] <= regions[..., 2])
+        & (box[3] <= regions[..., 3])
+    )
+
+
+def _pieces(instances: Instances, index: int, tile: Window, inner: np.ndarray) -> list[_Piece]:
     x, y = tile[:2]
     masks: Sequence[MaskCrop | None] = instances.mask_crops if instances.has_masks else [None] * len(instances)
     pieces = []
@@ -137,7 +149,7 @@ def _pieces(instances: Instances, index: int, tile: Window, inner: tuple[float, 
         masks,
         strict=True,
     ):
-        cut = box[0] < inner[0] or box[1] < inner[1] or box[2] > inner[2] or box[3] > inner[3]
+        cut = not _is_within(box, inner)
         moved = None if mask is None else mask._replace(x=mask.x + x, y=mask.y + y)
         pieces.append(_Piece(index, tuple(box), score, label, moved, cut))
     return pieces
