@@ -3,10 +3,10 @@
     maskrcnn predict --weights runs/shapes/checkpoints/best.pt PHOTOS --out found
 
 PHOTOS are images, folders of images, and patterns in quotes, such as 'photos/**/*.jpg'. The images are read ahead by
-worker processes, and memory does not grow with their number. Writes one picture per image, and results.json in COCO's
-results format. The model is built from the configuration that the file of the weights holds; --set changes a key of
-it, for example model.detection.score_threshold. Exit status: 0 success, 1 some images could not be read and were
-skipped, 2 invalid input.
+threads, and memory does not grow with their number. Writes one picture per image, and results.json in COCO's
+results format. The model is built from the configuration in the file of the weights; --set changes a key of it, for
+example model.detection.score_threshold. Exit status: 0 success, 1 some images could not be read and were skipped,
+2 invalid input.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=whole_number(1, 1024), help=f"images at a time (default {GPU_BATCH} on a GPU, else 1)"
     )
     parser.add_argument(
-        "--workers", type=whole_number(0, 1024), help="processes that read images (default: none for a few, else 4)"
+        "--workers",
+        type=whole_number(0, 1024),
+        help="threads that read images ahead (default: 0 for a few images, else 4)",
     )
     add_set_argument(parser, help="override a key of the stored configuration; may be repeated")
     add_device_argument(parser)

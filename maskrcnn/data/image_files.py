@@ -1,19 +1,16 @@
-"""Image files that a user names, and their pixels, read ahead by worker processes."""
+"""Image files that a user names, and their pixels, read ahead by threads."""
 
 from __future__ import annotations
 
 import glob
 import os
-import signal
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import InputError
@@ -82,39 +79,32 @@ class ReadImage(NamedTuple):
 
 def read_images(
     files: Sequence[Path], prepare: Callable[[Tensor], Example] | None, *, workers: int
-) -> Iterable[ReadImage]:
-    """Return an iterable over the images in order. At most two images per worker are read ahead.
+) -> Iterator[ReadImage]:
+    """Yield the images in order, at most two per worker ahead of those that were taken.
+
+    Workers are threads: Pillow decodes without holding Python's lock, and an image of any size needs no shared memory.
 
     Args:
         files: the files.
         prepare: a function that also runs in the workers, such as a resize.
-        workers: number of processes; 0 reads in this process.
+        workers: number of threads; 0 reads an image when it is taken.
     """
-    return DataLoader(
-        _Files(files, prepare),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # keeps the global generator unchanged
-    )
+    if workers == 0:
+        yield from (_read(position, file, prepare) for position, file in enumerate(files))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[ReadImage]] = deque()
+        for position, file in enumerate(files):
+            ahead.append(pool.submit(_read, position, file, prepare))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-@dataclass(frozen=True)
-class _Files(Dataset):
-    files: Sequence[Path]
-    prepare: Callable[[Tensor], Example] | None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> ReadImage:
-        try:
-            pixels = read_image(self.files[index])
-        except InputError as error:
-            return ReadImage(index, None, None, str(error))
-        return ReadImage(index, pixels, self.prepare(pixels) if self.prepare else None, "")
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches the whole process group, to the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _read(position: int, file: Path, prepare: Callable[[Tensor], Example] | None) -> ReadImage:
+    try:
+        pixels = read_image(file)
+    except InputError as error:
+        return ReadImage(position, None, None, str(error))
+    return ReadImage(position, pixels, prepare(pixels) if prepare else None, "")

@@ -47,7 +47,7 @@ def write_yolo(out: Path, name: str, file: Path, instances: Instances) -> None:
 
 def write_yolo_classes(out: Path, classes: ClassTable) -> None:
     """Write `classes.txt`, a class name per line; the first one is class 0 of the labels."""
-    write_text(out / "classes.txt", "".join(f"{name}\n" for name in classes.names))
+    write_text(out / "classes.txt", "".join(f"{' '.join(name.split())}\n" for name in classes.names))
 
 
 WRITERS: dict[Format, Writer] = {"labelme": write_labelme, "png": write_png, "yolo": write_yolo}

@@ -28,7 +28,7 @@ from maskrcnn.visualization.drawing import save_image
 
 logger = logging.getLogger(__name__)
 
-FEW_IMAGES = 16  # fewer images are read without worker processes
+FEW_IMAGES = 16  # fewer images are not read ahead
 
 
 class ImagesSkipped(Exception):  # noqa: N818 (the other images are done)
@@ -47,7 +47,7 @@ class PredictionOptions:
     nms_threshold: float = 0.5
     formats: tuple[Format, ...] = ("coco",)  # files of other tools to write, beside `results.json`
     batch_size: int = 1
-    workers: int | None = None  # processes that read images; 0 reads in this one, None chooses
+    workers: int | None = None  # threads that read images ahead; 0 reads none ahead, None chooses
 
 
 def predict_images(
@@ -180,7 +180,7 @@ class _Run:
 
 
 def _workers(count: int) -> int:
-    """Return the number of processes that read `count` images; starting them for a few takes longer than reading."""
+    """Return the number of threads that read `count` images ahead."""
     return min(4, usable_cores()) if count >= FEW_IMAGES else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def test_no_two_outputs_have_one_name() -> None:
 def prepared(pixels: Tensor) -> Example:
     """Return the first row."""
     return Example(0, pixels[:, :1], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), ())
+
+
+def test_few_images_are_read_ahead(tmp_path: Path) -> None:
+    """However slowly they are taken, no more than two per worker and the one that is taken."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (2, 2)).save(file)
+    read: list[Tensor] = []
+    before = threading.active_count()
+
+    def counted(pixels: Tensor) -> Example:
+        read.append(pixels)
+        return prepared(pixels)
+
+    images = iter(read_images([file] * 50, counted, workers=2))
+    for taken in range(1, 20):
+        next(images)
+        assert len(read) <= taken + 4
+    images.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
