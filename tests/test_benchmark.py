@@ -19,9 +19,12 @@ from pycocotools import mask as cocoapi
 from maskrcnn.config import read_config
 from maskrcnn.data.loader import evaluation_loader
 from maskrcnn.engine.evaluator import coco_results
+from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.interop.conversion import convert
+from maskrcnn.interop.export import export
+from maskrcnn.interop.layouts import TORCHVISION
 from maskrcnn.ops.mask_tables import full_masks
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -230,6 +233,35 @@ def test_both_sides_give_the_same_detections_from_the_same_weights(
         masks = [cocoapi.decode(result["segmentation"]) for result in (one, two)]
         assert (masks[0] != masks[1]).sum() <= 0.02 * max(1, masks[0].sum(), masks[1].sum()) + 1
     assert sum(cocoapi.area(result["segmentation"]) for result in own) > 1000
+
+
+@pytest.mark.slow
+def test_both_sides_have_the_same_ap_from_the_same_trained_weights(
+    convergence_worker: ModuleType, shared_data: Path, tmp_path: Path
+) -> None:
+    """Ours are trained for a minute, under torchvision's conventions, and exported to torchvision's model."""
+    file = tmp_path / "both.yaml"
+    bases = [CONFIGS / "../base/conventions/torchvision.yaml", CONFIGS / "shapes.yaml"]
+    resize = "{resize: {rounding: floor, antialias: false}}"
+    file.write_text(
+        f"base: [{', '.join(map(str, bases))}]\ndata: {{train_transforms: {resize}, validation_transforms: {resize}}}\n"
+    )
+    backbone = shared_data / "resnet18_imagenet" / "resnet18_imagenet_conv1_to_layer3.pth"
+    changes = [f"model.backbone={{weights: {backbone}, norm_eps: 1.0e-5}}", "data.validation.length=40"]
+    config = read_config(file, ExperimentConfig, changes)
+    dataset, validation = config.data.build_both()
+    torch.manual_seed(0)
+    ours, theirs = convergence_worker.our_side(config, dataset), convergence_worker.torchvision_side(config, validation)
+    options = TrainerOptions(workers=0, clip_norm=5.0)
+    optimizer = torch.optim.SGD(ours.model.parameters(), lr=0.01, momentum=0.9)
+    transform = config.data.build_train_transform()
+    Trainer(ours.model, dataset, transform, optimizer=optimizer, iterations=110, batch_size=2, options=options).fit()
+    exported = export(ours.model.state_dict(), validation.classes, TORCHVISION, source="ours")
+    theirs.model.load_state_dict(exported, strict=True)
+    one, two = (convergence_worker._measure(config, side, validation) for side in (ours, theirs))
+    for name in ("box/AP", "mask/AP"):
+        assert one[name] == pytest.approx(two[name], abs=0.0005)
+        assert one[name] > 0.02  # 0.095 and 0.045
 
 
 @pytest.mark.usefixtures("forked_trainings")
