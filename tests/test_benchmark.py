@@ -254,7 +254,7 @@ def test_both_sides_have_the_same_ap_from_the_same_trained_weights(
     ours, theirs = convergence_worker.our_side(config, dataset), convergence_worker.torchvision_side(config, validation)
     options = TrainerOptions(workers=0, clip_norm=5.0)
     optimizer = torch.optim.SGD(ours.model.parameters(), lr=0.01, momentum=0.9)
-    transform = config.data.build_train_transform()
+    transform = config.data.build_train_transform(dataset)
     Trainer(ours.model, dataset, transform, optimizer=optimizer, iterations=110, batch_size=2, options=options).fit()
     exported = export(ours.model.state_dict(), validation.classes, TORCHVISION, source="ours")
     theirs.model.load_state_dict(exported, strict=True)
