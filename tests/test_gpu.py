@@ -34,9 +34,10 @@ def build(device: torch.device) -> MaskRCNN:
 
 def batches(model: MaskRCNN) -> Iterator[Batch]:
     """Return the batches of the training images again and again, in page-locked memory if there is a GPU."""
+    dataset = CONFIG.data.train.build()
     loader = evaluation_loader(
-        CONFIG.data.train.build(),
-        CONFIG.data.build_train_transform(),
+        dataset,
+        CONFIG.data.build_train_transform(dataset),
         batch_size=2,
         workers=0,
         size_divisor=model.size_divisor,
