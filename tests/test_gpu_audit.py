@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = REPOSITORY / "tools" / "gpu_audit.py"
+    path = REPOSITORY / "tools" / "benchmarks" / "gpu_audit.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -94,7 +94,10 @@ class Matches:
             InputError: the file cannot be read, or is not an archive of matches.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            archive = np.load(path, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("no archive")
+            with archive:
                 return cls(**{field.name: archive[field.name] for field in dataclasses.fields(cls)})
         except UNREADABLE as error:
             raise InputError(

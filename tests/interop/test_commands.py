@@ -60,7 +60,7 @@ def test_a_foreign_file_is_enough_to_predict(foreign: Path, command: Command, tm
     assert len(instances) > 0
     arguments = [word for override in SMALL for word in ("--set", override)]
     status, output = command(
-        "predict", tmp_path / "photo.png", "--weights", foreign, "--out", tmp_path / "out", "--min-score", 0, *arguments
+        "predict", tmp_path / "photo.png", "--weights", foreign, "--out", tmp_path / "out", "--score", 0, *arguments
     )
     assert status == 0, output
     assert "torchvision Mask R-CNN" in output

@@ -1,7 +1,7 @@
 """List where training and inference on a GPU make the host wait for it. No GPU is needed.
 
-    python tools/gpu_audit.py configs/coco/mask_rcnn_r50_fpn_1x.yaml
-    python tools/gpu_audit.py configs/shapes/mask_rcnn_r18_fpn.yaml --batch 2 --height 256 --width 256
+    python tools/benchmarks/gpu_audit.py configs/coco/mask_rcnn_r50_fpn_1x.yaml
+    python tools/benchmarks/gpu_audit.py configs/shapes/mask_rcnn_r18_fpn.yaml --batch 2 --height 256 --width 256
 
 `FakeTensorMode` gives tensors that say they are on a GPU and have shapes, but no values. An operation that makes the
 host wait is recorded with the line of this project that called it: one whose result depends on values of the GPU in
@@ -44,7 +44,7 @@ from maskrcnn.runtime.console import run_main
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import AxisAlignedMap, Batch, ImageBatch, MaskTables, Targets
 
-PACKAGE = Path(__file__).parents[1] / "maskrcnn"
+PACKAGE = Path(__file__).parents[2] / "maskrcnn"
 aten = torch.ops.aten
 
 Waits = Counter[tuple[str, str]]  # how often: (`models/rpn.py:12`, operation)
