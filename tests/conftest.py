@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from launcher import Launcher
+from launcher import ForkingLauncher, Launcher
 from pydantic import create_model
 
 from maskrcnn.config import Part, Section
@@ -46,9 +46,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
     """Starts commands in processes of their own."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("forks a process that has imported torch, which is safe only on Linux")
-    launcher = Launcher()
+    launcher = ForkingLauncher() if sys.platform.startswith("linux") else Launcher()
     yield launcher
     launcher.close()
 

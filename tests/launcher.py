@@ -1,4 +1,8 @@
-"""Processes that run a command. They are forked from one that has imported torch, which saves seconds per process."""
+"""Processes that run a command.
+
+On Linux they are forked from one that has imported torch, which saves seconds per process and is safe there alone.
+Elsewhere each starts anew.
+"""
 
 from __future__ import annotations
 
@@ -68,21 +72,16 @@ class Ended(NamedTuple):
 class Process:
     """A running command, which leads a process group of its own."""
 
-    def __init__(self, pid: int, out: Path, err: Path, status: Callable[[], int]) -> None:
+    def __init__(self, pid: int, out: Path, err: Path, *, alive: Callable[[], bool], status: Callable[[], int]) -> None:
         self.pid = pid
+        self.alive = alive
         self._out, self._err = out, err
-        self._status = status
+        self._status = status  # waits for the end
 
     @property
     def output(self) -> str:
         """What it has written so far: standard output, then standard error."""
         return self._out.read_text() + self._err.read_text()
-
-    def alive(self) -> bool:
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` is true or the process has ended."""
@@ -104,11 +103,48 @@ class Process:
         return Ended(self._status(), self._out.read_text(), self._err.read_text())
 
 
+def _is_running(pid: int) -> bool:
+    """Return whether a process exists and has not ended, on Linux."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 class Launcher:
     """Starts commands as `python` would, from the root of the repository and with one thread."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
+
+    def start(self, *command: object, environment: Mapping[str, str] | None = None) -> Process:
+        """Start `python *command`."""
+        out, err = self._files()
+        with out.open("w") as out_file, err.open("w") as err_file:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=out_file,
+                stderr=err_file, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                start_new_session=True,
+            )  # fmt: skip
+        return Process(process.pid, out, err, alive=lambda: process.poll() is None, status=process.wait)
+
+    def run(self, *command: object, environment: Mapping[str, str] | None = None) -> Ended:
+        """Run `python *command` to its end."""
+        return self.start(*command, environment=environment).end()
+
+    def _files(self) -> tuple[Path, Path]:
+        folder = tempfile.mkdtemp(dir=self._folder.name)
+        return Path(folder, "out"), Path(folder, "err")
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class ForkingLauncher(Launcher):
+    """Forks the processes from one that has imported torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -117,18 +153,13 @@ class Launcher:
 
     def start(self, *command: object, environment: Mapping[str, str] | None = None, largest_file: int = 0) -> Process:
         """Start `python *command`; a positive `largest_file` limits the size of each file, in bytes."""
-        folder = tempfile.mkdtemp(dir=self._folder.name)
-        out, err = Path(folder, "out"), Path(folder, "err")
+        out, err = self._files()
         job = {
             "command": list(map(str, command)), "out": str(out), "err": str(err), "environment": environment or {},
             "largest_file": largest_file,
         }  # fmt: skip
         pid = self._ask(job)
-        return Process(pid, out, err, lambda: self._ask({"wait": pid}))
-
-    def run(self, *command: object, environment: Mapping[str, str] | None = None) -> Ended:
-        """Run `python *command` to its end."""
-        return self.start(*command, environment=environment).end()
+        return Process(pid, out, err, alive=lambda: _is_running(pid), status=lambda: self._ask({"wait": pid}))
 
     def _ask(self, job: Mapping[str, object]) -> int:
         assert self._server.stdin is not None
@@ -140,4 +171,4 @@ class Launcher:
 
     def close(self) -> None:
         self._server.communicate(timeout=TIMEOUT)
-        self._folder.cleanup()
+        super().close()

@@ -117,6 +117,20 @@ def test_plain_lines_on_the_console_and_times_in_the_file(tmp_path: Path, capsys
 
 
 @pytest.mark.usefixtures("logging_restored")
+def test_the_log_file_leaves_out_what_a_full_disk_refuses_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path / "train.log")
+    (handler,) = (h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
+    with monkeypatch.context() as patch:
+        patch.setattr(handler.stream, "write", lambda text: (_ for _ in ()).throw(OSError(28, "No space left")), False)
+        logging.getLogger("maskrcnn").info("step 20")
+    assert capsys.readouterr().err == "step 20\n"
+    handler.handle(logging.LogRecord("maskrcnn", logging.INFO, __file__, 1, "%d", ("no number",), None))
+    assert "TypeError" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logging_restored")
 def test_a_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     setup_logging()

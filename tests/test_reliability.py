@@ -21,11 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launcher import Launcher, Process
+from launcher import ForkingLauncher, Process
 from PIL import Image
 
 from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="limits the size of files in a forked process, and reads /proc"
+)
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -50,7 +54,7 @@ training:
 class Training:
     """A run directory and its training process."""
 
-    def __init__(self, launcher: Launcher, folder: Path, *overrides: str) -> None:
+    def __init__(self, launcher: ForkingLauncher, folder: Path, *overrides: str) -> None:
         folder.mkdir(exist_ok=True)
         self.run = folder / "run"
         self.last = self.run / "checkpoints" / "last.pt"
@@ -131,7 +135,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(launcher: ForkingLauncher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 12 steps."""
     training = Training(launcher, tmp_path_factory.mktemp("uninterrupted"))
     training.finish()
@@ -144,7 +148,7 @@ def uninterrupted(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_twice_and_killed_once_a_run_ends_as_if_nothing_had_happened(
-    launcher: Launcher, uninterrupted: Path, tmp_path: Path, workers: int
+    launcher: ForkingLauncher, uninterrupted: Path, tmp_path: Path, workers: int
 ) -> None:
     training = Training(launcher, tmp_path, f"training.workers={workers}")
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
@@ -166,7 +170,7 @@ STEPS = 48
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_twenty_times_a_run_ends_as_if_nothing_had_happened(
-    launcher: Launcher, tmp_path: Path, workers: int
+    launcher: ForkingLauncher, tmp_path: Path, workers: int
 ) -> None:
     """Kill at random times: at the start, in a step, and every fourth time while a checkpoint is written."""
     length = f"training.schedule.iterations={STEPS}"
@@ -233,7 +237,7 @@ def group_ends(group: int) -> bool:
 # Write errors.
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(launcher: ForkingLauncher, uninterrupted: Path, tmp_path: Path) -> None:
     """A file size limit makes a write fail half-way, like a full disk."""
     training = Training(launcher, tmp_path)
     training.start()
@@ -253,7 +257,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(launcher: Launcher, uninterrupte
 # Damaged files.
 
 
-def test_a_damaged_checkpoint_names_the_older_ones(launcher: Launcher, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_names_the_older_ones(
+    launcher: ForkingLauncher, uninterrupted: Path, tmp_path: Path
+) -> None:
     training = Training(launcher, tmp_path)
     shutil.copytree(uninterrupted, training.run)
     newest = training.run / "checkpoints" / "iteration_00000012.pt"

@@ -673,6 +673,7 @@ def test_wrong_input_in_a_separate_process(launcher: Launcher, dataset: Dataset)
 # Signals.
 
 
+@pytest.mark.skipif(os.name != "posix", reason="process groups need POSIX")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_saves_the_state(
     launcher: Launcher, dataset: Dataset, tmp_path: Path, number: signal.Signals, status: int

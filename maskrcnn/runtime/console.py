@@ -68,7 +68,8 @@ class _LogFile(logging.FileHandler):
     """Leaves out what cannot be written: a full disk must not add a traceback to each line of the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of the base class)
-        pass
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _ConsoleHandler(logging.Handler):
