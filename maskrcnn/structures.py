@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,7 +36,7 @@ class OnDevice:
         return self._each(lambda value: value.pin_memory())
 
     def _each(self: Dense, move: Callable[[Any], Any]) -> Dense:
-        moved = {field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        moved = {each.name: move(getattr(self, each.name)) for each in dataclasses.fields(self)}
         return dataclasses.replace(self, **moved)
 
 
@@ -76,6 +77,7 @@ class Targets(OnDevice):
     boxes: Tensor  # (B, G, 4); zeros for padding
     labels: Tensor  # (B, G) int64, 1..K; -1 for padding (area 0) and for ignored regions (crowds)
     masks: MaskTables
+    has_mask: Tensor  # (B, G) bool: False for objects that are annotated with a box alone, and for padding
 
     @property
     def valid(self) -> Tensor:
@@ -195,6 +197,9 @@ class Example:
     Resizing and cropping change pixels and boxes. Masks stay in annotated pixels, those of the image as the dataset
     returns it (only flips change them); `map` relates the two. A transform that is not axis-aligned, such as a
     rotation, returns new masks in the pixels of its result, the identity as `map`, and that size as `original_size`.
+
+    `has_mask` says which objects are annotated with a mask. The others train the boxes alone, and have an empty mask.
+    A mask may also be empty because it covers no pixel.
     """
 
     image_id: int
@@ -204,10 +209,14 @@ class Example:
     masks: tuple[MaskCrop, ...]  # G of them
     map: AxisAlignedMap = IDENTITY
     original_size: tuple[int, int] = (0, 0)  # height and width in annotated pixels; by default those of `pixels`
+    has_mask: Tensor = field(default_factory=partial(torch.ones, 0, dtype=torch.bool))  # (G,) bool; by default all True
 
     def __post_init__(self) -> None:
         if self.original_size == (0, 0):
             object.__setattr__(self, "original_size", tuple(self.pixels.shape[1:]))
+        if not len(self.has_mask):
+            object.__setattr__(self, "has_mask", torch.ones(len(self.labels), dtype=torch.bool))
+        assert len(self.has_mask) == len(self.labels), f"{len(self.has_mask)} flags of {len(self.labels)} objects"
 
 
 class Batch(NamedTuple):

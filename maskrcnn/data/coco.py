@@ -88,6 +88,7 @@ class CocoConfig(DatasetConfig):
 class _Object(NamedTuple):
     box: np.ndarray  # (4,) float32: x1, y1, x2, y2, inside the image
     label: int  # 1..K, -1 for a crowd
+    has_mask: bool = False
     polygons: Sequence[Polygon] = ()
     counts: Sequence[int] | np.ndarray = ()
 
@@ -100,6 +101,7 @@ class _ObjectReader:
         self.keep_crowds = keep_crowds
         self.malformed: list[str] = []
         self.degenerate: list[str] = []
+        self.without_mask: list[int] = []  # ids of the objects that have a box alone
         self.dropped: dict[str, list[int]] = {"crowd regions": [], "degenerate objects": []}  # ids by reason
 
     def read(self, annotation: Annotation, image: Image) -> _Object | None:
@@ -118,16 +120,16 @@ class _ObjectReader:
         return self._with_mask(_Object(box, self.labels[annotation["category_id"]]), annotation, image, name)
 
     def _with_mask(self, mask_free: _Object, annotation: Annotation, image: Image, name: str) -> _Object | None:
-        """Return the object with its mask, or None where the annotation has no valid mask."""
+        """Return the object with its mask, if it has one, or None where the mask is invalid."""
         segmentation = annotation.get("segmentation")
-        if segmentation is None:
-            self.malformed.append(f"{name}: has no 'segmentation'; every object needs a mask")
-            return None
+        if segmentation is None or segmentation == []:
+            self.without_mask.append(annotation["id"])
+            return mask_free
         if isinstance(segmentation, list):
             polygons = self._valid_polygons(segmentation, name)
-            return mask_free._replace(polygons=polygons) if polygons else None
+            return mask_free._replace(polygons=polygons, has_mask=True) if polygons else None
         counts = self._valid_counts(segmentation, image, name)
-        return mask_free._replace(counts=counts) if len(counts) else None
+        return mask_free._replace(counts=counts, has_mask=True) if len(counts) else None
 
     def _valid_polygons(self, polygons: list[Polygon], name: str) -> list[Polygon]:
         if any(len(polygon) % 2 for polygon in polygons):
@@ -135,7 +137,7 @@ class _ObjectReader:
             return []
         valid = [polygon for polygon in polygons if len(polygon) >= 6]
         if not valid or len(valid) < len(polygons):
-            self.degenerate.append(f"{name}: has no polygon, or a polygon with fewer than three points")
+            self.degenerate.append(f"{name}: has a polygon with fewer than three points")
         return valid
 
     def _valid_counts(self, rle: Rle, image: Image, name: str) -> np.ndarray:
@@ -191,6 +193,8 @@ class CocoDataset:
     Labels run from 1 to K in ascending order of category ids. The ids may start at any number and have gaps. An
     object whose polygon covers no pixel is kept with an empty mask, as in the reference frameworks.
 
+    An object whose `segmentation` is missing, null or an empty list has a box alone (`Example.has_mask`).
+
     Args:
         annotations: the JSON annotation file.
         images: the image folder; each `file_name` is relative to it.
@@ -228,7 +232,13 @@ class CocoDataset:
         objects = _read_objects(reader, chosen, data["annotations"])
         refuse(annotations, reader.malformed)
         self._handle_degenerate(reader.degenerate, degenerate)
-        self._dropped = reader.dropped
+        self._dropped, self._without_mask = reader.dropped, reader.without_mask
+        if reader.without_mask:
+            logger.warning(
+                "%s: %s have no mask (`segmentation`); they train the boxes alone",
+                annotations,
+                f"{len(reader.without_mask)} of {sum(map(len, objects.values()))} objects",
+            )
         if filter_empty:
             used = {key for key, items in objects.items() if any(item.label > 0 for item in items)}
             self._dropped["images without objects"] = [image["id"] for image in chosen if image["id"] not in used]
@@ -256,6 +266,7 @@ class CocoDataset:
             boxes=torch.from_numpy(self._boxes[rows.start : rows.stop].copy()),
             labels=torch.from_numpy(self._labels[index].copy()),
             masks=tuple(self._mask(row, *self._sizes[index].tolist()) for row in rows),
+            has_mask=torch.from_numpy(self._has_mask[rows.start : rows.stop].copy()),
         )
 
     def image_id(self, index: int) -> int:
@@ -288,11 +299,12 @@ class CocoDataset:
         return [os.path.join(folder, self.image_name(index)) for index in range(len(self))]
 
     def origin(self) -> dict[str, str]:
-        """Return the annotation file and the image files with digests, and the ids of what was dropped, by reason."""
+        """Return the annotation file and the image files with digests, and ids of objects by what is said of them."""
         names = (self.image_name(index) for index in range(len(self)))
         return {
             "annotations": f"{self._file.name}, sha256 {file_digest(self._file)}",
             "files": f"in {self._folder.name}, sha256 of their names {digest(names)}",
+            **({"objects without a mask": count_and_ids(self._without_mask)} if self._without_mask else {}),
             **{f"dropped {reason}": count_and_ids(ids) for reason, ids in self._dropped.items() if ids},
         }
 
@@ -308,6 +320,7 @@ class CocoDataset:
         self._names = Ragged([image["file_name"].encode() for image in images], np.uint8)
         self._labels = Ragged([[item.label for item in row] for row in objects], np.int64)
         self._boxes = np.array([item.box for item in flat], np.float32).reshape(-1, 4)
+        self._has_mask = np.array([item.has_mask for item in flat], np.bool_)
         self._polygons = Ragged([list(chain.from_iterable(item.polygons)) for item in flat], np.float64)
         self._polygon_sizes = Ragged([[len(polygon) for polygon in item.polygons] for item in flat], np.int32)
         self._counts = Ragged([item.counts for item in flat], np.uint32)

@@ -57,11 +57,12 @@ class Annotation(_ExtensibleDict):
     image_id: Id
     category_id: Id
     bbox: Annotated[list[Coordinate], Field(min_length=4, max_length=4)]
-    segmentation: NotRequired[
+    segmentation: NotRequired[  # without it, or with null or an empty list, the object has a box alone
         Annotated[
             Annotated[list[Polygon], Tag("polygons")] | Annotated[Rle, Tag("rle")],
             Discriminator(lambda mask: "rle" if isinstance(mask, dict) else "polygons"),
         ]
+        | None
     ]
     iscrowd: NotRequired[Literal[0, 1]]
     area: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]

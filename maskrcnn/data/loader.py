@@ -148,16 +148,18 @@ def collate(examples: Sequence[Example], seeds: Sequence[int], size_divisor: int
     pixels = torch.zeros((len(examples), 3, height, width), dtype=torch.uint8)
     boxes = torch.zeros((len(examples), max_objects, 4))
     labels = torch.full((len(examples), max_objects), -1)
+    has_mask = torch.zeros((len(examples), max_objects), dtype=torch.bool)
     for b, example in enumerate(examples):
         pixels[b, :, : sizes[b, 0], : sizes[b, 1]] = example.pixels
         boxes[b, : len(example.boxes)] = example.boxes
         labels[b, : len(example.labels)] = example.labels
+        has_mask[b, : len(example.has_mask)] = example.has_mask
     maps = tuple(example.map for example in examples)
     masks = tabulate([example.masks for example in examples], maps, max_objects)
     return Batch(
         image_ids=tuple(example.image_id for example in examples),
         images=ImageBatch(pixels, sizes, torch.tensor(seeds)),
-        targets=Targets(boxes, labels, masks),
+        targets=Targets(boxes, labels, masks, has_mask),
         maps=maps,
         original_sizes=tuple(example.original_size for example in examples),
     )

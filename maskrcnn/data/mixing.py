@@ -150,6 +150,7 @@ def _with_objects_of(example: Example, sources: Sequence[Example]) -> Example:
         boxes=torch.cat([source.boxes for source in sources]),
         labels=torch.cat([source.labels for source in sources]),
         masks=tuple(mask for source in sources for mask in source.masks),
+        has_mask=torch.cat([source.has_mask for source in sources]),
     )
 
 

@@ -6,6 +6,7 @@ Shapes: G objects, H x W image.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,10 +58,17 @@ def with_masks(example: Example, masks: Sequence[MaskCrop], boxes: Tensor) -> Ex
 def occlude(example: Example, covered: np.ndarray) -> Example:
     """Remove the pixels that something covers from the masks; boxes bound what is left.
 
+    An object that is annotated with a box alone goes if its whole box is covered.
+
     Args:
         example: with masks in pixels of its image.
         covered: (H, W) bool.
     """
+    hidden = torch.zeros_like(example.has_mask)
+    for index in (~example.has_mask & (example.labels > 0)).nonzero()[:, 0].tolist():
+        x1, y1, x2, y2 = example.boxes[index].tolist()
+        hidden[index] = bool(covered[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)].all())
+    example = keep_objects(example, ~hidden)
     return with_masks(example, [_uncovered(mask, covered) for mask in example.masks], example.boxes)
 
 

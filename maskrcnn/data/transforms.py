@@ -231,6 +231,7 @@ def keep_objects(example: Example, keep: Tensor) -> Example:
         boxes=example.boxes[keep],
         labels=example.labels[keep],
         masks=tuple(mask for mask, kept in zip(example.masks, keep.tolist(), strict=True) if kept),
+        has_mask=example.has_mask[keep],
     )
 
 

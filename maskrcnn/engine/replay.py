@@ -95,7 +95,7 @@ def _batch(stored: dict[str, Any]) -> Batch:
     return Batch(
         image_ids=stored["image_ids"],
         images=ImageBatch(**stored["images"]),
-        targets=Targets(targets["boxes"], targets["labels"], MaskTables(**targets["masks"])),
+        targets=Targets(**{**targets, "masks": MaskTables(**targets["masks"])}),
         maps=tuple(AxisAlignedMap(*each) for each in stored["maps"]),
         original_sizes=stored["original_sizes"],
     )

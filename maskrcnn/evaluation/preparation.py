@@ -74,7 +74,7 @@ def measurable(iou_types: Sequence[IouType], results: Sequence[dict[str, Any]]) 
 
 
 def coco_objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return copies of the annotations with ids from 1, without annotations that have no mask if `kind` is `segm`.
+    """Return copies of the annotations with ids from 1; with `segm`, each has a mask (`_with_masks`).
 
     The copies are needed because pycocotools modifies annotations. It treats a match with id 0 as no match.
     """
@@ -84,21 +84,30 @@ def coco_objects(kind: IouType, annotations: Sequence[dict[str, Any]]) -> list[d
 
 
 def _with_masks(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop annotations without a mask and polygons with fewer than three points.
+    """Return annotations that all have a mask, without polygons of fewer than three points.
 
-    pycocotools reads a polygon of four numbers as a box.
+    An annotation without a mask becomes a crowd region with the shape of its box. So it is not an object to find, and
+    detections of its class whose masks lie in the box are neither right nor wrong: at an IoU threshold t, those of
+    which at least a part t lies in it. pycocotools has no other way to ignore an object; its `ignore` is overwritten.
     """
     with_masks, without_mask_ids = [], []
     for annotation in annotations:
         mask = annotation.get("segmentation")
-        if isinstance(mask, list):
+        if isinstance(mask, list):  # pycocotools reads a polygon of four numbers as a box
             mask = [polygon for polygon in mask if len(polygon) >= 6]
         if mask:
             with_masks.append({**annotation, "segmentation": mask})
         else:
+            x, y, width, height = annotation["bbox"]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            with_masks.append({**annotation, "segmentation": [corners], "iscrowd": 1})
             without_mask_ids.append(annotation["id"])
     if without_mask_ids:
-        logger.warning("annotations without a mask are excluded from mask metrics: %s", _listed(without_mask_ids))
+        logger.info(
+            "%d annotations have no mask; mask metrics ignore them and what is detected in their boxes: %s",
+            len(without_mask_ids),
+            _listed(without_mask_ids),
+        )
     return with_masks
 
 

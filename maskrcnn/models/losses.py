@@ -109,7 +109,8 @@ def mask_loss(
     Args:
         outputs: predictions for N regions.
         targets: `(N, M, M)` mask targets in 0..1.
-        positive: `(N,)` bool, False for regions that have no object: background and padding.
+        positive: `(N,)` bool, False for regions without a mask to learn: background, padding, and objects that are
+            annotated with a box alone.
         images: `(N,)` image index of each region.
         batch: number of images, B.
         per: see `sample_mean`.

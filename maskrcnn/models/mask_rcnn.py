@@ -265,8 +265,8 @@ class MaskRCNN(nn.Module):
         loss_mask = loss_classifier.new_zeros(())
         if self.mask_head is not None:
             numbers = image * samples.labels.shape[1] + slot  # of the slots in the batch, ascending
-            positive = samples.labels[:, : self.sampler.max_positives] > 0
-            image, slot = used_slots(positive, drop_padding=self.drop_padding)
+            to_train = self._with_mask(samples, targets)
+            image, slot = used_slots(to_train, drop_padding=self.drop_padding)
             if self.mask_pooler is self.box_pooler:
                 regions = regions[torch.searchsorted(numbers, image * samples.labels.shape[1] + slot)]
             else:
@@ -275,7 +275,7 @@ class MaskRCNN(nn.Module):
             loss_mask = mask_loss(
                 self.mask_head(regions, labels.clamp(min=1)),
                 self._mask_targets(samples, targets, images, side=self.mask_head.mask_size)[image, slot],
-                positive=labels > 0,
+                positive=to_train[image, slot],
                 images=image,
                 batch=len(images),
                 per=self.losses.normalizer,
@@ -305,6 +305,11 @@ class MaskRCNN(nn.Module):
         """Return the regions of boxes `(N, 4)`, the input of the heads: `(N, C, S, S)`."""
         regions = pooler(features[: len(pooler.strides)], boxes, images)
         return regions if self.region_stage is None else self.region_stage(regions)
+
+    def _with_mask(self, samples: RoISamples, targets: Targets) -> Tensor:
+        """Return which of the first `max_positives` samples are of objects with a mask: `(B, max_positives)` bool."""
+        first = slice(self.sampler.max_positives)
+        return (samples.labels[:, first] > 0) & targets.has_mask.gather(1, samples.matched[:, first])
 
     def _mask_targets(self, samples: RoISamples, targets: Targets, images: ImageBatch, *, side: int) -> Tensor:
         """Return the mask targets of the first `max_positives` samples of each image: `(B, max_positives, M, M)`."""

@@ -207,11 +207,28 @@ def test_malformed_masks_are_refused(open_dataset: Open, changes: dict[str, Any]
         open_dataset(data)
 
 
-def test_an_annotation_without_a_mask_is_refused(open_dataset: Open) -> None:
-    entry = annotation(3)
-    del entry["segmentation"]
-    with pytest.raises(InputError, match=r"annotation 3 .* no 'segmentation'"):
-        open_dataset(coco([entry]))
+@pytest.mark.parametrize("segmentation", [..., None, []], ids=["missing", "null", "empty list"])
+def test_an_object_may_have_a_box_alone(
+    open_dataset: Open, caplog: pytest.LogCaptureFixture, segmentation: Any
+) -> None:
+    entry = annotation(3, segmentation=segmentation)
+    if segmentation is ...:
+        del entry["segmentation"]
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(coco([annotation(1), entry]))
+    assert "1 of 2 objects have no mask" in caplog.text
+    assert dataset[0].has_mask.tolist() == [True, False]
+    assert [mask.pixels.size for mask in dataset[0].masks] == [16, 0]
+    assert dataset[0].boxes.tolist() == [[4, 5, 8, 9]] * 2
+    assert dataset.origin()["objects without a mask"] == "1 (ids 3)"
+
+
+def test_a_mask_without_a_pixel_is_a_mask(open_dataset: Open, caplog: pytest.LogCaptureFixture) -> None:
+    no_pixel = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+    sliver = [4.1, 5.1, 4.2, 5.1, 4.2, 5.2]
+    example = open_dataset(coco([annotation(1, segmentation=no_pixel), annotation(2, segmentation=[sliver])]))[0]
+    assert example.has_mask.tolist() == [True, True]
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -221,11 +238,11 @@ def test_an_annotation_without_a_mask_is_refused(open_dataset: Open) -> None:
         ({"bbox": [4, 5, 4, -4]}, 1),
         ({"bbox": [40, 5, 4, 4]}, 1),
         ({"bbox": [4, 5, 1e-9, 4]}, 1),
-        ({"segmentation": []}, 1),
+        ({"segmentation": [[]]}, 1),
         ({"segmentation": [[1, 2, 3, 4]]}, 1),
         ({"segmentation": [SQUARE, [1, 2, 3, 4]]}, 2),
     ],
-    ids=["no width", "negative", "outside", "no width in float32", "no polygon", "two points", "one polygon of two"],
+    ids=["no width", "negative", "outside", "no width in float32", "no point", "two points", "one polygon of two"],
 )
 def test_degenerate_objects_are_refused_or_dropped_with_a_warning(
     open_dataset: Open, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], num_objects: int

@@ -162,6 +162,7 @@ def test_collate_by_hand() -> None:
     assert batch.targets.boxes[0].eq(0).all()
     assert batch.targets.boxes[1].tolist() == [[0, 0, 2, 3]] * 2
     assert batch.targets.masks.sizes.tolist() == [[[0, 0], [0, 0]], [[3, 2], [3, 2]]]
+    assert batch.targets.has_mask.tolist() == [[False, False], [True, True]]
     assert batch.original_sizes == ((5, 9), (6, 4))
 
 

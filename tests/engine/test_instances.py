@@ -34,7 +34,8 @@ def make_batch() -> Batch:
         torch.zeros(2, 3, 96, 128), torch.tensor([[80, 120], [90, 100]]), torch.zeros(2, dtype=torch.int64)
     )
     maps = (AxisAlignedMap(2.0, 2.0), AxisAlignedMap(2.0, 3.0))
-    targets = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), tabulate([[], []], maps, 1))
+    no_mask = torch.zeros(2, 1, dtype=torch.bool)
+    targets = Targets(torch.zeros(2, 1, 4), torch.full((2, 1), -1), tabulate([[], []], maps, 1), no_mask)
     return Batch((11, 12), images, targets, maps, ((40, 60), (30, 50)))
 
 

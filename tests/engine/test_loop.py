@@ -52,6 +52,7 @@ def make_batch(iteration):
     """Return the batch of the step after `iteration`. Its content depends only on that number."""
     generator = torch.Generator().manual_seed(iteration)
     zeros = torch.zeros(4, 1, 2)
+    ones = torch.ones(4, 1, dtype=torch.int64)
     masks = MaskTables(torch.zeros(0), zeros[..., 0].long(), zeros.long(), zeros, torch.ones(4, 2))
     return Batch(
         image_ids=tuple(range(4 * iteration, 4 * iteration + 4)),
@@ -60,7 +61,7 @@ def make_batch(iteration):
             torch.full((4, 2), 2),
             torch.zeros(4, dtype=torch.int64),
         ),
-        targets=Targets(torch.rand(4, 1, 4, generator=generator), torch.ones(4, 1, dtype=torch.int64), masks),
+        targets=Targets(torch.rand(4, 1, 4, generator=generator), ones, masks, ones.bool()),
         maps=(AxisAlignedMap(),) * 4,
         original_sizes=((2, 2),) * 4,
     )

@@ -51,7 +51,7 @@ def batch_of(seeds: Sequence[int]) -> Batch:
     return Batch(
         image_ids=tuple(seeds),
         images=ImageBatch(torch.stack(pixels), torch.full((count, 2), 2), torch.tensor(seeds)),
-        targets=Targets(boxes, torch.ones(count, 1, dtype=torch.int64), masks),
+        targets=Targets(boxes, torch.ones(count, 1, dtype=torch.int64), masks, torch.ones(count, 1, dtype=torch.bool)),
         maps=(AxisAlignedMap(),) * count,
         original_sizes=((2, 2),) * count,
     )

@@ -249,13 +249,28 @@ def test_ground_truth_may_mix_kinds_of_masks() -> None:
     assert evaluate(truth(annotations, images=4), detections).summary()["mask/AP"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("mask", [[], [[1, 2, 3, 4]], None])
-def test_objects_without_a_mask_are_left_out_of_masks(mask: Any, caplog: pytest.LogCaptureFixture) -> None:
-    ground_truth = truth([annotation(5, (10, 10, 40, 40), segmentation=mask), annotation(6, (70, 70, 40, 40))])
-    figures = evaluate(ground_truth, [result((70, 70, 40, 40))]).summary()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [[], [[1, 2, 3, 4]], None, ...])
+def test_objects_without_a_mask_are_left_out_of_masks(
+    mask: Any, backend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    box_alone = annotation(5, (10, 10, 40, 40), segmentation=mask)
+    if mask is ...:
+        del box_alone["segmentation"]
+    ground_truth = truth([box_alone, annotation(6, (70, 70, 40, 40))])
+    before = copy.deepcopy(ground_truth)
+    found = result((70, 70, 40, 40))
+    with caplog.at_level(logging.INFO):
+        figures = evaluate(ground_truth, [found], backend=backend).summary()
     assert figures["mask/AP"] == pytest.approx(1)
     assert figures["box/AP"] == pytest.approx(51 / 101)
-    assert "excluded from mask metrics: 5" in caplog.text
+    assert "1 annotations have no mask; mask metrics ignore them and what is detected in their boxes: 5" in caplog.text
+    # What is detected in the box is neither right nor wrong, however often; what is detected elsewhere is wrong.
+    in_box = [result((12, 12, 30, 30), score) for score in (0.97, 0.98)]
+    assert evaluate(ground_truth, [found, *in_box], backend=backend).summary()["mask/AP"] == pytest.approx(1)
+    elsewhere = result((60, 20, 10, 10), 0.99)
+    assert evaluate(ground_truth, [found, elsewhere], backend=backend).summary()["mask/AP"] == pytest.approx(0.5)
+    assert ground_truth == before
 
 
 def test_masks_of_results_may_be_plain_numbers_without_boxes() -> None:

@@ -92,6 +92,23 @@ def test_an_object_is_found_once_and_a_crowd_often(shape_of: Callable[..., dict[
     assert len(matches.object_images) == 1
 
 
+def test_an_object_without_a_mask_is_a_crowd_region_of_its_box(
+    shape_of: Callable[..., dict[str, Any]], pycocotools_figures: Callable[..., dict[str, float]]
+) -> None:
+    one = shape_of((10, 10, 40, 40))
+    ground_truth = truth(one, {"bbox": [60, 60, 60, 60], "segmentation": None})
+    detections = [result(one, 0.8), *(result(shape_of((65, 65, 20, side)), 0.9) for side in (20, 100))]
+    matches = match_results(ground_truth, detections, "segm")
+    assert (matches.true_positives[:, 0] > 0).tolist() == [False, False, True]
+    # Of the second detection, 55 of 63 rows lie in the box.
+    assert matches.ignored[:, 0].tolist() == [0b1111111111, 0b0011111111, 0]
+    assert len(matches.object_images) == 1
+    corners = [[60, 60, 120, 60, 120, 120, 60, 120]]
+    as_crowd = truth(one, {"bbox": [60, 60, 60, 60], "segmentation": corners, "iscrowd": 1})
+    assert same(matches.figures(), pycocotools_figures(as_crowd, detections, "segm"))
+    assert len(match_results(ground_truth, detections, "bbox").object_images) == 2
+
+
 def test_of_equal_overlaps_the_last_object_is_taken(shape_of: Callable[..., dict[str, Any]]) -> None:
     # As in pycocotools. The first detection has an IoU of 32 / 48 with both objects. It is matched to the second object
     # at 0.50 to 0.65; at higher thresholds the second detection is matched to it.

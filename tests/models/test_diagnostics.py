@@ -24,7 +24,8 @@ CROP = MaskCrop(0, 0, np.ones((2, 2), np.uint8))
 
 def targets(boxes: Tensor, labels: Tensor) -> Targets:
     images, objects = labels.shape
-    return Targets(boxes, labels, tabulate([[CROP] * objects] * images, [AxisAlignedMap()] * images, objects))
+    masks = tabulate([[CROP] * objects] * images, [AxisAlignedMap()] * images, objects)
+    return Targets(boxes, labels, masks, labels > 0)
 
 
 def samples(labels: list[list[int]]) -> RoISamples:

@@ -141,6 +141,15 @@ def test_a_crowd_alone() -> None:
     assert losses.loss_classifier == losses.loss_mask == 0
 
 
+@pytest.mark.parametrize("name", ["pyramid", "c4", "equal sizes", "fractional masks"])
+def test_objects_with_a_box_alone(name: str) -> None:
+    batch = batch_of(SOME, SOME[1:])
+    batch.targets.has_mask[0, 1:] = False
+    assert assert_equal(build(name), batch).loss_mask > 0
+    batch.targets.has_mask.fill_(False)
+    assert assert_equal(build(name), batch).loss_mask == 0
+
+
 def test_padding_is_not_part_of_the_statistics_of_batch_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two objects leave most slots of the mask head empty."""
     monkeypatch.setitem(MODELS, "batch norms", {"mask_head": FPN["mask_head"] | {"norm": "bn"}})

@@ -500,9 +500,8 @@ def test_class_agnostic_heads_have_no_class_rows(branch: str, output: str) -> No
 
 def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
     crops = [[MaskCrop(0, 0, np.ones((2, 2), np.uint8)) for _ in image] for image in boxes]
-    return Targets(
-        torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
-    )
+    tables = tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
+    return Targets(torch.tensor(boxes), torch.tensor(labels), tables, torch.tensor(labels) > 0)
 
 
 def proposals(*images: list[list[float]]) -> Proposals:

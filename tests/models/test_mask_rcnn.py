@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from maskrcnn.data.loader import collate
 from maskrcnn.engine.optimizer import HasStages
 from maskrcnn.errors import InputError
+from maskrcnn.models.losses import mask_loss
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, PixelNormalizer
 from maskrcnn.models.necks.parts import NoNeck, NoNeckConfig
 from maskrcnn.structures import Batch, Example, ImageBatch, Losses, MaskCrop
@@ -51,6 +53,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 Objects = Sequence[tuple[tuple[float, float, float, float], int]]  # box and label
 SOME: Objects = (((4, 6, 30, 40), 1), ((20, 10, 60, 50), 3), ((2, 40, 20, 62), 4))
+NO_MASK = MaskCrop(0, 0, np.zeros((0, 0), np.uint8))
 
 
 def build(kind: str, *, classes: int = K, **settings: Any) -> MaskRCNN:
@@ -77,7 +80,7 @@ def example(
     masks = []
     for (x1, y1, x2, y2), _ in objects:
         crop = np.ones((max(1, int(y2 - y1) // 2), max(1, int(x2 - x1))), np.uint8)
-        masks.append(MaskCrop(0, 0, np.zeros((0, 0), np.uint8)) if empty_masks else MaskCrop(int(x1), int(y1), crop))
+        masks.append(NO_MASK if empty_masks else MaskCrop(int(x1), int(y1), crop))
     return Example(
         image_id=key,
         pixels=torch.from_numpy(pixels),
@@ -218,6 +221,57 @@ def test_objects_without_mask_pixels(model: MaskRCNN) -> None:
     result = losses(model, example(empty_masks=True))
     assert result.loss_mask > 0  # the target of every cell is 0
     assert_learns(model, result)
+
+
+# Objects that are annotated with a box alone.
+
+
+def gradients(model: MaskRCNN, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of every trainable parameter."""
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without_masks(item: Example, *numbers: int) -> Example:
+    """Return the example with objects that have a box alone; all of them by default."""
+    removed = numbers or range(len(item.masks))
+    kept = [NO_MASK if index in removed else mask for index, mask in enumerate(item.masks)]
+    has_mask = torch.tensor([mask is not NO_MASK for mask in kept], dtype=torch.bool)
+    return dataclasses.replace(item, masks=tuple(kept), has_mask=has_mask)
+
+
+def test_boxes_alone_train_the_boxes_as_with_masks_and_no_mask(model: MaskRCNN) -> None:
+    whole, boxes = losses(model, example(key=1)), losses(model, without_masks(example(key=1)))
+    assert boxes[:4] == whole[:4]
+    assert boxes.loss_mask == 0 < whole.loss_mask
+    of_boxes, expected = gradients(model, boxes.total), gradients(model, torch.stack(whole[:4]).sum())
+    in_mask_head = {name for name in of_boxes if name.startswith("mask_head.")}
+    assert in_mask_head
+    assert not any(of_boxes[name].any() for name in in_mask_head)
+    assert of_boxes.keys() - in_mask_head == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(of_boxes[name], gradient), name
+
+
+def test_the_mask_loss_is_the_mean_over_objects_with_a_mask(pyramid: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, weights = without_masks(example(key=1), 0), []
+
+    def record(outputs: Any, targets: Tensor, *, positive: Tensor, **options: Any) -> Tensor:
+        weights.append(positive)
+        return mask_loss(outputs, targets, positive=positive, **options)
+
+    monkeypatch.setattr("maskrcnn.models.mask_rcnn.mask_loss", record)
+    mixed = losses(pyramid, item)
+    inputs = batch(pyramid, item)
+    features = pyramid.features(inputs.images)
+    proposals, _ = pyramid.rpn(features, inputs.images, inputs.targets)
+    samples = pyramid.sampler(proposals, inputs.targets, inputs.images.seeds)
+    with_mask = (samples.labels > 0) & (samples.matched != 0)
+    assert 0 < with_mask.sum() == weights[0].sum() < (samples.labels > 0).sum()
+    # The pixels of a mask that the object does not have do not matter.
+    other = dataclasses.replace(item, masks=(example(key=1).masks[0], *item.masks[1:]))
+    assert losses(pyramid, other) == mixed
 
 
 def test_crowds_are_neither_objects_nor_background(pyramid: MaskRCNN) -> None:

@@ -37,9 +37,8 @@ def features(batch: int = 2) -> list[Tensor]:
 
 def targets(boxes: list[list[list[float]]], labels: list[list[int]]) -> Targets:
     crops = [[MaskCrop(0, 0, np.ones((2, 2), np.uint8)) for _ in image] for image in boxes]
-    return Targets(
-        torch.tensor(boxes), torch.tensor(labels), tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
-    )
+    tables = tabulate(crops, [AxisAlignedMap()] * len(boxes), len(boxes[0]))
+    return Targets(torch.tensor(boxes), torch.tensor(labels), tables, torch.tensor(labels) > 0)
 
 
 def test_sampled_outputs_equal_forward_at_the_sampled_anchors() -> None:
@@ -109,7 +108,8 @@ def test_losses_of_two_images_are_the_mean_of_each_alone() -> None:
     together = losses_of(network, maps, both, [5, 6])
     alone = []
     for image in range(2):
-        single = Targets(both.boxes[image : image + 1], both.labels[image : image + 1], both.masks)
+        own = slice(image, image + 1)
+        single = Targets(both.boxes[own], both.labels[own], both.masks, both.has_mask[own])
         alone.append(losses_of(network, [level[image : image + 1] for level in maps], single, [5 + image]))
     for term, first, second in zip(together, *alone, strict=True):
         torch.testing.assert_close(term, (first + second) / 2)

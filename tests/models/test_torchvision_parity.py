@@ -129,7 +129,8 @@ def scene() -> tuple[Tensor, list[dict[str, Tensor]], ImageBatch, Targets]:
     for index in range(2):
         dense_boxes[index, : len(boxes[index])] = boxes[index]
         dense_labels[index, : len(boxes[index])] = labels[index]
-    return pixels, theirs, images, Targets(dense_boxes, dense_labels, tabulate(crops, [AxisAlignedMap()] * 2, 3))
+    tables = tabulate(crops, [AxisAlignedMap()] * 2, 3)
+    return pixels, theirs, images, Targets(dense_boxes, dense_labels, tables, dense_labels > 0)
 
 
 def disc(box: Tensor) -> Tensor:

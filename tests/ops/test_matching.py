@@ -18,7 +18,8 @@ RULE = {"foreground": 0.7, "background": 0.3}
 def targets(boxes: torch.Tensor, labels: torch.Tensor) -> Targets:
     crop = MaskCrop(0, 0, np.ones((1, 1), np.uint8))
     batch, count = labels.shape
-    return Targets(boxes, labels, tabulate([[crop] * count] * batch, [AxisAlignedMap()] * batch, count))
+    masks = tabulate([[crop] * count] * batch, [AxisAlignedMap()] * batch, count)
+    return Targets(boxes, labels, masks, labels > 0)
 
 
 def random_boxes(*shape: int) -> torch.Tensor:

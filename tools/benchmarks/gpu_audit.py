@@ -125,7 +125,7 @@ def _batch(shape: Shape) -> Batch:
             torch.empty(count, 2, dtype=torch.int64),
             torch.empty(count, dtype=torch.int64),
         ),
-        targets=Targets(boxes, labels, masks),
+        targets=Targets(boxes, labels, masks, labels.bool()),
         maps=(AxisAlignedMap(),) * count,
         original_sizes=((height, width),) * count,
     )
