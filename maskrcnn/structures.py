@@ -214,9 +214,9 @@ class Example:
     def __post_init__(self) -> None:
         if self.original_size == (0, 0):
             object.__setattr__(self, "original_size", tuple(self.pixels.shape[1:]))
-        if not len(self.has_mask):
+        if len(self.has_mask) != len(self.labels):
+            assert self.has_mask.all(), f"{len(self.has_mask)} flags `has_mask` of {len(self.labels)} objects"
             object.__setattr__(self, "has_mask", torch.ones(len(self.labels), dtype=torch.bool))
-        assert len(self.has_mask) == len(self.labels), f"{len(self.has_mask)} flags of {len(self.labels)} objects"
 
 
 class Batch(NamedTuple):

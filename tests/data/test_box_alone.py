@@ -81,5 +81,7 @@ def test_a_box_that_is_covered_goes() -> None:
 
 
 def test_flags_must_be_as_many_as_objects() -> None:
-    with pytest.raises(AssertionError, match="2 flags of 4 objects"):
-        dataclasses.replace(SCENES[0], labels=torch.ones(4), has_mask=torch.ones(2, dtype=torch.bool))
+    example = SCENES[0]
+    assert dataclasses.replace(example, labels=torch.ones(7)).has_mask.tolist() == [True] * 7
+    with pytest.raises(AssertionError, match="2 flags `has_mask` of 4 objects"):
+        dataclasses.replace(example, labels=torch.ones(4), has_mask=torch.tensor([True, False]))
