@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 import maskrcnn.data.affine
 import maskrcnn.data.coco
 import maskrcnn.data.crops
+import maskrcnn.data.joined
 import maskrcnn.data.mixing
 import maskrcnn.data.photometric
 import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)

@@ -71,9 +71,10 @@ def _as_annotated(dataset: DetectionDataset, count: int) -> Iterator[tuple[str, 
 def _augmented(config: ExperimentConfig, dataset: DetectionDataset, count: int) -> Iterator[tuple[str, str, Example]]:
     """Yield the first images of the training; an id can occur twice, so the name begins with their number."""
     from maskrcnn.data.loader import training_examples
+    from maskrcnn.data.sampling import image_weights
 
     transform, settings = config.data.build_train_transform(dataset), config.training
-    weights = settings.sampler.weights(dataset)
+    weights = image_weights(settings.sampler, dataset)
     examples = training_examples(
         dataset, transform, batch_size=settings.batch_size, seed=settings.seed, weights=weights
     )

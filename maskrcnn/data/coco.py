@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path, PureWindowsPath
@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from typing_extensions import Self
 
 from maskrcnn.data.coco_file import (
@@ -54,6 +55,7 @@ class CocoConfig(DatasetConfig):
     filter_empty: bool = False  # drop images without objects
     image_ids: tuple[int, ...] = ()  # use only these images; empty: all images
     classes: tuple[str, ...] = ()  # use only the classes with these names; empty: all classes
+    rename: dict[str, str] = Field({}, description="new names of classes; those with the same name become one class")
 
     def build(self) -> CocoDataset:
         """Return the dataset.
@@ -70,6 +72,7 @@ class CocoConfig(DatasetConfig):
             filter_empty=self.filter_empty,
             image_ids=self.image_ids,
             classes=self.classes,
+            rename=self.rename,
         )
 
     def with_root(self, root: Path) -> Self:
@@ -204,6 +207,7 @@ class CocoDataset:
         filter_empty: drop images without objects; crowd regions are not objects.
         image_ids: use only these images; empty means all.
         classes: use only objects of these classes; empty means all. Images without such objects stay in the dataset.
+        rename: new names of some of these classes. Classes that then have the same name are one, with the lowest id.
 
     Raises:
         InputError: the annotation file is invalid, or the images are missing.
@@ -219,8 +223,9 @@ class CocoDataset:
         filter_empty: bool = False,
         image_ids: tuple[int, ...] = (),
         classes: tuple[str, ...] = (),
+        rename: Mapping[str, str] | None = None,
     ) -> None:
-        self._file, self._folder, self._class_names = annotations, images, classes
+        self._file, self._folder, self._class_names, self._rename = annotations, images, classes, dict(rename or {})
         data = self._read()
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.classes = ClassTable(
@@ -309,9 +314,10 @@ class CocoDataset:
         }
 
     def _read(self) -> dict[str, Any]:
-        """Return the content of the annotation file, restricted to the chosen classes."""
+        """Return the content of the annotation file, restricted to the chosen classes, with their new names."""
         data = read_coco_json(self._file)
-        return _choose_classes(self._file, data, self._class_names) if self._class_names else data
+        data = _choose_classes(self._file, data, self._class_names) if self._class_names else data
+        return _rename_classes(self._file, data, self._rename) if self._rename else data
 
     def _store(self, images: Sequence[Image], objects: Sequence[Sequence[_Object]]) -> None:
         flat = list(chain.from_iterable(objects))
@@ -421,6 +427,23 @@ def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) ->
     ids = {category["id"] for category in categories}
     annotations = [entry for entry in data["annotations"] if entry["category_id"] in ids]
     return {**data, "categories": categories, "annotations": annotations}
+
+
+def _rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
+    """Return the annotation data with new class names; classes of the same name become one, with the lowest id.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    known = {category["name"] for category in data["categories"]}
+    refuse(file, [f"`rename` names '{name}', which is not among the classes" for name in rename if name not in known])
+    categories: dict[str, dict[str, Any]] = {}
+    new_ids: dict[int, int] = {}
+    for category in sorted(data["categories"], key=lambda category: category["id"]):
+        name = rename.get(category["name"], category["name"])
+        new_ids[category["id"]] = categories.setdefault(name, {**category, "name": name})["id"]
+    annotations = [{**entry, "category_id": new_ids[entry["category_id"]]} for entry in data["annotations"]]
+    return {**data, "categories": list(categories.values()), "annotations": annotations}
 
 
 def _is_outside(name: str) -> bool:

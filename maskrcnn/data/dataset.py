@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from typing_extensions import Self
@@ -38,6 +38,14 @@ class DetectionDataset(Protocol):
 
     def ground_truth(self) -> dict[str, Any]:
         """Return images, annotations and categories in COCO format, for evaluation."""
+
+
+@runtime_checkable
+class HasFiles(Protocol):
+    """A dataset of image files; optional."""
+
+    def files(self) -> list[str]:
+        """Return the path of each image file, the same text for the same file."""
 
 
 class DatasetConfig(Part):

@@ -6,7 +6,7 @@ Shapes: N images, K classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -67,6 +67,24 @@ class ClassBalancedConfig(SamplerConfig):
         for images in images_of_classes(dataset):
             weights[images] += 1 / max(len(images), 1)
         return weights
+
+
+@runtime_checkable
+class Mixture(Protocol):
+    """A dataset that consists of several with shares of their own in the draws; optional."""
+
+    def mixed(self, weights: np.ndarray | None) -> np.ndarray | None:
+        """Return how often each image is drawn, from how often a sampler draws it, (N,) or None for each once."""
+
+
+def image_weights(sampler: SamplerConfig, dataset: DetectionDataset) -> np.ndarray | None:
+    """Return how often each image of a dataset is drawn: as the sampler says, with the shares of a mixture.
+
+    Raises:
+        InputError: the sampler draws no image of one of the mixed datasets.
+    """
+    weights = sampler.weights(dataset)
+    return dataset.mixed(weights) if isinstance(dataset, Mixture) else weights
 
 
 def images_of_classes(dataset: DetectionDataset) -> tuple[np.ndarray, ...]:

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.dataset import DetectionDataset, HasFiles
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.structures import ClassTable, Example
 
@@ -151,8 +150,8 @@ def mirrored_classes(classes: ClassTable, swap: Sequence[tuple[str, str]]) -> It
 
 
 def shared_images(train: DetectionDataset, validation: DetectionDataset) -> Iterator[str]:
-    """Report image files of COCO datasets that are in both splits."""
-    if isinstance(train, CocoDataset) and isinstance(validation, CocoDataset):
+    """Report image files that are in both splits."""
+    if isinstance(train, HasFiles) and isinstance(validation, HasFiles):
         shared = sorted(set(train.files()) & set(validation.files()))
         if shared:
             yield (

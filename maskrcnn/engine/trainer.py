@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import training_loader
-from maskrcnn.data.sampling import SamplerConfig, UniformConfig
+from maskrcnn.data.sampling import SamplerConfig, UniformConfig, image_weights
 from maskrcnn.data.transforms import Transform
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
@@ -142,7 +142,7 @@ class Trainer:
             seed=self.options.seed,
             workers=self.options.workers,
             size_divisor=self.model.size_divisor,
-            weights=self.options.sampler.weights(self.dataset),
+            weights=image_weights(self.options.sampler, self.dataset),
             pin_memory=processes.device.type == "cuda",
             start=start,
             rank=processes.rank,

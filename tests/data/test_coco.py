@@ -163,6 +163,23 @@ def test_classes_can_be_chosen(open_dataset: Open) -> None:
         open_dataset(data, classes=("leaf", "flower"))
 
 
+def test_classes_can_be_renamed_and_merged(open_dataset: Open) -> None:
+    data = coco([annotation(1), annotation(2, category_id=7), annotation(3, category_id=9, image_id=2)], images=2)
+    data["categories"] += [{"id": 9, "name": "tree"}, {"id": 7, "name": "bud", "supercategory": "plant"}]
+    dataset = open_dataset(data, rename={"leaf": "foliage", "tree": "foliage"})
+    assert (dataset.classes.names, dataset.classes.category_ids) == (("foliage", "bud"), (1, 7))
+    assert [dataset[i].labels.tolist() for i in range(2)] == [[1, 2], [1]]
+    truth = dataset.ground_truth()
+    assert [entry["category_id"] for entry in truth["annotations"]] == [1, 7, 1]
+    assert truth["categories"][1] == {"id": 7, "name": "bud", "supercategory": "plant"}
+    assert open_dataset(data, classes=("bud",), rename={"bud": "leaf"}).classes.names == ("leaf",)
+    for classes in ((), ("bud", "leaf")):
+        with pytest.raises(InputError, match="`rename` names 'flower', which is not among the classes"):
+            open_dataset(data, classes=classes, rename={"flower": "leaf"})
+    with pytest.raises(InputError, match="`rename` names 'tree', which is not among the classes"):
+        open_dataset(data, classes=("leaf",), rename={"tree": "leaf"})
+
+
 def test_sizes_and_config(open_dataset: Open, tmp_path: Path) -> None:
     data = coco([annotation(1)], images=2)
     data["images"].reverse()
