@@ -10,6 +10,7 @@ import numpy as np
 
 from maskrcnn.ablation.measurement import RunResult
 from maskrcnn.evaluation.bootstrap import Interval
+from maskrcnn.visualization.svg import typeset
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,3 @@ def points(value: float) -> str:
 def signed_points(value: float) -> str:
     """Format a fraction as percentage points with one decimal and a sign."""
     return typeset(f"{100 * value:+.1f}")
-
-
-def typeset(number: str) -> str:
-    """Replace the hyphen of a negative number with the minus sign, which is as wide as a plus."""
-    return number.replace("-", "\N{MINUS SIGN}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from maskrcnn.ablation.charts import forest_plot, loss_chart, metric_chart, variant_style
 from maskrcnn.ablation.comparison import share
 from maskrcnn.ablation.pictures import Gallery
 from maskrcnn.ablation.results import AblationResults
 from maskrcnn.ablation.tables import report_tables
+from maskrcnn.visualization.pages import page_template
 
-TEMPLATE = "report.html.jinja"  # text in it is escaped, except for the charts
+TEMPLATE = Path(__file__).with_name("report.html.jinja")  # text in it is escaped, except for the charts
 FOREST = ("AP", "AP50", "AP75")  # for masks and boxes; the primary metric comes first
 
 
@@ -26,16 +25,8 @@ def html_page(results: AblationResults, pictures: Sequence[Gallery], notes: Sequ
         notes: paragraphs below the sentences of the results.
         provenance: command, hardware and versions, as plain text.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
     curves = {"Training loss": loss_chart(results), results.metric_name: metric_chart(results)}
-    return environment.get_template(TEMPLATE).render(
+    return page_template(TEMPLATE).render(
         results=results,
         notes=notes,
         forest=forest_plot(results, _forest_figures(results)) if results.compared else "",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from maskrcnn.ablation.comparison import signed_points
 from maskrcnn.ablation.measurement import RunResult, results_file
@@ -22,10 +19,10 @@ from maskrcnn.evaluation.results import read_results
 from maskrcnn.structures import ClassTable, MaskCrop
 from maskrcnn.visualization.captions import Rectangle
 from maskrcnn.visualization.drawing import LEGIBLE_SIDE, draw_objects
+from maskrcnn.visualization.pages import data_uri
 
 EACH_END = 4  # images with the largest losses, and as many with the largest gains
 MOST = 200  # pictures in one report; at about 20 kB each, the page stays at a few MB
-QUALITY = 75  # of the JPEG files
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class _StripRenderer:
             boxes, labels, masks, scores = _objects(detections, classes)
             pictures.append(draw(boxes, labels, masks, scores=scores))
         caption = f"image {image_id}: {signed_points(change)} points"
-        return Strip(caption, ("ground truth", *self.titles.values()), tuple(map(_data_uri, pictures)))
+        return Strip(caption, ("ground truth", *self.titles.values()), tuple(map(data_uri, pictures)))
 
 
 def _by_image(results: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
@@ -125,9 +122,3 @@ def _objects(
     codes = [result["segmentation"] for result in results if "segmentation" in result]
     masks = [crop_from_counts(run_lengths(code["counts"]), height=code["size"][0]) for code in codes]
     return boxes, labels, masks, [result["score"] for result in results]
-
-
-def _data_uri(picture: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

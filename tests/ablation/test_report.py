@@ -15,13 +15,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskrcnn.ablation import pictures
-from maskrcnn.ablation.charts import COLOURS, WIDTH, ticks, variant_style
+from maskrcnn.ablation.charts import variant_style
 from maskrcnn.ablation.pictures import galleries
 from maskrcnn.ablation.plan import Plan
 from maskrcnn.ablation.report import write_report
 from maskrcnn.ablation.results import AblationResults, analyse
 from maskrcnn.ablation.tables import NOTHING, Cell, Row, Table, other_table, report_tables
 from maskrcnn.evaluation.matches import FIGURES
+from maskrcnn.visualization.svg import COLOURS, WIDTH, ticks
 
 VOID = {"meta", "img", "path", "circle", "rect"}
 
