@@ -431,8 +431,6 @@ def no_categories(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (without_area, ["annotation 1 (image 1)", "no area"]),
-        (short_polygon, ["annotation 2 (image 2)", "fewer than three points"]),
         (unknown_image, ["annotation 3", "no image has the id 77"]),
         (unknown_category, ["annotation 3", "no category has the id 78"]),
         (outside_folder, ["image 1", "../../secret.png", "points outside"]),
@@ -446,6 +444,23 @@ def test_wrong_annotations(
     spoil(dataset.data)
     dataset.write()
     assert_refused(tool("train", dataset.config, "--out", tmp_path / "run"), "objects.json", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_area, ["annotation 1 (image 1)", "no area"]),
+        (short_polygon, ["annotation 2 (image 2)", "fewer than three points"]),
+    ],
+)
+def test_degenerate_objects_are_refused_if_the_config_says_so(
+    tool: Run, dataset: Dataset, tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str]
+) -> None:
+    spoil(dataset.data)
+    dataset.write()
+    command = ("train", dataset.config, "--set", "data.train.degenerate=refuse", "--out", tmp_path / "run")
+    assert_refused(tool(*command), "objects.json", *words)
     assert not (tmp_path / "run").exists()
 
 

@@ -34,7 +34,9 @@ from maskrcnn.data.coco_file import (
     run_lengths,
 )
 from maskrcnn.data.dataset import DatasetConfig
+from maskrcnn.data.findings import Finding, messages
 from maskrcnn.data.images import read_image
+from maskrcnn.data.polygon_checks import without_pixels
 from maskrcnn.data.provenance import count_and_ids, digest, file_digest
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError, first_of
@@ -51,7 +53,7 @@ class CocoConfig(DatasetConfig):
     annotations: Path
     images: Path
     crowd: Literal["ignore", "drop"] = "drop"  # "ignore" keeps crowd regions with label -1
-    degenerate: Literal["refuse", "drop"] = "refuse"  # boxes without area, polygons with fewer than three points
+    degenerate: Literal["refuse", "drop"] = "drop"  # boxes without area, masks without a pixel, too short polygons
     filter_empty: bool = False  # drop images without objects
     image_ids: tuple[int, ...] = ()  # use only these images; empty: all images
     classes: tuple[str, ...] = ()  # use only the classes with these names; empty: all classes
@@ -96,67 +98,90 @@ class _Object(NamedTuple):
     counts: Sequence[int] | np.ndarray = ()
 
 
-class _ObjectReader:
-    """Converts annotations to objects and collects error messages for invalid annotations."""
+class ObjectReader:
+    """Converts annotations to objects, and collects what is wrong with them."""
 
     def __init__(self, classes: ClassTable, *, keep_crowds: bool) -> None:
         self.labels = {category: i + 1 for i, category in enumerate(classes.category_ids)}
         self.keep_crowds = keep_crowds
-        self.malformed: list[str] = []
-        self.degenerate: list[str] = []
-        self.without_mask: list[int] = []  # ids of the objects that have a box alone
+        self.findings: list[Finding] = []
         self.dropped: dict[str, list[int]] = {"crowd regions": [], "degenerate objects": []}  # ids by reason
 
-    def read(self, annotation: Annotation, image: Image) -> _Object | None:
-        """Return the object, or None for an invalid annotation or a dropped crowd region."""
-        name = f"annotation {annotation['id']} (image {image['id']})"
+    def read_all(self, annotations: Sequence[Annotation], images: Mapping[int, Image]) -> list[_Object | None]:
+        """Return the object of each annotation, None for an invalid annotation or a dropped crowd region.
+
+        Args:
+            annotations: of these images.
+            images: by id.
+        """
+        items = [self._read(annotation, images[annotation["image_id"]]) for annotation in annotations]
+        drawn = [index for index, item in enumerate(items) if item is not None and item.polygons]
+        owners = [images[annotations[index]["image_id"]] for index in drawn]
+        sizes = np.array([(image["height"], image["width"]) for image in owners], np.int64).reshape(-1, 2)
+        polygons = [item.polygons for item in items if item is not None and item.polygons]
+        for position in np.flatnonzero(without_pixels(polygons, sizes)).tolist():
+            self._report("empty_mask", annotations[drawn[position]], "its polygons cover no pixel of the image")
+            items[drawn[position]] = None
+        return items
+
+    def _report(self, fault: str, annotation: Annotation, text: str) -> None:
+        self.findings.append(Finding(fault, text, annotation["image_id"], (annotation["id"],)))
+
+    def _read(self, annotation: Annotation, image: Image) -> _Object | None:
         crowd = annotation.get("iscrowd", 0) == 1
         if crowd and not self.keep_crowds:
             return None
         box = _clipped_box(annotation["bbox"], image)
         if not (box[2:] > box[:2]).all():
             bbox = ", ".join(f"{number:g}" for number in annotation["bbox"])
-            self.degenerate.append(f"{name}: its box (x, y, width, height) = ({bbox}) has no area inside the image")
+            text = f"its box (x, y, width, height) = ({bbox}) has no area inside the image"
+            self._report("empty_box", annotation, text)
             return None
         if crowd:
             return _Object(box, -1)
-        return self._with_mask(_Object(box, self.labels[annotation["category_id"]]), annotation, image, name)
+        return self._with_mask(_Object(box, self.labels[annotation["category_id"]]), annotation, image)
 
-    def _with_mask(self, mask_free: _Object, annotation: Annotation, image: Image, name: str) -> _Object | None:
+    def _with_mask(self, mask_free: _Object, annotation: Annotation, image: Image) -> _Object | None:
         """Return the object with its mask, if it has one, or None where the mask is invalid."""
         segmentation = annotation.get("segmentation")
         if segmentation is None or segmentation == []:
-            self.without_mask.append(annotation["id"])
+            self._report("no_mask", annotation, "has no `segmentation`")
             return mask_free
         if isinstance(segmentation, list):
-            polygons = self._valid_polygons(segmentation, name)
+            polygons = self._valid_polygons(segmentation, annotation)
             return mask_free._replace(polygons=polygons, has_mask=True) if polygons else None
-        counts = self._valid_counts(segmentation, image, name)
+        counts = self._valid_counts(segmentation, image, annotation)
         return mask_free._replace(counts=counts, has_mask=True) if len(counts) else None
 
-    def _valid_polygons(self, polygons: list[Polygon], name: str) -> list[Polygon]:
+    def _valid_polygons(self, polygons: list[Polygon], annotation: Annotation) -> list[Polygon]:
         if any(len(polygon) % 2 for polygon in polygons):
-            self.malformed.append(f"{name}: a polygon has an odd number of coordinates; expected x, y pairs")
+            text = "a polygon has an odd number of coordinates; expected x, y pairs"
+            self._report("invalid_polygon", annotation, text)
             return []
         valid = [polygon for polygon in polygons if len(polygon) >= 6]
         if not valid or len(valid) < len(polygons):
-            self.degenerate.append(f"{name}: has a polygon with fewer than three points")
+            self._report("short_polygon", annotation, "has a polygon with fewer than three points")
         return valid
 
-    def _valid_counts(self, rle: Rle, image: Image, name: str) -> np.ndarray:
-        """Return the run lengths, int64; empty where they are invalid."""
+    def _valid_counts(self, rle: Rle, image: Image, annotation: Annotation) -> np.ndarray:
+        """Return the run lengths, int64; empty where they are invalid, or those of a mask without a pixel."""
         size = [image["height"], image["width"]]
         empty = np.zeros(0, np.int64)
         if rle["size"] != size:
-            self.malformed.append(f"{name}: its RLE mask has size {rle['size']}, but its image has size {size}")
+            text = f"its RLE mask has size {rle['size']}, but its image has size {size}"
+            self._report("invalid_rle", annotation, text)
             return empty
         try:
             counts = run_lengths(rle["counts"])
         except ValueError as error:
-            self.malformed.append(f"{name}: {error}")
+            self._report("invalid_rle", annotation, str(error))
             return empty
         if not fit_in_image(counts, *size):
-            self.malformed.append(f"{name}: its run lengths do not add up to the image size, {size[0]} x {size[1]}")
+            text = f"its run lengths do not add up to the image size, {size[0]} x {size[1]}"
+            self._report("invalid_rle", annotation, text)
+            return empty
+        if not counts[1::2].any():
+            self._report("empty_mask", annotation, "its run lengths have no pixel of the object")
             return empty
         return counts
 
@@ -193,8 +218,7 @@ class Ragged:
 class CocoDataset:
     """Images and objects of one COCO annotation file, in ascending order of image ids.
 
-    Labels run from 1 to K in ascending order of category ids. The ids may start at any number and have gaps. An
-    object whose polygon covers no pixel is kept with an empty mask, as in the reference frameworks.
+    Labels run from 1 to K in ascending order of category ids. The ids may start at any number and have gaps.
 
     An object whose `segmentation` is missing, null or an empty list has a box alone (`Example.has_mask`).
 
@@ -202,8 +226,8 @@ class CocoDataset:
         annotations: the JSON annotation file.
         images: the image folder; each `file_name` is relative to it.
         crowd: "drop" removes crowd regions; "ignore" keeps them with label -1 and an empty mask.
-        degenerate: how to handle boxes without area and polygons with fewer than three points: "refuse" raises
-            InputError, "drop" removes them and logs a warning.
+        degenerate: how to handle objects whose box has no area or whose mask no pixel, and polygons with fewer than
+            three points: "refuse" raises InputError, "drop" removes them and logs a warning.
         filter_empty: drop images without objects; crowd regions are not objects.
         image_ids: use only these images; empty means all.
         classes: use only objects of these classes; empty means all. Images without such objects stay in the dataset.
@@ -219,7 +243,7 @@ class CocoDataset:
         images: Path,
         *,
         crowd: Literal["ignore", "drop"] = "drop",
-        degenerate: Literal["refuse", "drop"] = "refuse",
+        degenerate: Literal["refuse", "drop"] = "drop",
         filter_empty: bool = False,
         image_ids: tuple[int, ...] = (),
         classes: tuple[str, ...] = (),
@@ -233,16 +257,17 @@ class CocoDataset:
             category_ids=tuple(category["id"] for category in categories),
         )
         chosen = _choose_images(annotations, data["images"], image_ids)
-        reader = _ObjectReader(self.classes, keep_crowds=crowd == "ignore")
+        reader = ObjectReader(self.classes, keep_crowds=crowd == "ignore")
         objects = _read_objects(reader, chosen, data["annotations"])
-        refuse(annotations, reader.malformed)
-        self._handle_degenerate(reader.degenerate, degenerate)
-        self._dropped, self._without_mask = reader.dropped, reader.without_mask
-        if reader.without_mask:
+        refuse(annotations, messages(reader.findings, "refused"))
+        self._handle_degenerate(messages(reader.findings, "dropped"), degenerate)
+        self._dropped = reader.dropped
+        self._without_mask = [id_ for item in reader.findings if item.fault == "no_mask" for id_ in item.annotation_ids]
+        if self._without_mask:
             logger.warning(
                 "%s: %s have no mask (`segmentation`); they train the boxes alone",
                 annotations,
-                f"{len(reader.without_mask)} of {sum(map(len, objects.values()))} objects",
+                f"{len(self._without_mask)} of {sum(map(len, objects.values()))} objects",
             )
         if filter_empty:
             used = {key for key, items in objects.items() if any(item.label > 0 for item in items)}
@@ -336,7 +361,7 @@ class CocoDataset:
             advice = "\nCorrect them, or set `degenerate: drop` beside `annotations` to drop them."
             refuse(self._file, problems, advice)
         elif problems:
-            logger.warning("%s: dropped degenerate boxes and polygons; %s", self._file, listed(problems))
+            logger.warning("%s: dropped degenerate objects and polygons; %s", self._file, listed(problems))
 
     def _path(self, index: int) -> Path:
         return self._folder / self.image_name(index)
@@ -453,16 +478,15 @@ def _is_outside(name: str) -> bool:
 
 
 def _read_objects(
-    reader: _ObjectReader, images: Sequence[Image], annotations: Sequence[Annotation]
+    reader: ObjectReader, images: Sequence[Image], annotations: Sequence[Annotation]
 ) -> dict[int, list[_Object]]:
     chosen = {image["id"]: image for image in images}
     objects: dict[int, list[_Object]] = defaultdict(list)
-    for annotation in annotations:
-        image = chosen.get(annotation["image_id"])
-        item = reader.read(annotation, image) if image else None
+    used = [annotation for annotation in annotations if annotation["image_id"] in chosen]
+    for annotation, item in zip(used, reader.read_all(used, chosen), strict=True):
         if item is not None:
             objects[annotation["image_id"]].append(item)
-        elif image:
+        else:
             is_crowd = annotation.get("iscrowd", 0) == 1 and not reader.keep_crowds
             reader.dropped["crowd regions" if is_crowd else "degenerate objects"].append(annotation["id"])
     return objects

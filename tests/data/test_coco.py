@@ -219,9 +219,9 @@ def test_ground_truth_is_the_file_less_the_images_not_in_use(open_dataset: Open)
 def test_malformed_masks_are_refused(open_dataset: Open, changes: dict[str, Any], message: str) -> None:
     data = coco([annotation(3, **changes)])
     with pytest.raises(InputError, match=message):
-        open_dataset(data, degenerate="drop")
-    with pytest.raises(InputError, match=r"annotation 3 \(image 1\)"):
         open_dataset(data)
+    with pytest.raises(InputError, match=r"annotation 3 \(image 1\)"):
+        open_dataset(data, degenerate="refuse")
 
 
 @pytest.mark.parametrize("segmentation", [..., None, []], ids=["missing", "null", "empty list"])
@@ -240,14 +240,6 @@ def test_an_object_may_have_a_box_alone(
     assert dataset.origin()["objects without a mask"] == "1 (ids 3)"
 
 
-def test_a_mask_without_a_pixel_is_a_mask(open_dataset: Open, caplog: pytest.LogCaptureFixture) -> None:
-    no_pixel = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
-    sliver = [4.1, 5.1, 4.2, 5.1, 4.2, 5.2]
-    example = open_dataset(coco([annotation(1, segmentation=no_pixel), annotation(2, segmentation=[sliver])]))[0]
-    assert example.has_mask.tolist() == [True, True]
-    assert not caplog.text
-
-
 @pytest.mark.parametrize(
     ("changes", "num_objects"),
     [
@@ -258,19 +250,43 @@ def test_a_mask_without_a_pixel_is_a_mask(open_dataset: Open, caplog: pytest.Log
         ({"segmentation": [[]]}, 1),
         ({"segmentation": [[1, 2, 3, 4]]}, 1),
         ({"segmentation": [SQUARE, [1, 2, 3, 4]]}, 2),
+        ({"segmentation": [[40, 5, 45, 5, 45, 9]]}, 1),
+        ({"segmentation": [[4, 5, 6, 7, 8, 9]]}, 1),
+        ({"segmentation": [[4.1, 5.1, 4.2, 5.1, 4.2, 5.2]]}, 1),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}}, 1),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 0, HEIGHT * WIDTH - 5]}}, 1),
     ],
-    ids=["no width", "negative", "outside", "no width in float32", "no point", "two points", "one polygon of two"],
+    ids=[
+        "no width",
+        "negative",
+        "outside",
+        "no width in float32",
+        "no point",
+        "two points",
+        "one polygon of two",
+        "polygon outside",
+        "line",
+        "speck",
+        "no run",
+        "run of no length",
+    ],
 )
 def test_degenerate_objects_are_refused_or_dropped_with_a_warning(
     open_dataset: Open, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], num_objects: int
 ) -> None:
     data = coco([annotation(1), annotation(66, **changes)])
-    with pytest.raises(InputError, match=r"annotation 66 \(image 1\)[\s\S]*`degenerate: drop`"):
-        open_dataset(data)
     with caplog.at_level(logging.WARNING):
-        dataset = open_dataset(data, degenerate="drop")
+        dataset = open_dataset(data)
     assert len(dataset[0].labels) == len(dataset[0].masks) == num_objects
+    assert all(mask.pixels.any() for mask in dataset[0].masks)
     assert "annotation 66" in caplog.text
+    with pytest.raises(InputError, match=r"annotation 66 \(image 1\)[\s\S]*`degenerate: drop`"):
+        open_dataset(data, degenerate="refuse")
+
+
+def test_a_polygon_without_a_pixel_beside_another_one_is_no_fault(open_dataset: Open) -> None:
+    data = coco([annotation(1, segmentation=[[4.1, 5.1, 4.2, 5.1, 4.2, 5.2], SQUARE])])
+    assert open_dataset(data, degenerate="refuse")[0].masks[0].pixels.sum() == 16
 
 
 @pytest.mark.parametrize("name", ["../1.png", "/etc/1.png", "a/../../1.png", "..\\1.png", "C:\\1.png"])
