@@ -16,6 +16,7 @@ import torch
 
 from maskrcnn.config import to_dict, validate
 from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.image_checks import require_files
 from maskrcnn.data.loader import batches_per_epoch
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
@@ -73,6 +74,9 @@ def train_experiment(
         make_deterministic()
     run = RunDirectory(out)
     dataset, validation = config.data.build_both()
+    if processes.is_main:
+        require_files(dataset, "data.train")
+        require_files(validation, "data.validation")
     with run.lock(config, resume=resume) if processes.is_main else nullcontext():
         _train(config, run, dataset, validation, resume=resume, init=init, processes=processes)
 

@@ -520,7 +520,8 @@ def test_wrong_images(
 ) -> None:
     spoil(dataset.image(3))
     outcome = tool("train", dataset.config, "--out", tmp_path / "run", "--set", f"training.workers={workers}")
-    assert_refused(outcome, str(dataset.image(3)), *words)
+    assert_refused(outcome, "data.train", str(dataset.image(3)), *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_number_of_classes(tool: Run, dataset: Dataset, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from maskrcnn.data.coco_file import (
 )
 from maskrcnn.data.dataset import DatasetConfig
 from maskrcnn.data.findings import Finding, messages
+from maskrcnn.data.image_checks import check_files, mismatch
 from maskrcnn.data.images import read_image
 from maskrcnn.data.polygon_checks import without_pixels
 from maskrcnn.data.provenance import count_and_ids, digest, file_digest
@@ -328,6 +329,10 @@ class CocoDataset:
         folder = os.path.realpath(self._folder)
         return [os.path.join(folder, self.image_name(index)) for index in range(len(self))]
 
+    def check_files(self) -> list[Finding]:
+        """Return what is wrong with the image files; see `image_checks.check_file`."""
+        return check_files(self.files(), self._sizes, self._image_ids.tolist(), self._file.name)
+
     def origin(self) -> dict[str, str]:
         """Return the annotation file and the image files with digests, and ids of objects by what is said of them."""
         names = (self.image_name(index) for index in range(len(self)))
@@ -378,18 +383,10 @@ class CocoDataset:
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """Raise InputError if the (height, width) of an image differs from the annotation file."""
-        expected = tuple(self._sizes[index].tolist())
-        if size == expected:
-            return
-        hint = (
-            " Width and height are swapped: the annotations probably ignore the image's EXIF orientation."
-            if size == expected[::-1]
-            else ""
-        )
-        raise InputError(
-            f"{self._path(index).absolute()}: the image is {size[1]} x {size[0]} pixels (width x height), but "
-            f"{self._file.name} says {expected[1]} x {expected[0]} (image {self.image_id(index)}).{hint}"
-        )
+        height, width = self._sizes[index].tolist()
+        problem = mismatch(size, (height, width), self._file.name, self.image_id(index))
+        if problem:
+            raise InputError(f"{self._path(index).absolute()}: {problem}")
 
     def _check_images(self) -> None:
         """Check that every image exists, so that a missing one is found before training."""

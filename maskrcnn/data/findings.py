@@ -49,6 +49,16 @@ def messages(findings: Iterable[Finding], treatment: Treatment) -> list[str]:
 
 # The objects that training drops, it refuses with `degenerate: refuse`.
 FAULTS: dict[str, Fault] = {
+    "missing_image": Fault("missing image", "error", "refused", "put the file there, or remove its entry"),
+    "unreadable_image": Fault("unreadable image", "error", "refused", "replace the file, or remove its entry"),
+    "truncated_image": Fault("truncated or damaged image", "error", "refused", "replace the file, or remove its entry"),
+    "size_mismatch": Fault("size that differs from the annotations", "error", "refused", "annotate this very file"),
+    "exif_mismatch": Fault(
+        "annotations that ignore the EXIF orientation",
+        "error",
+        "refused",
+        "turn the pixels and remove the tag, or turn the annotations",
+    ),
     "no_mask": Fault("object without a mask", "note", "kept", "add its `segmentation`; it trains the boxes alone"),
     "invalid_polygon": Fault("polygon with half a point", "error", "refused", "write x, y pairs"),
     "invalid_rle": Fault("run lengths that are no mask of the image", "error", "refused", "write the mask anew"),

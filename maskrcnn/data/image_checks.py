@@ -1,0 +1,179 @@
+"""Checks of image files against the annotations, without their pixels where that is possible.
+
+The check before a training reads the header and the end of each file, which finds missing, foreign, empty and cut-off
+files and wrong sizes. A file is decoded only where this cannot tell. Damage in the middle is found by `maskrcnn
+inspect-dataset`, which decodes every image.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from maskrcnn.data.coco_file import listed
+from maskrcnn.data.dataset import DetectionDataset
+from maskrcnn.data.findings import Finding
+from maskrcnn.data.images import read_image
+from maskrcnn.errors import InputError
+from maskrcnn.paths import open_file
+
+THREADS = 16  # they wait for the file system most of the time
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and height
+
+METADATA = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp"))  # where a PNG can have its orientation
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+@runtime_checkable
+class ChecksFiles(Protocol):
+    """A dataset of image files that can check them; optional."""
+
+    def check_files(self) -> list[Finding]:
+        """Return what is wrong with the image files, without decoding those whose header and end tell enough."""
+
+
+class Header(NamedTuple):
+    """What the beginning of an image file says, and whether its end is there."""
+
+    size: Size  # with the EXIF orientation applied
+    orientation: int
+    mode: str  # Pillow's, such as RGB, L, I;16 (16 bits) or F (float)
+    complete: bool  # False if only decoding can tell
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of an image file.
+
+    Raises:
+        InputError: the file is missing, unreadable or not an image.
+    """
+    try:
+        with open_file(path) as file, Image.open(file) as image:
+            complete = _ends_properly(file, image.format)
+            # Pillow decodes a PNG to look for EXIF data behind its pixels; those before them are there already.
+            knows = image.format != "PNG" or not METADATA.isdisjoint(image.info)
+            orientation = image.getexif().get(ORIENTATION, 1) if knows else 1
+            height, width = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
+            return Header((height, width), orientation, image.mode, complete)
+    except FileNotFoundError:
+        raise InputError(f"{path.absolute()}: no such image file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"{path.absolute()}: cannot be read as an image ({reason})") from error
+
+
+def _ends_properly(file: BinaryIO, kind: str | None) -> bool:
+    """Return whether a JPEG or PNG has its end marker; False for other formats. The position in the file is kept."""
+    position = file.tell()
+    try:
+        if kind == "JPEG":
+            file.seek(-2, os.SEEK_END)
+            return file.read() == b"\xff\xd9"
+        return kind == "PNG" and _png_ends(file)
+    finally:
+        file.seek(position)
+
+
+def _png_ends(file: BinaryIO) -> bool:
+    """Walk through the chunks of a PNG; return True at its last one, unless EXIF data stand behind the pixels."""
+    file.seek(8)
+    has_pixels = False
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            return has_pixels
+        if has_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return False
+        has_pixels = has_pixels or kind == b"IDAT"
+        file.seek(length + 4, os.SEEK_CUR)  # the content and its checksum
+    return False
+
+
+def mismatch(size: Size, expected: Size, annotations: str, image_id: int) -> str:
+    """Return how the size of an image differs from that in the file `annotations`; empty if it does not."""
+    if size == expected:
+        return ""
+    hint = (
+        " Width and height are swapped: the annotations probably ignore the image's EXIF orientation."
+        if size == expected[::-1]
+        else ""
+    )
+    return (
+        f"the image is {size[1]} x {size[0]} pixels (width x height), but {annotations} says {expected[1]} x "
+        f"{expected[0]} (image {image_id}).{hint}"
+    )
+
+
+def check_file(path: Path, expected: Size, image_id: int, annotations: str) -> Finding | None:
+    """Return what is wrong with an image file, or None. It is decoded if its header and end do not tell.
+
+    Args:
+        path: the image.
+        expected: height and width according to the annotations.
+        image_id: its id.
+        annotations: the name of the annotation file, for the message.
+    """
+    try:
+        header = read_header(path)
+    except InputError as error:
+        return unreadable(path, image_id, error)
+    size = header.size
+    if not header.complete:
+        try:
+            pixels = read_image(path)
+        except InputError as error:
+            return unreadable(path, image_id, error, has_header=True)
+        size = (pixels.shape[1], pixels.shape[2])
+    text = mismatch(size, expected, annotations, image_id)
+    if not text:
+        return None
+    swapped = size == expected[::-1] and header.orientation > 1
+    return Finding("exif_mismatch" if swapped else "size_mismatch", text, image_id, file=str(path))
+
+
+def unreadable(path: Path, image_id: int, error: InputError, *, has_header: bool = False) -> Finding:
+    """Return the finding for an image that could not be read; `has_header`: only its pixels could not."""
+    text = str(error).removeprefix(f"{path.absolute()}: ")
+    fault = "truncated_image" if has_header else "unreadable_image" if path.exists() else "missing_image"
+    return Finding(fault, text, image_id, file=str(path))
+
+
+def check_files(files: Sequence[str], sizes: np.ndarray, ids: Sequence[int], annotations: str) -> list[Finding]:
+    """Return what is wrong with N image files; see `check_file`. A progress bar is shown.
+
+    Args:
+        files: their paths.
+        sizes: (N, 2) height and width according to the annotations.
+        ids: image ids.
+        annotations: the name of the annotation file, for the messages.
+    """
+    expected = [(int(height), int(width)) for height, width in sizes]
+    with ThreadPoolExecutor(THREADS) as pool:
+        checks = pool.map(partial(check_file, annotations=annotations), map(Path, files), expected, ids)
+        progress = tqdm(checks, f"checking the images of {annotations}", len(files), leave=False, disable=None)
+        return [finding for finding in progress if finding is not None]
+
+
+def require_files(dataset: DetectionDataset, name: str) -> None:
+    """Check the image files of a dataset, if it has any.
+
+    Args:
+        dataset: the dataset.
+        name: of the dataset, for the message.
+
+    Raises:
+        InputError: files cannot be used. The message counts them and lists the first ones.
+    """
+    faults = dataset.check_files() if isinstance(dataset, ChecksFiles) else []
+    if faults:
+        raise InputError(f"{name}: {listed([f'{finding.file}: {finding.text}' for finding in faults])}")
