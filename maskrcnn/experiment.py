@@ -191,6 +191,7 @@ def data_warnings(config: ExperimentConfig, train: DetectionDataset, validation:
     of_train = [
         *traps.classes_without_example(train),
         *traps.boxes_against_masks(examples),
+        *traps.dark_images(train, examples),
         *traps.small_objects(resized, min(map(min, config.model.rpn.anchor_sizes))),
         *(line for each in flips if each.probability > 0 for line in traps.mirrored_classes(train.classes, each.swap)),
     ]
@@ -199,6 +200,11 @@ def data_warnings(config: ExperimentConfig, train: DetectionDataset, validation:
         *traps.shared_images(train, validation),
     ]
     return [*(f"data.train: {line}" for line in of_train), *(f"data.validation: {line}" for line in of_validation)]
+
+
+def model_warnings(config: ExperimentConfig) -> list[str]:
+    """Return what in the model lets a training that starts without other weights end with a low AP."""
+    return list(traps.frozen_random_backbone(config.model.backbone))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -38,7 +38,7 @@ from maskrcnn.engine.schedule import ScheduleConfig
 from maskrcnn.engine.step import Keep, Precision, TrainingStep
 from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import ExperimentConfig, data_warnings
+from maskrcnn.experiment import ExperimentConfig, data_warnings, model_warnings
 from maskrcnn.interop.agreement import require_same_meaning
 from maskrcnn.interop.files import read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
@@ -95,7 +95,11 @@ def _train(
     schedule = config.training.schedule.resolve(batches_per_epoch(len(dataset), config.training.batch_size))
     if processes.is_main:
         _claim(run, config, resume=resume, device=processes.device, data={"train": dataset, "validation": validation})
-        for warning in data_warnings(config, dataset, validation):
+        from_scratch = init is None and not (resume and run.last.exists())
+        for warning in (
+            *(model_warnings(config) if from_scratch else ()),
+            *data_warnings(config, dataset, validation),
+        ):
             logger.warning("%s", warning)
     processes.wait()
 

@@ -31,6 +31,8 @@ ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and he
 
 METADATA = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp"))  # where a PNG can have its orientation
 
+DARK = 16  # of 255; an image without a value above is nearly black
+
 Size = tuple[int, int]  # height, width in pixels
 
 
@@ -146,6 +148,27 @@ def unreadable(path: Path, image_id: int, error: InputError, *, has_header: bool
     text = str(error).removeprefix(f"{path.absolute()}: ")
     fault = "truncated_image" if has_header else "unreadable_image" if path.exists() else "missing_image"
     return Finding(fault, text, image_id, file=str(path))
+
+
+def why_dark(path: Path) -> str:
+    """Return what the file of an image that is nearly black holds, and the remedy, as a sentence without an end."""
+    try:
+        with open_file(path) as file, Image.open(file) as image:
+            mode = image.mode
+            brightest = float(np.asarray(image).max())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "it cannot be read"
+    if mode.startswith("I"):
+        return (
+            f"its pixels have 16 bits and values up to {brightest:.0f}, of which the upper 8 bits are used. Stretch "
+            "the values to 0..65535, or write 8 bits"
+        )
+    if mode == "F":
+        return (
+            f"its pixels are floating-point numbers up to {brightest:g}, which are read as 0..255. Write whole "
+            "numbers of 8 or 16 bits"
+        )
+    return f"its values of 8 bits end at {brightest:.0f}"
 
 
 def check_files(files: Sequence[str], sizes: np.ndarray, ids: Sequence[int], annotations: str) -> list[Finding]:

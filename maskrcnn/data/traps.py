@@ -6,10 +6,13 @@ Shapes: G objects of an image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel
 
 from maskrcnn.data.dataset import DetectionDataset, HasFiles
+from maskrcnn.data.image_checks import DARK, why_dark
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.structures import ClassTable, Example
 
@@ -147,6 +150,45 @@ def mirrored_classes(classes: ClassTable, swap: Sequence[tuple[str, str]]) -> It
                 f"a horizontal flip makes '{left}' look like '{right}', but the label stays: set `swap: [[{left}, "
                 f"{right}]]` of horizontal_flip, or its `probability` to 0"
             )
+
+
+def dark_images(dataset: DetectionDataset, examples: Sequence[Example]) -> Iterator[str]:
+    """Report images that are nearly black as the network gets them, such as 12 bits in a file of 16, or float pixels.
+
+    Args:
+        dataset: the dataset.
+        examples: some of its images, not transformed.
+    """
+    dark = [example for example in examples if example.pixels.max() < DARK]
+    if not dark:
+        return
+    message = f"{len(dark)} of {len(examples)} images are nearly black, without a value above {DARK - 1} of 255"
+    files = dataset.files() if isinstance(dataset, HasFiles) else []
+    if len(files) == len(dataset):  # a joined dataset may have files for some of its images alone
+        file = files[next(i for i in range(len(dataset)) if dataset.image_id(i) == dark[0].image_id)]
+        yield f"{message}; {file}: {why_dark(Path(file))}"
+    else:
+        yield f"{message}, such as image {dark[0].image_id}"
+
+
+def frozen_random_backbone(backbone: BaseModel) -> Iterator[str]:
+    """Report a backbone that starts from random weights and cannot learn all of them.
+
+    Args:
+        backbone: its config. A kind of another package is checked if it has the usual keys.
+    """
+    if getattr(backbone, "weights", "") != "none":
+        return
+    if stages := getattr(backbone, "freeze", 0):
+        yield (
+            f"model.backbone has random weights (weights: none), and its first {stages} stages are frozen, so they "
+            "stay random: set freeze: 0, or name weights"
+        )
+    if getattr(backbone, "norm", "") == "frozen_bn" or getattr(backbone, "frozen_norms", False):
+        yield (
+            "model.backbone has random weights (weights: none), and its batch norms are frozen, so they normalise "
+            "nothing and the loss can be huge: set norm: gn or bn (timm: frozen_norms: false), or name weights"
+        )
 
 
 def shared_images(train: DetectionDataset, validation: DetectionDataset) -> Iterator[str]:

@@ -17,7 +17,7 @@ from maskrcnn.data import traps
 from maskrcnn.data.coco import CocoConfig, CocoDataset
 from maskrcnn.data.shapes import ShapesConfig
 from maskrcnn.errors import InputError
-from maskrcnn.experiment import data_warnings, load_config
+from maskrcnn.experiment import data_warnings, load_config, model_warnings
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 SCENES = ShapesConfig(length=8, seed=1).build()
@@ -153,6 +153,45 @@ def test_images_in_both_splits(coco: Callable[..., CocoDataset]) -> None:
     assert message.endswith("3.png")
     assert list(traps.shared_images(train, other)) == []
     assert list(traps.shared_images(SCENES, SCENES)) == []
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.full((8, 8), 4095, np.uint16), "its pixels have 16 bits and values up to 4095, of which the upper 8 bits"),
+        (
+            np.full((8, 8), 0.75, np.float32),
+            "its pixels are floating-point numbers up to 0.75, which are read as 0..255",
+        ),
+        (np.full((8, 8, 3), 3, np.uint8), "its values of 8 bits end at 3"),
+    ],
+    ids=["12 bits in 16", "float", "8 bits"],
+)
+def test_dark_images(coco: Callable[..., CocoDataset], tmp_path: Path, pixels: np.ndarray, words: str) -> None:
+    dataset = coco("train.json", 1, 2)
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "1.png")
+    assert list(traps.dark_images(dataset, [dataset[0]])) == []
+    Image.fromarray(pixels).save(tmp_path / "2.png", format="TIFF")
+    (message,) = traps.dark_images(dataset, [dataset[0], dataset[1]])
+    assert message.startswith("1 of 2 images are nearly black, without a value above 15 of 255; ")
+    assert f"2.png: {words}" in message
+
+
+def test_dark_images_that_are_no_files() -> None:
+    dark = rectangle(BOXES[0], (10.0, 10, 40, 30))
+    (message,) = traps.dark_images(SCENES, [dark])
+    assert message.endswith("such as image 7")
+
+
+def test_a_frozen_backbone_of_random_weights() -> None:
+    warnings = model_warnings(load_config(TINY, ["model.backbone.freeze=2"]))
+    assert [line.partition(", so")[0] for line in warnings] == [
+        "model.backbone has random weights (weights: none), and its first 2 stages are frozen"
+    ]
+    warnings = model_warnings(load_config(TINY, ["model.backbone.norm=frozen_bn"]))
+    assert "its batch norms are frozen, so they normalise nothing" in warnings[0]
+    assert model_warnings(load_config(TINY)) == []
+    assert model_warnings(load_config("coco/mask_rcnn_r50_fpn_1x")) == []
 
 
 def test_an_image_that_cannot_be_read_is_left_out_of_the_sample() -> None:
