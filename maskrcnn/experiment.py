@@ -199,7 +199,9 @@ def data_warnings(config: ExperimentConfig, train: DetectionDataset, validation:
         *traps.too_many_objects(validation, config.model.detection.detections_per_image),
         *traps.shared_images(train, validation),
     ]
-    return [*(f"data.train: {line}" for line in of_train), *(f"data.validation: {line}" for line in of_validation)]
+    data = [*(f"data.train: {line}" for line in of_train), *(f"data.validation: {line}" for line in of_validation)]
+    buckets = config.training.buckets
+    return data if buckets is None else [*data, *buckets.unused_shapes(train.image_sizes())]
 
 
 def model_warnings(config: ExperimentConfig) -> list[str]:

@@ -74,6 +74,7 @@ RULES: Mapping[str, Rule] = {
         "refused", "the order of the images changes: some would be used twice in an epoch, others never"
     ),
     "training.sampler": Rule("refused", "the order of the images changes within an epoch"),
+    "training.buckets": Rule("refused", "other images share a batch, so their order changes within an epoch"),
     "training.workers": Rule("harmless", "batches do not depend on the number of workers"),
     "training.precision": _ROUNDING,
     "training.compile": _ROUNDING,

@@ -17,7 +17,8 @@ import torch
 from maskrcnn.config import to_dict, validate
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.image_checks import require_files
-from maskrcnn.data.loader import batches_per_epoch
+from maskrcnn.data.loader import Draw, batches_per_epoch, transformed
+from maskrcnn.data.traps import evenly_spaced
 from maskrcnn.engine.checkpoint import (
     CheckpointFolder,
     TrainingState,
@@ -49,6 +50,8 @@ from maskrcnn.structures import Batch, ClassTable, Losses
 
 logger = logging.getLogger(__name__)
 
+EXAMINED = 16  # training images that are compared with the buckets
+
 
 # ---- Training
 
@@ -77,6 +80,7 @@ def train_experiment(
     if processes.is_main:
         require_files(dataset, "data.train")
         require_files(validation, "data.validation")
+    _check_buckets(config, dataset)
     with run.lock(config, resume=resume) if processes.is_main else nullcontext():
         _train(config, run, dataset, validation, resume=resume, init=init, processes=processes)
 
@@ -136,6 +140,14 @@ def _train(
     if processes.is_main:
         evaluator.draw(run.predictions)
         logger.info("%s", run.contents())
+
+
+def _check_buckets(config: ExperimentConfig, dataset: DetectionDataset) -> None:
+    """Raise InputError if no image fits in `training.buckets`."""
+    if config.training.buckets is not None:
+        transform = config.data.build_train_transform(dataset)
+        draws = (Draw(index, seed=index) for index in evenly_spaced(len(dataset), EXAMINED))
+        config.training.buckets.require_fit(transformed(dataset, transform, draws))
 
 
 def _claim(

@@ -242,3 +242,19 @@ def test_a_file_that_is_not_a_replay_file_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "training.schedule={kind: cosine, iterations: 1, warmup_iterations: 0}")
     with pytest.raises(InputError, match=r"last\.pt: not a replay file"):
         load_replay(run / "checkpoints" / "last.pt")
+
+
+# Buckets.
+
+
+def test_a_training_with_buckets(tmp_path: Path) -> None:
+    """The scenes are 64 x 64: one shape holds them, and the other is reported."""
+    run = train(tmp_path / "run", "training.buckets={shapes: [[64, 64], [64, 128]], objects: [8], mask_entries: 20000}")
+    assert [record["iteration"] for record in records(run) if record["kind"] == "train"] == list(range(1, 7))
+    assert "no training image has the aspect ratio of 64 x 128" in (run / "train.log").read_text()
+
+
+def test_buckets_that_no_image_fits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training.buckets.shapes: no image fits in 32 x 32.* has 64 x 64 px"):
+        train(tmp_path / "run", "training.buckets={shapes: [[32, 32]]}")
+    assert not (tmp_path / "run").exists()

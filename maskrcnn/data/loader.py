@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from maskrcnn.data.buckets import BatchShape, BucketsConfig
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.sampling import drawn_positions
 from maskrcnn.data.transforms import Transform
 from maskrcnn.errors import InputError
-from maskrcnn.ops.mask_tables import tabulate
+from maskrcnn.ops.mask_tables import table_entries, tabulate
 from maskrcnn.structures import Batch, Example, ImageBatch, Targets
 
 ENOUGH_OPEN_FILES = 4096  # each tensor from a worker keeps a file open; the usual soft limit is 1024, on macOS 256
@@ -38,11 +39,11 @@ class Draw(NamedTuple):
 
 
 class BatchSampler:
-    """An infinite batch sampler that groups images by orientation.
+    """An infinite batch sampler that groups images by orientation, or by the shape of their bucket.
 
     An epoch contains each image once, or as often as its weight says (`SamplerConfig`), in random order, except for
     `N % batch_size` random draws that it skips. The images of a batch are all portrait or all landscape, which reduces
-    padding; the remaining images of both groups share a batch. A dataset smaller than a batch is repeated within the
+    padding; the remaining images of all groups share batches. A dataset smaller than a batch is repeated within the
     batch.
 
     Args:
@@ -53,6 +54,7 @@ class BatchSampler:
         start: the first training step.
         rank, world: index of this process and number of processes; each process takes an equal share of each batch.
         grad_accum_steps: number of micro-batches per process and training step; each is yielded separately.
+        buckets: groups the images by shape; None: by orientation.
 
     Raises:
         InputError: `batch_size` is not divisible by `world * grad_accum_steps`, or the weights are invalid.
@@ -69,6 +71,7 @@ class BatchSampler:
         rank: int = 0,
         world: int = 1,
         grad_accum_steps: int = 1,
+        buckets: BucketsConfig | None = None,
     ) -> None:
         assert len(sizes) > 0
         assert 0 <= rank < world
@@ -81,7 +84,7 @@ class BatchSampler:
         self.rank, self.world, self.grad_accum_steps = rank, world, grad_accum_steps
         self._num_images = len(sizes)
         self._num_draws = len(sizes) * -(-batch_size // len(sizes))  # in an epoch, before the remainder is skipped
-        self._landscape = sizes[:, 1] >= sizes[:, 0]
+        self._groups = np.where(sizes[:, 1] >= sizes[:, 0], 0, 1) if buckets is None else buckets.assign(sizes)
         self._weights = weights if weights is None else _checked(weights, len(sizes))
 
     @property
@@ -106,11 +109,12 @@ class BatchSampler:
         else:
             order = drawn_positions(self._weights, self._num_draws, rng)
         order = order[: self.batches_per_epoch * self.batch_size]
-        is_landscape = self._landscape[order % self._num_images]
-        landscape, portrait = order[is_landscape], order[~is_landscape]
-        full = [len(group) // self.batch_size * self.batch_size for group in (landscape, portrait)]
-        remainder = np.concatenate([landscape[full[0] :], portrait[full[1] :]])
-        grouped = np.concatenate([landscape[: full[0]], portrait[: full[1]], remainder])
+        group_of_draw = self._groups[order % self._num_images]
+        groups = [order[group_of_draw == group] for group in range(self._groups.max() + 1)]
+        full = [len(group) // self.batch_size * self.batch_size for group in groups]
+        whole = [group[:length] for group, length in zip(groups, full, strict=True)]
+        remainder = [group[length:] for group, length in zip(groups, full, strict=True)]
+        grouped = np.concatenate([*whole, *remainder])
         return rng.permutation(grouped.reshape(-1, self.batch_size))
 
     def _draw(self, epoch: int, position: int) -> Draw:
@@ -134,32 +138,37 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
     return max(num_images // batch_size, 1)
 
 
-def collate(examples: Sequence[Example], seeds: Sequence[int], size_divisor: int) -> Batch:
+def collate(
+    examples: Sequence[Example], seeds: Sequence[int], size_divisor: int, buckets: BucketsConfig | None = None
+) -> Batch:
     """Pad images and objects to common sizes and return them as a batch.
 
     Args:
         examples: B transformed examples.
         seeds: B seeds, one per image.
         size_divisor: height and width of the padded images are multiples of it.
+        buckets: shapes to pad to; a batch that fits in none of them is padded as without buckets.
     """
-    max_objects = max(1, *(len(example.labels) for example in examples))
     sizes = torch.tensor([example.pixels.shape[1:] for example in examples])  # (B, 2)
+    masks = [example.masks for example in examples]
     height, width = (-(-side // size_divisor) * size_divisor for side in sizes.amax(dim=0).tolist())
-    pixels = torch.zeros((len(examples), 3, height, width), dtype=torch.uint8)
-    boxes = torch.zeros((len(examples), max_objects, 4))
-    labels = torch.full((len(examples), max_objects), -1)
-    has_mask = torch.zeros((len(examples), max_objects), dtype=torch.bool)
+    shape = BatchShape(height, width, max(1, *(len(each.labels) for each in examples)), table_entries(masks))
+    if buckets is not None:
+        shape = buckets.fit(shape, len(examples)) or shape
+    pixels = torch.zeros((len(examples), 3, shape.height, shape.width), dtype=torch.uint8)
+    boxes = torch.zeros((len(examples), shape.objects, 4))
+    labels = torch.full((len(examples), shape.objects), -1)
+    has_mask = torch.zeros((len(examples), shape.objects), dtype=torch.bool)
     for b, example in enumerate(examples):
         pixels[b, :, : sizes[b, 0], : sizes[b, 1]] = example.pixels
         boxes[b, : len(example.boxes)] = example.boxes
         labels[b, : len(example.labels)] = example.labels
         has_mask[b, : len(example.has_mask)] = example.has_mask
     maps = tuple(example.map for example in examples)
-    masks = tabulate([example.masks for example in examples], maps, max_objects)
     return Batch(
         image_ids=tuple(example.image_id for example in examples),
         images=ImageBatch(pixels, sizes, torch.tensor(seeds)),
-        targets=Targets(boxes, labels, masks, has_mask),
+        targets=Targets(boxes, labels, tabulate(masks, maps, shape.objects, shape.entries), has_mask),
         maps=maps,
         original_sizes=tuple(example.original_size for example in examples),
     )
@@ -179,16 +188,19 @@ def training_loader(
     rank: int = 0,
     world: int = 1,
     grad_accum_steps: int = 1,
+    buckets: BucketsConfig | None = None,
 ) -> Iterable[tuple[Batch, ...]]:
     """Return an infinite iterable over the micro-batches of each training step, from step `start` on.
 
     Each item is a tuple of `grad_accum_steps` batches. See `BatchSampler` for the order of the images and `weights`.
-    Set `pin_memory` if the batches go to a GPU.
+    Set `pin_memory` if the batches go to a GPU. With `buckets`, the images of a batch share the shape of a bucket.
 
     Raises:
-        InputError: `batch_size` is not divisible by `world * grad_accum_steps`, or the weights are invalid. During
-            iteration: the dataset cannot read an image.
+        InputError: `batch_size` is not divisible by `world * grad_accum_steps`, the weights are invalid, or a bucket
+            is no multiple of `size_divisor`. During iteration: the dataset cannot read an image.
     """
+    if buckets is not None:
+        buckets.require_multiples(size_divisor)
     sampler = BatchSampler(
         dataset.image_sizes(),
         batch_size=batch_size,
@@ -198,8 +210,10 @@ def training_loader(
         rank=rank,
         world=world,
         grad_accum_steps=grad_accum_steps,
+        buckets=buckets,
     )
-    batches = _Batches(dataset, transform, sampler, workers=workers, size_divisor=size_divisor, pin_memory=pin_memory)
+    merge = partial(_collate_or_error, size_divisor=size_divisor, buckets=buckets)
+    batches = _Batches(dataset, transform, sampler, merge=merge, workers=workers, pin_memory=pin_memory)
     return zip(*[iter(batches)] * grad_accum_steps, strict=True)
 
 
@@ -211,14 +225,19 @@ def training_examples(
     seed: int,
     weights: np.ndarray | None = None,
 ) -> Iterator[Example]:
-    """Yield the images of a training in their order, transformed as for it. They are loaded in this process.
+    """Return the images of a training in their order, transformed as for it. They are loaded in this process.
 
     Raises:
-        InputError: during iteration: the weights are invalid, or the dataset cannot read an image.
+        InputError: the weights are invalid, or, during iteration, the dataset cannot read an image.
     """
-    examples = _Examples(dataset, transform)
     sampler = BatchSampler(dataset.image_sizes(), batch_size=batch_size, seed=seed, weights=weights)
-    for draw in itertools.chain.from_iterable(sampler):
+    return transformed(dataset, transform, itertools.chain.from_iterable(sampler))
+
+
+def transformed(dataset: DetectionDataset, transform: Transform, draws: Iterable[Draw]) -> Iterator[Example]:
+    """Yield the drawn images of a dataset, transformed. Raises InputError if one cannot be read."""
+    examples = _Examples(dataset, transform)
+    for draw in draws:
         item = examples[draw]
         if isinstance(item, InputError):
             raise item
@@ -246,8 +265,8 @@ def evaluation_loader(
     """
     draws = [Draw(image, seed=image) for image in range(len(dataset))]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
-    own = batches[rank::world]
-    return _Batches(dataset, transform, own, workers=workers, size_divisor=size_divisor, pin_memory=pin_memory)
+    merge = partial(_collate_or_error, size_divisor=size_divisor)
+    return _Batches(dataset, transform, batches[rank::world], merge=merge, workers=workers, pin_memory=pin_memory)
 
 
 class _Batches:
@@ -259,8 +278,8 @@ class _Batches:
         transform: Transform,
         draws: Iterable[list[Draw]],
         *,
+        merge: Callable[[Sequence[tuple[Example, int] | InputError]], Batch | InputError],
         workers: int,
-        size_divisor: int,
         pin_memory: bool,
     ) -> None:
         if workers > 0:
@@ -268,7 +287,7 @@ class _Batches:
         self._loader = DataLoader(
             _Examples(dataset, transform),
             batch_sampler=draws,
-            collate_fn=partial(_collate_or_error, size_divisor=size_divisor),
+            collate_fn=merge,
             num_workers=workers,
             worker_init_fn=_ignore_signals,
             pin_memory=pin_memory,
@@ -296,12 +315,14 @@ class _Examples(Dataset):
         return example, draw.seed
 
 
-def _collate_or_error(items: Sequence[tuple[Example, int] | InputError], *, size_divisor: int) -> Batch | InputError:
+def _collate_or_error(
+    items: Sequence[tuple[Example, int] | InputError], *, size_divisor: int, buckets: BucketsConfig | None = None
+) -> Batch | InputError:
     for item in items:
         if isinstance(item, InputError):
             return item
     examples, seeds = zip(*items, strict=True)
-    return collate(examples, seeds, size_divisor)
+    return collate(examples, seeds, size_divisor, buckets)
 
 
 def _ignore_signals(worker: int) -> None:

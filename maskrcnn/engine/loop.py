@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from maskrcnn.config import Section, Size
+from maskrcnn.data.buckets import BucketsConfig
 from maskrcnn.data.sampling import SamplerConfig, UniformConfig
 from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
@@ -58,6 +59,9 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = MultiStepConfig()
     sampler: SamplerConfig = Field(
         UniformConfig(), description="how often each image is drawn; an epoch has as many draws as there are images"
+    )
+    buckets: BucketsConfig | None = Field(
+        None, description="few shapes that batches are padded to; null: each batch has a shape of its own"
     )
     seed: NonNegativeInt = 0
     workers: int = Field(4, ge=0, le=1024, description="data loader processes; 0 loads in the training process")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
+from maskrcnn.data.buckets import BucketsConfig
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import training_loader
 from maskrcnn.data.sampling import SamplerConfig, UniformConfig, image_weights
@@ -30,6 +31,7 @@ class TrainerOptions:
 
     seed: int = 0  # of the order of the images, their augmentation and the sampling of RoIs
     sampler: SamplerConfig = field(default_factory=UniformConfig)
+    buckets: BucketsConfig | None = None
     workers: int = 0
     grad_accum_steps: int = 1
     precision: Precision = "fp32"
@@ -148,4 +150,5 @@ class Trainer:
             rank=processes.rank,
             world=processes.world,
             grad_accum_steps=self.options.grad_accum_steps,
+            buckets=self.options.buckets,
         )

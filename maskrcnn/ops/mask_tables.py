@@ -19,13 +19,25 @@ from maskrcnn.structures import AxisAlignedMap, MaskCrop, MaskTables
 PIXELS_AT_ONCE = 2**23
 
 
-def tabulate(crops: Sequence[Sequence[MaskCrop]], maps: Sequence[AxisAlignedMap], objects_per_image: int) -> MaskTables:
+def table_entries(crops: Sequence[Sequence[MaskCrop]]) -> int:
+    """Return T, the number of entries of the tables of these masks."""
+    sizes = (crop.pixels.shape for image in crops for crop in image)
+    return 1 + sum((height + 1) * (width + 1) for height, width in sizes)
+
+
+def tabulate(
+    crops: Sequence[Sequence[MaskCrop]],
+    maps: Sequence[AxisAlignedMap],
+    objects_per_image: int,
+    entries: int | None = None,
+) -> MaskTables:
     """Return the masks of a batch as summed-area tables.
 
     Args:
         crops: the masks of each of B images, at most `objects_per_image` per image.
         maps: from annotated pixels to those of the transformed image, for each image.
         objects_per_image: G, at least 1; images with fewer objects are padded.
+        entries: T, at least `table_entries(crops)`, which is the default; padded with zeros.
     """
     sizes = np.zeros((len(crops), objects_per_image, 2), dtype=np.int64)
     origins = np.zeros((len(crops), objects_per_image, 2), dtype=np.float32)
@@ -40,6 +52,7 @@ def tabulate(crops: Sequence[Sequence[MaskCrop]], maps: Sequence[AxisAlignedMap]
             sizes[b, g], origins[b, g], starts[b, g] = crop.pixels.shape, offsets[b] + (crop.x, crop.y), end
             tables.append(summed_area(crop.pixels).ravel())
             end += tables[-1].size
+    tables.append(np.zeros((entries or end) - end, dtype=np.int32))
     return MaskTables(
         sums=torch.from_numpy(np.concatenate(tables)),
         starts=torch.from_numpy(starts),
