@@ -52,3 +52,24 @@ def test_the_model_has_the_average_inside_the_block_alone() -> None:
     assert observed == [(1.0, True)]
     assert model[0].weight.item() == 3.0
     assert average.state_dict()["0.weight"].item() == 1.0
+
+
+def test_an_update_follows_parameters_and_buffers_in_place() -> None:
+    """With the bits of a loop over the state dicts, which an update does not build."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2))
+    average = ExponentialAverage(model, decay=0.9)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model(torch.randn(6, 5)).square().sum().backward()
+        optimizer.step()
+        average.update(step)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                expected[name].lerp_(tensor, 1 - min(0.9, (1 + step) / (10 + step)))
+            else:
+                expected[name].copy_(tensor)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in average.state_dict().items())
+    assert average.state_dict()["1.num_batches_tracked"] == 3
