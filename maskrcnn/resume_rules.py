@@ -78,6 +78,7 @@ RULES: Mapping[str, Rule] = {
     "training.workers": Rule("harmless", "batches do not depend on the number of workers"),
     "training.precision": _ROUNDING,
     "training.compile": _ROUNDING,
+    "training.cuda_graph": _ROUNDING,
     "training.deterministic": _ROUNDING,
     "training.clip_norm": _NEXT_STEP,
     "training.skip_non_finite": _NEXT_STEP,

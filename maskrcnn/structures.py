@@ -11,7 +11,7 @@ background and -1 is padding or an ignored region. The score of padding is -inf.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +34,15 @@ class OnDevice:
     def pin_memory(self: Dense) -> Dense:
         """Return the record in page-locked memory (the data loader calls this)."""
         return self._each(lambda value: value.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the record, those of inner records included, in the order of the fields."""
+        values = [getattr(self, each.name) for each in dataclasses.fields(self)]
+        return [tensor for value in values for tensor in (value.tensors() if isinstance(value, OnDevice) else [value])]
+
+    def with_tensors(self: Dense, tensors: Iterator[Tensor]) -> Dense:
+        """Return the record with the next tensors of an iterator in place of `tensors()`."""
+        return self._each(lambda old: old.with_tensors(tensors) if isinstance(old, OnDevice) else next(tensors))
 
     def _each(self: Dense, move: Callable[[Any], Any]) -> Dense:
         moved = {each.name: move(getattr(self, each.name)) for each in dataclasses.fields(self)}

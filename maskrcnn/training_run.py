@@ -36,7 +36,7 @@ from maskrcnn.engine.predictor import Predictor
 from maskrcnn.engine.profiler import Profiler
 from maskrcnn.engine.replay import Replay, save_replay
 from maskrcnn.engine.schedule import ScheduleConfig
-from maskrcnn.engine.step import Keep, Precision, TrainingStep
+from maskrcnn.engine.step import Keep, Precision, TrainingStep, require_precision
 from maskrcnn.engine.trainer import Trainer, TrainerOptions
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, data_warnings, model_warnings
@@ -69,12 +69,14 @@ def train_experiment(
         processes: the process group. Every process calls this function.
 
     Raises:
-        InputError: the configuration, the data, the run directory or a checkpoint is invalid, or another process writes
-            to the run directory.
+        InputError: the configuration, the data, the run directory or a checkpoint is invalid, the device cannot do what
+            the configuration asks for, or another process writes to the run directory.
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
     if config.training.deterministic:
         make_deterministic()
+    require_precision(config.training.precision, processes.device)
+    config.training.execution.require_device(processes.device, processes.world)
     run = RunDirectory(out)
     dataset, validation = config.data.build_both()
     if processes.is_main:
@@ -190,8 +192,6 @@ def _set_up(
     model = model.to(processes.device)
     if init is not None:
         initialize(model, config.model, init, dataset.classes)
-    if settings.compile:
-        model.compile_dense()
     trainer = Trainer(
         model,
         dataset,
@@ -320,7 +320,7 @@ def repeat_step(replay: Replay, source: str, device: torch.device, *, precision:
     optimizer = config.training.optimizer.build(model, batch_size=config.training.batch_size)
     state = TrainingState(model, optimizer)
     step = TrainingStep(state, Processes(device), precision=precision or config.training.precision)
-    losses = [float(term) for term in step.gradients(replay.batches)]
+    losses = step.gradients(replay.batches)[0].tolist()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     non_finite = {name: 1 - gradient.isfinite().float().mean().item() for name, gradient in gradients.items()}
     return Repeated(

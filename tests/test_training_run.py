@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import sys
@@ -17,9 +18,10 @@ from maskrcnn.engine.checkpoint import load_checkpoint
 from maskrcnn.engine.loop import Interrupted
 from maskrcnn.engine.metrics import TIMING_KEYS, read_records
 from maskrcnn.engine.replay import load_replay
-from maskrcnn.engine.step import TrainingStep
+from maskrcnn.engine.step import TrainingStep, require_precision
 from maskrcnn.errors import InputError
 from maskrcnn.experiment import ExperimentConfig, evaluate_checkpoint, load, load_predictor
+from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.runtime.files import without_nan
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
@@ -248,13 +250,47 @@ def test_a_file_that_is_not_a_replay_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_training_with_buckets(tmp_path: Path) -> None:
-    """The scenes are 64 x 64: one shape holds them, and the other is reported."""
-    run = train(tmp_path / "run", "training.buckets={shapes: [[64, 64], [64, 128]], objects: [8], mask_entries: 20000}")
+    """The scenes are 64 x 64: one shape holds them, and the other is reported. Batches of 3 objects do not fit."""
+    buckets = "training.buckets={shapes: [[64, 64], [64, 128]], objects: [2], mask_entries: 20000}"
+    run = train(tmp_path / "run", buckets, "data.train.objects=[1, 3]")
     assert [record["iteration"] for record in records(run) if record["kind"] == "train"] == list(range(1, 7))
-    assert "no training image has the aspect ratio of 64 x 128" in (run / "train.log").read_text()
+    log = (run / "train.log").read_text()
+    assert "no training image has the aspect ratio of 64 x 128" in log
+    assert re.search(r"\d batches before iteration \d did not fit in training.buckets", log)
 
 
 def test_buckets_that_no_image_fits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training.buckets.shapes: no image fits in 32 x 32.* has 64 x 64 px"):
         train(tmp_path / "run", "training.buckets={shapes: [[32, 32]]}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.cuda_graph=true"], "training.cuda_graph: true needs a GPU, but the device is cpu"),
+        (["training.compile=step"], "training.compile: step needs a GPU, but the device is cpu"),
+    ],
+)
+def test_a_cpu_refuses_what_needs_a_gpu(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(tmp_path / "run", "training.buckets={shapes: [[64, 64]]}", *overrides)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"needs batches of few shapes: set training.buckets"):
+        train(tmp_path / "run", *overrides)
+
+
+def test_a_gpu_without_bf16_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    require_precision("bf16", CPU)
+    require_precision("fp16", torch.device("cuda"))
+    with pytest.raises(InputError, match=r"bf16: Tesla T4 has no bfloat16 units .*; use fp16 or fp32"):
+        require_precision("bf16", torch.device("cuda"))
+
+
+def test_compiled_parts_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(MaskRCNN, "compile_dense", lambda model, **options: compiled.append(options))
+    train(tmp_path / "run", "training.compile=parts", "training.schedule.iterations=1")
+    assert compiled == [{"backend": "inductor"}]

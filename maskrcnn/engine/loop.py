@@ -17,12 +17,13 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from tqdm import tqdm
 
 from maskrcnn.config import Section, Size
 from maskrcnn.data.buckets import BucketsConfig
 from maskrcnn.data.sampling import SamplerConfig, UniformConfig
+from maskrcnn.engine.graphs import Compile, Execution
 from maskrcnn.engine.loggers import LoggerConfig, TensorBoardConfig
 from maskrcnn.engine.metrics import Measurement, MetricsWriter, Step
 from maskrcnn.engine.optimizer import OptimizerConfig, SGDConfig, set_learning_rate
@@ -76,7 +77,12 @@ class TrainingConfig(Section):
         lt=1,
         description="decay of the exponential moving average of the weights, which is evaluated too; null disables it",
     )
-    compile: bool = Field(False, description="use torch.compile for the backbone, the RPN head and the RoI heads")
+    compile: Compile = Field(
+        "off",
+        description="parts: use torch.compile for the backbone, the RPN head and the RoI heads; step: for losses and "
+        "gradients as a whole, on a GPU with buckets",
+    )
+    cuda_graph: bool = Field(False, description="replay training steps as CUDA graphs, on a GPU with buckets")
     deterministic: bool = Field(
         False, description="use deterministic algorithms and raise an error where there are none"
     )
@@ -94,6 +100,17 @@ class TrainingConfig(Section):
     loggers: tuple[LoggerConfig, ...] = Field(
         (TensorBoardConfig(),), description="where the records go besides metrics.jsonl"
     )
+
+    @model_validator(mode="after")
+    def _fixed_shapes_need_buckets(self) -> TrainingConfig:
+        if missing := self.execution.missing:
+            raise ValueError(missing)
+        return self
+
+    @property
+    def execution(self) -> Execution:
+        """How a training step is run."""
+        return Execution(self.compile, self.cuda_graph, self.buckets)
 
     @property
     def intervals(self) -> Intervals:
@@ -185,6 +202,7 @@ class _Journal:
         self.is_due = is_due  # whether an iteration is recorded
         self.rates: dict[int, float] = {}  # learning rate of each iteration whose result has not arrived
         self._step, self._writer, self._speed, self._bar = step, writer, speed, bar
+        self._outside = 0  # batches outside of the buckets that were reported
 
     def finish(self) -> None:
         """Wait for the results of all steps, and show and record them."""
@@ -201,7 +219,13 @@ class _Journal:
                 level = logging.INFO if self._bar.disable else logging.DEBUG
                 logger.log(level, "iteration %d of %d: %s", record.iteration, self._bar.total, record)
                 self._writer.log_step(record)
+                self._report_outside(record.iteration)
                 self._speed.reset()
+
+    def _report_outside(self, iteration: int) -> None:
+        count, self._outside = self._step.outside - self._outside, self._step.outside
+        if count:
+            logger.info("%d batches before iteration %d did not fit in training.buckets", count, iteration + 1)
 
     def _record_of(self, result: StepResult, *, average: bool) -> Step:
         """Return the record of a training step; with `average`, losses are averaged over the processes."""

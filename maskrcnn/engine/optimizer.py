@@ -159,7 +159,11 @@ def _stage_factors(model: nn.Module, backbone_lr_factor: float, layer_decay: flo
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     """Set the learning rate of each group to its initial rate times `factor`; return that of the heads."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # a recorded step reads this tensor
+        else:
+            group["lr"] = rate
     return float(optimizer.defaults["lr"]) * factor
 
 
@@ -174,6 +178,15 @@ def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def make_recordable(optimizer: Optimizer, device: torch.device) -> None:
+    """Keep the learning rates in tensors, which a recorded step of a fused optimizer reads each time it is replayed."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), float(group["lr"]), device=device)
+        if "capturable" in group:  # of Adam, which asks for it
+            group["capturable"] = True
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not recorded
 
 
 def can_skip_on_device(optimizer: Optimizer, device: torch.device) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from maskrcnn.engine.checkpoint import TrainingState
-from maskrcnn.engine.optimizer import can_skip_on_device, clip_gradients, fill_momentum, step_unless
+from maskrcnn.engine.graphs import EAGER, Execution, Recorder, Replays
+from maskrcnn.engine.optimizer import can_skip_on_device, clip_gradients, fill_momentum, make_recordable, step_unless
+from maskrcnn.errors import InputError
 from maskrcnn.runtime.host_copy import HostCopy
 from maskrcnn.runtime.processes import Processes, without_exchange
-from maskrcnn.structures import Batch, Diagnostics, Losses
+from maskrcnn.structures import Batch, Diagnostics, ImageBatch, Losses, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +49,42 @@ class _Started(NamedTuple):
 
     iteration: int
     batches: Sequence[Batch]
-    numbers: HostCopy  # losses, gradient norm, diagnostics of each batch, and the two flags of `_Verdict`
+    numbers: HostCopy  # those of `_Numbers`, and then the diagnostics of each batch
+    diagnose: bool  # whether the diagnostics are wanted
 
 
-class _Verdict(NamedTuple):
-    """Whether a step is finite, scalar bool tensors."""
+class _Numbers(NamedTuple):
+    """The positions of the numbers of a step in a tensor: the loss terms come first."""
 
-    here: Tensor  # on this process
-    everywhere: Tensor  # on all processes; otherwise the optimizer does not step
+    norm: int = len(Losses._fields)  # of the gradient
+    here: int = norm + 1  # 1 if the step is finite on this process
+    everywhere: int = norm + 2  # 1 if it is on all processes; otherwise the optimizer does not step
+
+
+AT = _Numbers()
+
+
+class _Diagnosed(nn.Module):
+    """The losses of a model with the diagnostics of the batch. As a module without a callback, it can be compiled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: ImageBatch, targets: Targets, diagnose: bool) -> tuple[Losses, list[Diagnostics]]:
+        """Return the losses, and one record of diagnostics if they are wanted."""
+        observed: list[Diagnostics] = []
+        return self.model(images, targets, observe=observed.append if diagnose else None), observed
+
+
+def require_precision(precision: Precision, device: torch.device) -> None:
+    """Raise InputError, with what to do, if the device does not compute in this precision."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        raise InputError(
+            f"training.precision: bf16: {torch.cuda.get_device_name(device)} has no bfloat16 units (they came with "
+            "Ampere); use fp16 or fp32"
+        )
 
 
 class TrainingStep:
@@ -76,6 +107,8 @@ class TrainingStep:
         clip_norm: float | None = None,
         skips: int = 0,
         keep: Keep | None = None,
+        execution: Execution = EAGER,
+        recorder: Recorder | None = None,
     ) -> None:
         """Set up the step.
 
@@ -87,15 +120,22 @@ class TrainingStep:
             skips: number of consecutive steps that may be skipped because a loss or gradient is not finite.
             keep: `keep(iteration, batches)` stores the weights and batches of such a step for
                 `tools/replay_batch.py` and returns the path of the file.
+            execution: whether and how to compile the step, and the buckets of the batches.
+            recorder: records CUDA graphs of what is done with batches in the buckets; None: no graphs.
         """
         self.state = state
         self.processes = processes
-        self._forward: nn.Module = processes.wrap(state.model)
+        self.outside = 0  # batches that were not in `execution.buckets`
+        self._forward: nn.Module = processes.wrap(execution.compiled(_Diagnosed(state.model)))
+        self._execution = execution
+        self._replays = None if recorder is None else Replays(recorder)
         self._precision: Precision = precision
         self._clip_norm = clip_norm
         self._skips, self._skipped = skips, 0
         self._keep = keep
         self._asks_host = not can_skip_on_device(state.optimizer, processes.device)
+        if self._replays is not None and not self._asks_host:
+            make_recordable(state.optimizer, processes.device)
         self._started: deque[_Started] = deque()
         self._finished: list[StepResult] = []
         # On the device: the number of rejected steps in a row, and whether there were too many of them.
@@ -120,22 +160,30 @@ class TrainingStep:
             FloatingPointError: as `results`; not on a GPU.
             MemoryError: out of memory. The message lists settings that reduce memory.
         """
-        optimizer, scaler = self.state.optimizer, self.state.scaler
-        diagnostics: list[Diagnostics] = []
-        buffers = [buffer.clone() for buffer in self.state.model.buffers()] if self._skips else []
-        with _explaining_out_of_memory(batches, iteration):
-            terms = self.gradients(batches, diagnostics.append if diagnose else None)
-            scaler.unscale_(optimizer)
-            values = torch.stack([*terms, clip_gradients(optimizer, self._clip_norm)])
-        verdict = self._verdict(values)
-        numbers = torch.cat((values, *map(torch.stack, diagnostics), torch.stack(verdict)))
-        self._started.append(_Started(iteration, batches, HostCopy(numbers)))
-        if self._asks_host:
-            self._finished += self._collect(keep=0)  # raises before anything changes
-        self._update(verdict, values, buffers)
-        scaler.update()
-        if self.state.average is not None:
-            self.state.average.update(iteration)
+        always = self._execution.is_static  # a step with diagnostics would be another graph than one without
+        with self._stream(), _explaining_out_of_memory(batches, iteration):
+            buffers = [buffer.clone() for buffer in self.state.model.buffers()] if self._skips else []
+            terms, diagnostics = self.gradients(batches, diagnose=diagnose or always)
+
+            def report(numbers: Tensor) -> None:
+                copy = HostCopy(torch.cat((numbers, diagnostics)))
+                self._started.append(_Started(iteration, batches, copy, diagnose))
+
+            if self._replays is not None and not self._asks_host:
+                updated = self._replays("update", self._judge_and_update, terms)
+                report(updated[:-1])
+                taken = updated[-1] > 0
+            else:
+                numbers = self._judge(terms)
+                report(numbers)
+                if self._asks_host:
+                    self._finished += self._collect(keep=0)  # raises before anything changes
+                taken = self._update(numbers)
+            # The forward pass of a step that is not finite may have made the running statistics of norms invalid.
+            for buffer, value_before in zip(self.state.model.buffers() if buffers else (), buffers, strict=True):
+                buffer.copy_(torch.where(taken, buffer, value_before))
+            if self.state.average is not None:
+                self.state.average.update(iteration)
 
     def results(self, *, wait: bool = False) -> list[StepResult]:
         """Return the results that have arrived since the last call, in order: on a GPU, those of `LAG` steps earlier.
@@ -151,37 +199,64 @@ class TrainingStep:
         self._finished = []
         return results
 
-    def gradients(
-        self, batches: Sequence[Batch], observe: Callable[[Diagnostics], None] | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def gradients(self, batches: Sequence[Batch], *, diagnose: bool = False) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of the mean loss over `batches`, times the loss scale, in the parameters.
 
         Args:
             batches: the batches of this process, all with equally many images.
-            observe: called with the diagnostics of each batch.
+            diagnose: whether to compute the diagnostics.
 
         Returns:
-            The terms of the mean loss in the order of `Losses`, detached scalars.
+            The terms of the mean loss in the order of `Losses`, `(5,)`, and the diagnostics of each batch, one after
+            another.
         """
         self.state.model.train()
-        self.state.optimizer.zero_grad()
-        device = self.processes.device
-        asynchronous = device.type == "cuda"
-        mean_terms: tuple[torch.Tensor, ...] = ()
+        self.state.optimizer.zero_grad(set_to_none=self._replays is None)  # recordings know the gradients' memory
+        means: Tensor | None = None
+        diagnostics = []
         for number, batch in enumerate(batches, start=1):
-            images = batch.images.to(device, non_blocking=asynchronous)
-            targets = batch.targets.to(device, non_blocking=asynchronous)
             # Gradients are averaged over processes once per iteration, in the backward pass of the last batch.
             with nullcontext() if number == len(batches) else without_exchange(self._forward):
-                with torch.autocast(device.type, AUTOCAST.get(self._precision), enabled=self._precision != "fp32"):
-                    losses: Losses = self._forward(images, targets, observe=observe)
-                self.state.scaler.scale(losses.total / len(batches)).backward()
-            terms = tuple(term.detach() / len(batches) for term in losses)
-            mean_terms = tuple(map(torch.add, mean_terms, terms)) if mean_terms else terms
-        return mean_terms
+                numbers = self._run(batch, len(batches), diagnose)
+            terms = numbers[: AT.norm] / len(batches)
+            means = terms if means is None else means + terms
+            diagnostics.append(numbers[AT.norm :].clone())  # the next replay overwrites it
+        assert means is not None
+        return means, torch.cat(diagnostics)
 
-    def _verdict(self, values: Tensor) -> _Verdict:
-        """Return whether losses and gradient norm, `(6,)`, are finite."""
+    def _run(self, batch: Batch, count: int, diagnose: bool) -> Tensor:
+        """Add the gradient of one of `count` batches; return its loss terms and diagnostics."""
+        device, buckets = self.processes.device, self._execution.buckets
+        images = batch.images.to(device, non_blocking=device.type == "cuda")
+        targets = batch.targets.to(device, non_blocking=device.type == "cuda")
+        is_inside = buckets is None or buckets.holds(batch)
+        self.outside += not is_inside
+
+        def work(*tensors: Tensor) -> Tensor:
+            remaining = iter(tensors)
+            inputs = images.with_tensors(remaining), targets.with_tensors(remaining)
+            with self._execution.compiling(is_inside):
+                return self._backward(*inputs, count, diagnose)
+
+        tensors = (*images.tensors(), *targets.tensors())
+        if self._replays is not None and is_inside:
+            return self._replays("gradient", work, *tensors)
+        return work(*tensors)
+
+    def _backward(self, images: ImageBatch, targets: Targets, count: int, diagnose: bool) -> Tensor:
+        device = self.processes.device
+        with torch.autocast(device.type, AUTOCAST.get(self._precision), enabled=self._precision != "fp32"):
+            losses, diagnostics = self._forward(images, targets, diagnose)
+        self.state.scaler.scale(losses.total / count).backward()
+        return torch.stack([*(term.detach() for term in losses), *itertools.chain.from_iterable(diagnostics)])
+
+    def _stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._replays is None else self._replays.recorder.stream()
+
+    def _judge(self, terms: Tensor) -> Tensor:
+        """Clip the gradient, and return the numbers of the step (see `_Numbers`) from its loss terms `(5,)`."""
+        self.state.scaler.unscale_(self.state.optimizer)
+        values = torch.cat((terms, clip_gradients(self.state.optimizer, self._clip_norm)[None]))
         finite = values.isfinite()
         here = finite[:-1].all()
         if self._precision == "fp16":
@@ -189,40 +264,44 @@ class TrainingStep:
             here = here & (finite[-1] | (self.state.scaler.scale(torch.ones_like(values[-1])) > SMALLEST_SCALE))
         else:
             here = here & finite[-1]
-        return _Verdict(here, ~self.processes.any_on_device(~here))
+        return torch.cat((values, torch.stack((here, ~self.processes.any_on_device(~here)))))
 
-    def _update(self, verdict: _Verdict, values: Tensor, buffers: Sequence[Tensor]) -> None:
-        """Take the optimizer step unless it is not finite. `buffers` are those before the step, or empty."""
-        optimizer = self.state.optimizer
+    def _update(self, numbers: Tensor) -> Tensor:
+        """Take the optimizer step unless it is not finite; return whether it was taken, a scalar bool tensor."""
+        optimizer, everywhere = self.state.optimizer, numbers[AT.everywhere] > 0
         if self._asks_host:
-            taken = verdict.everywhere
+            taken = everywhere
             if taken:
                 if self.state.scaler.is_enabled():  # which may skip the step
                     fill_momentum(optimizer)
                 self.state.scaler.step(optimizer)
         else:
-            self._rejected = torch.where(verdict.everywhere, 0, self._rejected + 1)
+            self._rejected.copy_(torch.where(everywhere, 0, self._rejected + 1))
             # More cannot be taken back: further steps must leave the weights as they are until the host raises.
-            self._halted = self._halted | (self._rejected > self._skips)
-            taken = verdict.everywhere & ~self._halted
-            step_unless(optimizer, ~(taken & values[-1].isfinite()))
-        # The forward pass of a step that is not finite may have made the running statistics of norms invalid.
-        for buffer, value_before in zip(self.state.model.buffers() if buffers else (), buffers, strict=True):
-            buffer.copy_(torch.where(taken, buffer, value_before))
+            self._halted.copy_(self._halted | (self._rejected > self._skips))
+            taken = everywhere & ~self._halted
+            step_unless(optimizer, ~(taken & numbers[AT.norm].isfinite()))
+        self.state.scaler.update()
+        return taken
+
+    def _judge_and_update(self, terms: Tensor) -> Tensor:
+        """Return the numbers, and 1 if the step was taken."""
+        numbers = self._judge(terms)
+        return torch.cat((numbers, self._update(numbers)[None]))
 
     def _collect(self, *, keep: int) -> list[StepResult]:
         """Return the results of the started steps except for the last `keep`."""
         results = []
         while len(self._started) > keep:
-            iteration, batches, copy = self._started.popleft()
-            *numbers, here, everywhere = copy.tolist()
-            count = len(Losses._fields)
-            losses = dict(zip(Losses._fields, numbers[:count], strict=True))
-            if everywhere:
+            iteration, batches, copy, diagnose = self._started.popleft()
+            numbers = copy.tolist()
+            losses, norm = dict(zip(Losses._fields, numbers[: AT.norm], strict=True)), numbers[AT.norm]
+            if numbers[AT.everywhere]:
                 self._skipped = 0
             else:
-                self._report(iteration, batches, losses, numbers[count], invalid_here=not here)
-            results.append(StepResult(iteration, losses, numbers[count], _means(numbers[count + 1 :])))
+                self._report(iteration, batches, losses, norm, invalid_here=not numbers[AT.here])
+            diagnostics = _means(numbers[AT.everywhere + 1 :]) if diagnose else {}
+            results.append(StepResult(iteration, losses, norm, diagnostics))
         return results
 
     def _report(

@@ -15,11 +15,12 @@ from maskrcnn.data.sampling import SamplerConfig, UniformConfig, image_weights
 from maskrcnn.data.transforms import Transform
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.graphs import Compile, CudaRecorder, Execution
 from maskrcnn.engine.loop import Evaluate, Intervals, Save, StopRequest, train
 from maskrcnn.engine.metrics import MetricsWriter, SilentWriter
 from maskrcnn.engine.profiler import Profiler
 from maskrcnn.engine.schedule import Schedule
-from maskrcnn.engine.step import Keep, Precision, TrainingStep
+from maskrcnn.engine.step import Keep, Precision, TrainingStep, require_precision
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch
@@ -32,6 +33,8 @@ class TrainerOptions:
     seed: int = 0  # of the order of the images, their augmentation and the sampling of RoIs
     sampler: SamplerConfig = field(default_factory=UniformConfig)
     buckets: BucketsConfig | None = None
+    compile: Compile = "off"
+    cuda_graph: bool = False
     workers: int = 0
     grad_accum_steps: int = 1
     precision: Precision = "fp32"
@@ -107,12 +110,17 @@ class Trainer:
             intervals, writer, save, evaluate, is_over, stop, profiler: see `maskrcnn.engine.loop.train`.
 
         Raises:
-            InputError: the dataset cannot read an image, or the batch size does not fit the number of processes.
+            InputError: the dataset cannot read an image, the batch size does not fit the number of processes, or the
+                device cannot do what the options ask for.
             FloatingPointError: a loss or gradient is not finite.
             Interrupted: `stop` received a signal.
         """
         processes = processes or Processes(next(self.model.parameters()).device)
-        options = self.options
+        options, device = self.options, processes.device
+        execution = Execution(options.compile, options.cuda_graph, options.buckets)
+        require_precision(options.precision, device)
+        execution.require_device(device, processes.world)
+        execution.require_model(self.model)
         step = TrainingStep(
             self.state,
             processes,
@@ -120,6 +128,8 @@ class Trainer:
             clip_norm=options.clip_norm,
             skips=options.skip_non_finite,
             keep=keep,
+            execution=execution,
+            recorder=CudaRecorder(device) if execution.cuda_graph else None,
         )
         train(
             step,
