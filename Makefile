@@ -19,8 +19,8 @@ test-all: .venv/ready  ## also what takes long, and what needs a GPU
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m ''
 
 gpu: .venv/ready  ## what needs a GPU: first that the host never waits for it, then all tests, then the speed
-	$(BIN)/python -m pytest -x -m gpu tests/test_gpu.py
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -x -m 'gpu and not slow' tests/test_gpu.py
+	$(BIN)/python -m pytest -m 'gpu and not slow' --ignore tests/test_gpu.py
 	$(BIN)/python tools/benchmark.py training --device cuda --precision bf16
 
 lint: .venv/ready

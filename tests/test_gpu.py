@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from maskrcnn.config import read_config
-from maskrcnn.data.loader import evaluation_loader
+from maskrcnn.data.buckets import BucketsConfig
+from maskrcnn.data.loader import evaluation_loader, training_loader
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.feeding import copied_to
+from maskrcnn.engine.graphs import EAGER, CudaRecorder, Execution, Recorder
+from maskrcnn.engine.optimizer import set_learning_rate
 from maskrcnn.engine.step import StepResult, TrainingStep
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
@@ -32,6 +36,25 @@ def build(device: torch.device) -> MaskRCNN:
     return CONFIG.model.build(2, pretrained=False).to(device)
 
 
+BUCKETS = BucketsConfig(shapes=((64, 64),), objects=(8,), mask_entries=20_000)
+
+
+def batches_in_buckets(model: MaskRCNN) -> Iterator[Sequence[Batch]]:
+    """Return the batches of training steps, padded to one shape."""
+    dataset = CONFIG.data.train.build()
+    loader = training_loader(
+        dataset,
+        CONFIG.data.build_train_transform(dataset),
+        batch_size=2,
+        seed=0,
+        workers=0,
+        size_divisor=model.size_divisor,
+        pin_memory=torch.cuda.is_available(),
+        buckets=BUCKETS,
+    )
+    return iter(copied_to(GPU, loader))
+
+
 def batches(model: MaskRCNN) -> Iterator[Batch]:
     """Return the batches of the training images again and again, in page-locked memory if there is a GPU."""
     dataset = CONFIG.data.train.build()
@@ -46,12 +69,16 @@ def batches(model: MaskRCNN) -> Iterator[Batch]:
     return itertools.cycle(loader)
 
 
-def training(device: torch.device, precision: str = "fp32") -> TrainingStep:
+def training(
+    device: torch.device, precision: str = "fp32", execution: Execution = EAGER, recorder: Recorder | None = None
+) -> TrainingStep:
     model = build(device)
     optimizer = CONFIG.training.optimizer.build(model, batch_size=2)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = TrainingState(model, optimizer, scaler, ExponentialAverage(model, decay=0.99))
-    return TrainingStep(state, Processes(device), precision=precision, clip_norm=1.0)
+    return TrainingStep(
+        state, Processes(device), precision=precision, clip_norm=1.0, execution=execution, recorder=recorder
+    )
 
 
 @contextmanager
@@ -119,3 +146,67 @@ def test_a_step_that_is_not_finite_is_not_taken() -> None:
     with pytest.raises(FloatingPointError, match=r"iteration 1: "):
         step.results(wait=True)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_replays_compute_what_steps_compute(precision: str) -> None:
+    """A CUDA graph runs the same kernels; atomic additions have no fixed order."""
+    execution = Execution(cuda_graph=True, buckets=BUCKETS)
+    results = []
+    for recorder in (None, CudaRecorder(GPU)):
+        step = training(GPU, precision, execution, recorder)
+        stream = batches_in_buckets(step.state.model)
+        for iteration, each in zip(range(1, 11), stream, strict=False):
+            set_learning_rate(step.state.optimizer, 1 / iteration)
+            step.start(each, iteration, diagnose=True)
+        results.append(step.results(wait=True))
+        assert step.outside == 0
+    for one, other in zip(*results, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=0.02, abs=0.02)
+        assert one.diagnostics == pytest.approx(other.diagnostics, abs=0.1)
+
+
+def test_replays_do_not_synchronise() -> None:
+    step = training(GPU, "bf16", Execution(cuda_graph=True, buckets=BUCKETS), CudaRecorder(GPU))
+    stream = batches_in_buckets(step.state.model)
+    for iteration in range(1, 7):
+        step.start(next(stream), iteration)
+    prepared = [next(stream) for _ in range(5)]
+    with no_synchronisation():
+        for iteration, each in enumerate(prepared, start=7):
+            step.start(each, iteration)
+            step.results()
+    step.results(wait=True)
+
+
+def test_a_replayed_step_that_is_not_finite_is_not_taken() -> None:
+    step = training(GPU, "fp32", Execution(cuda_graph=True, buckets=BUCKETS), CudaRecorder(GPU))
+    stream = batches_in_buckets(step.state.model)
+    for iteration in range(1, 7):
+        step.start(next(stream), iteration)
+    step.results(wait=True)
+    bias = step.state.model.box_head.cls_score.bias
+    with torch.no_grad():
+        bias.fill_(math.nan)
+    before = [parameter.detach().clone() for parameter in step.state.model.parameters()]
+    step.start(next(stream), 7)
+    with pytest.raises(FloatingPointError, match=r"iteration 7: "):
+        step.results(wait=True)
+    for parameter, value in zip(step.state.model.parameters(), before, strict=True):
+        assert parameter is bias or torch.equal(parameter, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", [False, True], ids=["compiled", "compiled and recorded"])
+def test_a_compiled_step(recorded: bool) -> None:
+    """inductor takes minutes for it."""
+    execution = Execution("step", recorded, BUCKETS)
+    plain, compiled = training(GPU), training(GPU, "fp32", execution, CudaRecorder(GPU) if recorded else None)
+    results = []
+    for step in (plain, compiled):
+        stream = batches_in_buckets(step.state.model)
+        for iteration in range(1, 7):
+            step.start(next(stream), iteration)
+        results.append([result.losses for result in step.results(wait=True)])
+    for one, other in zip(*results, strict=True):
+        assert one == pytest.approx(other, rel=0.02, abs=0.02)

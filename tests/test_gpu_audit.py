@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from maskrcnn.config import read_config
 from maskrcnn.engine import step
+from maskrcnn.engine.feeding import copied_to
 from maskrcnn.experiment import ExperimentConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -112,6 +114,37 @@ def test_no_kind_of_model_has_a_synchronisation(tool: ModuleType, settings: list
     shape = tool.Shape(batch=2, objects=3, height=64, width=64)
     waits = tool.audit_training(config, shape, iterations=1) + tool.audit_detection(config, shape)
     assert not waits, tool.describe(waits)
+
+
+def test_batches_are_copied_beside_the_steps(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of their own, for which the step waits, and not the host."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = "main" if name == "main" else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def used(stream: Stream) -> Iterator[None]:
+        calls.append(f"on {stream.name}")
+        yield
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", used)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: calls.append(f"used by {stream.name}"))
+    with tool.audit() as waits:
+        batch = tool._batch(tool.Shape(batch=2, objects=3, height=64, width=64))
+        ((copied,),) = copied_to(torch.device("cuda"), [[batch]])
+        assert all(tensor.is_cuda for tensor in (*copied.images.tensors(), *copied.targets.tensors()))
+    assert not waits, tool.describe(waits)
+    assert calls == ["on side", "on side", "main waits for side", *["used by main"] * 10]
+    loader = [[batch]]
+    assert copied_to(torch.device("cpu"), loader) is loader
 
 
 def test_a_wait_for_the_newest_step_is_found(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.loader import evaluation_loader
-from maskrcnn.engine.instances import Result
+from maskrcnn.engine.instances import Instances, Result
 from maskrcnn.engine.predictor import Predictor
 from maskrcnn.evaluation.average_precision import Backend, Evaluation, diagnose, evaluate
 from maskrcnn.evaluation.metric import Metric
@@ -107,7 +107,7 @@ class Evaluator:
         """Return the results of all images in dataset order on the main process, and an empty list on the others."""
         disable = None if processes.is_main else True  # None: disabled if stderr is not a terminal
         batches = tqdm(self._batches(predictor, processes), desc="evaluating", leave=False, disable=disable)
-        results_by_rank = processes.gather([coco_results(predictor, batch) for batch in batches]) or []
+        results_by_rank = processes.gather(list(_results_of(predictor, batches))) or []
         # Batch i of the dataset is on process i % world.
         rounds = zip_longest(*results_by_rank, fillvalue=[])
         return [result for batches_of_round in rounds for results in batches_of_round for result in results]
@@ -127,7 +127,24 @@ class Evaluator:
 
 def coco_results(predictor: Predictor, batch: Batch) -> list[Result]:
     """Return the COCO results of a batch, by image and then by descending score."""
-    instances = zip(batch.image_ids, predictor.detect(batch), strict=True)
+    (results,) = _results_of(predictor, [batch])
+    return results
+
+
+def _results_of(predictor: Predictor, batches: Iterable[Batch]) -> Iterator[list[Result]]:
+    """Yield the COCO results of each batch. The masks of a batch are encoded while a GPU computes the next one."""
+    previous: Callable[[], list[Result]] | None = None
+    for batch in batches:
+        started = partial(_encoded, batch, predictor.start(batch))
+        if previous is not None:
+            yield previous()
+        previous = started
+    if previous is not None:
+        yield previous()
+
+
+def _encoded(batch: Batch, finish: Callable[[], list[Instances]]) -> list[Result]:
+    instances = zip(batch.image_ids, finish(), strict=True)
     return [result for image_id, detections in instances for result in detections.to_coco(image_id)]
 
 

@@ -54,7 +54,7 @@ class Instances:
         """Return the detections of each image of a batch, mapped from resized to original pixels.
 
         Args:
-            detections: in pixels of the resized images.
+            detections: in pixels of the resized images, on any device.
             batch: the batch of the detections.
             classes: names and category ids of the labels.
             paste: the paste convention; see `maskrcnn.ops.masks.paste_probabilities`.

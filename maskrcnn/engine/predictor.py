@@ -21,6 +21,7 @@ from maskrcnn.engine.instances import Instances
 from maskrcnn.errors import InputError
 from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.ops.masks import PasteConvention
+from maskrcnn.runtime.host_copy import HostCopy
 from maskrcnn.structures import Batch, ClassTable, Example
 
 LOOSE_NMS = 0.9  # IoU of two boxes from which they are near duplicates
@@ -113,9 +114,22 @@ class Predictor:
 
     def detect(self, batch: Batch) -> list[Instances]:
         """Detect objects in the transformed images of a batch. The instances have no image."""
+        return self.start(batch)()
+
+    def start(self, batch: Batch) -> Callable[[], list[Instances]]:
+        """Start to detect objects in a batch; the function that is returned waits for them, as `detect` does.
+
+        On a GPU, the host can encode the masks of a batch while the next one is computed.
+        """
         self.model.eval()
-        detections = self.model.detect(batch.images.to(self.device))
-        return Instances.of_batch(detections, batch, self.classes, self.paste)
+        detections = self.model.detect(batch.images.to(self.device, non_blocking=self.device.type == "cuda"))
+        copy = HostCopy(*detections.tensors())
+
+        def finish() -> list[Instances]:
+            on_host = detections.with_tensors(iter(copy.tensors()))
+            return Instances.of_batch(on_host, batch, self.classes, self.paste)
+
+        return finish
 
 
 def _prepared(transform: Transform, pixels: Tensor) -> Example:

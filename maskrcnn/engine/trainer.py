@@ -15,6 +15,7 @@ from maskrcnn.data.sampling import SamplerConfig, UniformConfig, image_weights
 from maskrcnn.data.transforms import Transform
 from maskrcnn.engine.checkpoint import TrainingState
 from maskrcnn.engine.ema import ExponentialAverage
+from maskrcnn.engine.feeding import copied_to
 from maskrcnn.engine.graphs import Compile, CudaRecorder, Execution
 from maskrcnn.engine.loop import Evaluate, Intervals, Save, StopRequest, train
 from maskrcnn.engine.metrics import MetricsWriter, SilentWriter
@@ -133,7 +134,7 @@ class Trainer:
         )
         train(
             step,
-            self._batches(start, processes),
+            copied_to(device, self._batches(start, processes)),
             self.schedule,
             start=start,
             iterations=self.iterations,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from maskrcnn.data.shapes import ShapesDataset
 from maskrcnn.engine.evaluator import Evaluator, report
+from maskrcnn.engine.instances import Instances
+from maskrcnn.engine.predictor import Predictor
 from maskrcnn.experiment import load_config
+from maskrcnn.runtime.processes import Processes
+from maskrcnn.structures import Batch
+
+CPU = torch.device("cpu")
 
 IMAGES = {"images": [{"id": 1, "height": 100, "width": 100}], "categories": [{"id": 1, "name": "cell"}]}
 
@@ -80,3 +88,25 @@ def test_the_ground_truth_is_read_once_for_all_evaluations() -> None:
     assert evaluator(predictor).summary() == pytest.approx(evaluator(predictor).summary(), nan_ok=True)
     assert isinstance(dataset, Counted)
     assert dataset.reads == 1
+
+
+def test_a_batch_is_started_before_the_one_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU computes while the host encodes masks."""
+    settings = load_config(
+        "shapes/mask_rcnn_r18_fpn", ["data.validation.length=3", "model.detection.detections_per_image=2"]
+    )
+    dataset = settings.data.build_validation()
+    predictor = settings.predictor(settings.model.build(len(dataset.classes)), dataset.classes)
+    events: list[str] = []
+    start = Predictor.start
+
+    def traced(self: Predictor, batch: Batch) -> Callable[[], list[Instances]]:
+        finish, image = start(self, batch), batch.image_ids[0]
+        events.append(f"start {image}")
+        return lambda: [events.append(f"encode {image}"), *finish()][1:]  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(Predictor, "start", traced)
+    Evaluator(dataset)(predictor)
+    first, second, third = (batch.image_ids[0] for batch in Evaluator(dataset)._batches(predictor, Processes(CPU)))
+    order = [f"start {first}", f"start {second}", f"encode {first}", f"start {third}", f"encode {second}"]
+    assert events == [*order, f"encode {third}"]
