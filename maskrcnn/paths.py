@@ -5,13 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
 
 def expand(path: str | Path) -> Path:
     """Return the path with the home directory in place of a leading `~`."""
     return Path(os.path.expanduser(path))
+
+
+def leaves_folder(name: str) -> bool:
+    """Return True for absolute paths and paths that contain "..", on any system. Symbolic links are allowed."""
+    path = PureWindowsPath(name)  # splits at both kinds of slash
+    return bool(path.anchor) or ".." in path.parts
 
 
 def require_file(path: Path, *, most: int | None = None) -> None:

@@ -23,6 +23,7 @@ COMMANDS = (
     "predict",
     "ablate",
     "convert-weights",
+    "convert-dataset",
     "explain-roi",
     "show-config",
     "inspect-dataset",

@@ -74,3 +74,11 @@ def number(least: float, most: float) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def class_names(text: str) -> tuple[str, ...]:
+    """Return the names in a text such as `cat,dog`: the `type` of an argument for classes in their order."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("expected names, each once, separated by commas")
+    return names

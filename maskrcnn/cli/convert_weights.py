@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from maskrcnn.cli.arguments import add_set_argument
+from maskrcnn.cli.arguments import add_set_argument, class_names
 from maskrcnn.paths import expand
 from maskrcnn.runtime.console import setup_logging
 
@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", type=expand, metavar="FILE", help="weights of another framework, or a checkpoint")
     parser.add_argument("--out", type=expand, required=True, metavar="FILE", help="the new file, such as coco.pt")
     parser.add_argument(
-        "--classes", type=_names, default=(), metavar="NAME,...", help="names of the classes in the order of their rows"
+        "--classes",
+        type=class_names,
+        default=(),
+        metavar="NAME,...",
+        help="names of the classes in the order of their rows",
     )
     parser.add_argument(
         "--to",
@@ -45,10 +49,3 @@ def run(args: argparse.Namespace) -> None:
     if weights.certificate is not None:
         print(weights.certificate.describe())
     print(f"wrote {' and '.join(map(str, files))}")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError("expected names, each once, separated by commas")
-    return names

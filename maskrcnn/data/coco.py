@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from maskrcnn.data.polygon_checks import without_pixels
 from maskrcnn.data.provenance import count_and_ids, digest, file_digest
 from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError, first_of
+from maskrcnn.paths import leaves_folder
 from maskrcnn.structures import ClassTable, Example, MaskCrop
 
 logger = logging.getLogger(__name__)
@@ -430,7 +431,7 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
         [
             f"image {image['id']}: its file_name {image['file_name']!r} points outside the image folder"
             for image in images
-            if _is_outside(image["file_name"])
+            if leaves_folder(image["file_name"])
         ],
     )
     chosen = [image for image in images if not wanted or image["id"] in wanted]
@@ -466,12 +467,6 @@ def _rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str])
         new_ids[category["id"]] = categories.setdefault(name, {**category, "name": name})["id"]
     annotations = [{**entry, "category_id": new_ids[entry["category_id"]]} for entry in data["annotations"]]
     return {**data, "categories": list(categories.values()), "annotations": annotations}
-
-
-def _is_outside(name: str) -> bool:
-    """Return True for absolute paths and paths that contain "..", on any system. Symbolic links are allowed."""
-    path = PureWindowsPath(name)  # splits at both kinds of slash
-    return bool(path.anchor) or ".." in path.parts
 
 
 def _read_objects(

@@ -60,8 +60,37 @@ def rle_of_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
     flat = np.zeros(1 + columns * (rows + 1), bool)  # a zero before the first column and one after each ends every run
     flat[1:].reshape(columns, rows + 1)[:, :rows] = crop.pixels.T
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 1)
-    edges = (crop.x + column) * height + crop.y + row
-    # If the crop is as high as the image, a run may go on at the top of the next column: its two edges are one.
+    return _rle_of_edges((crop.x + column) * height + crop.y + row, height, width)
+
+
+def rle_of_runs(starts: np.ndarray, stops: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Return the mask of an image that consists of runs of pixels as COCO's compressed RLE.
+
+    Args:
+        starts, stops: first pixel of each run, and the one after its last, in column-major order, int64. The runs
+            ascend and do not overlap.
+        height, width: size of the image.
+    """
+    return _rle_of_edges(np.stack([starts, stops], axis=1).ravel(), height, width)
+
+
+def rle_of_positions(positions: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Return the mask of an image as COCO's compressed RLE.
+
+    Args:
+        positions: of the pixels in column-major order, ascending, int64; at least one.
+        height, width: size of the image.
+    """
+    first = np.diff(positions, prepend=-2) != 1
+    last = np.diff(positions, append=height * width + 1) != 1
+    return rle_of_runs(positions[first], positions[last] + 1, height, width)
+
+
+def _rle_of_edges(edges: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Encode a mask that begins and ends alternately at these column-major positions, which ascend.
+
+    A run that goes on at the top of the next column may stand there in two pieces: its two equal edges are one.
+    """
     edges, count = np.unique(edges, return_counts=True)
     edges = edges[count == 1]
     counts = np.diff(edges, prepend=0, append=height * width)

@@ -1,0 +1,25 @@
+"""Readers of what annotation tools write. Each returns data in COCO format; one module each, named as its format.
+
+A reader is a function `read(conversion) -> {split: data in COCO format}` (see `conversion`). A source without splits
+has the single split "".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskrcnn.data.converters.conversion import Conversion
+
+# What the path of each format is. The modules need numpy and Pillow, and are imported when they are used.
+FORMATS = {
+    "masks": "a folder of label images: each value but 0 is an object; one file for a photo, or several",
+}
+
+
+def reader(name: str) -> Callable[[Conversion], dict[str, dict[str, Any]]]:
+    """Return the function `read` of a format, a key of `FORMATS`."""
+    read: Callable[[Conversion], dict[str, dict[str, Any]]] = import_module(f"{__name__}.{name}").read
+    return read

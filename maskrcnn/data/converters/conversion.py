@@ -1,0 +1,333 @@
+"""One conversion: what the user said, the folder of the photographs, and the objects that readers find.
+
+Coordinates are continuous pixels `(x, y)` of the upright image: the pixel in row i and column j covers
+`[j, j + 1) x [i, i + 1)`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as cocoapi
+from tqdm import tqdm
+
+from maskrcnn.config.explanation import not_one_of
+from maskrcnn.data.converters.reading import Header, read_header
+from maskrcnn.data.image_files import IMAGE_SUFFIXES
+from maskrcnn.data.rle import rle_of_positions, rle_of_runs
+from maskrcnn.errors import InputError, first_of
+from maskrcnn.paths import leaves_folder
+
+FARTHEST = 1e5  # px, of a coordinate; the schema of COCO files has the same limit
+LONGEST_OUTLINE = 4e6  # px; rasterising takes about 40 bytes for each
+
+CocoData = dict[str, Any]  # data in COCO format
+Polygon = list[float]  # x0, y0, x1, y1, ...
+
+
+class ImageFolder:
+    """The folder of the photographs. Images go by their path relative to it, with slashes.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such folder; --images names the folder of the photographs")
+        self.path = path
+        self.rotated: list[str] = []  # images whose EXIF orientation is not upright
+
+    def name(self, name: str, source: Path) -> str:
+        """Return the relative path of an image that an annotation file names.
+
+        Raises:
+            InputError: the name leads out of the folder, or there is no such image.
+        """
+        name = posixpath.normpath(name.replace("\\", "/"))
+        if leaves_folder(name):
+            raise InputError(f"{source}: the image {name!r} lies outside of the image folder {self.path}")
+        try:
+            exists = (self.path / name).is_file()
+        except (OSError, ValueError):  # a name that the system refuses
+            exists = False
+        if not exists:
+            raise InputError(f"{source}: there is no image {name!r} in {self.path}; --images names another folder")
+        return name
+
+    def header(self, name: str) -> Header:
+        """Return the size of an image. Raises InputError if it cannot be read."""
+        header = read_header(self.path / name)
+        if header.orientation != 1:
+            self.rotated.append(name)
+        return header
+
+    @cached_property
+    def by_stem(self) -> Mapping[str, list[str]]:
+        """The images below the folder, by their relative path without suffix, in order."""
+        images = defaultdict(list)
+        for name in files_below(self.path, IMAGE_SUFFIXES):
+            images[posixpath.splitext(name)[0]].append(name)
+        return images
+
+    def of_stem(self, stem: str) -> str | None:
+        """Return the image with this relative path without suffix. Raises InputError if there are several."""
+        names = self.by_stem.get(stem, [])
+        if len(names) > 1:
+            raise InputError(f"{self.path}: the images {', '.join(names)} differ in their suffix alone; which is it?")
+        return names[0] if names else None
+
+
+@dataclass
+class Conversion:
+    """What the user said, and what readers left out.
+
+    Raises:
+        InputError: the source does not exist.
+    """
+
+    source: Path  # file or folder of the annotations
+    images: Path | None = None  # folder of the photographs; by default the reader looks for it
+    classes: tuple[str, ...] = ()  # names of all classes in their order, if the user gave them
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # what, by reason
+
+    def __post_init__(self) -> None:
+        if not self.source.exists():
+            raise InputError(f"{self.source}: no such file or folder")
+
+    def photographs(self, *usual: Path) -> ImageFolder:
+        """Return the folder of the photographs: the user's, or else the first of the usual ones that exists."""
+        found = self.images or next((path for path in usual if path.is_dir()), usual[-1])
+        self.folder = ImageFolder(found)
+        return self.folder
+
+    def leave_out(self, reason: str, where: str) -> None:
+        """Note that something is not in the result, to be said at the end."""
+        self.left_out[reason].append(where)
+
+    def notices(self) -> Iterator[str]:
+        """Yield what was left out, and the images with an EXIF orientation."""
+        for reason, where in self.left_out.items():
+            yield f"{len(where)} {reason}: {', '.join(first_of(where))}"
+        if self.folder.rotated:
+            names = ", ".join(first_of(self.folder.rotated))
+            yield (
+                f"{len(self.folder.rotated)} images have an EXIF orientation; their annotations are taken as those of "
+                f"the upright image, which viewers show: {names}"
+            )
+
+
+def require_size(header: Header, height: int, width: int, image: str, source: Path) -> None:
+    """Raise InputError unless the upright image has the size that its annotation says."""
+    if (header.height, header.width) == (height, width):
+        return
+    hint = (
+        f". It is stored turned (EXIF orientation {header.orientation}), and the annotation ignores that: remove the "
+        "tag from the image, or turn the annotation"
+        if header.orientation >= 5 and (header.width, header.height) == (height, width)
+        else ""
+    )
+    raise InputError(
+        f"{source}: the image {image} has {header.width} x {header.height} pixels (width x height), but the annotation "
+        f"is for {width} x {height}{hint}"
+    )
+
+
+def files_below(folder: Path, suffixes: Iterable[str]) -> list[str]:
+    """Return the paths, relative to a folder and with slashes, of the files below it, sorted; none that are hidden."""
+    endings, names = tuple(suffixes), []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(parent).relative_to(folder)
+        names += [
+            (relative / name).as_posix()
+            for name in files
+            if name.lower().endswith(endings) and not name.startswith(".")
+        ]
+    return sorted(names)
+
+
+# Objects.
+
+
+class LabelledObject(NamedTuple):
+    """An object of an image."""
+
+    class_name: str
+    box: tuple[float, float, float, float]  # x, y, width, height
+    area: float  # px
+    segmentation: list[Polygon] | dict[str, Any] | None = None  # the polygons' union, or a compressed RLE
+    crowd: bool = False
+
+    @classmethod
+    def of_rle(cls, class_name: str, rle: dict[str, Any], *, crowd: bool = False) -> LabelledObject:
+        """Return the object with a mask of image size."""
+        return cls(class_name, tuple(cocoapi.toBbox(rle).tolist()), int(cocoapi.area(rle)), rle, crowd)
+
+    @classmethod
+    def of_polygons(cls, class_name: str, polygons: Sequence[Polygon], header: Header) -> LabelledObject:
+        """Return the object that the polygons cover together. They stay polygons; the area is that of the pixels."""
+        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
+        (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        area = float(cocoapi.area(_rasterised(polygons, header)))
+        return cls(class_name, (x1, y1, x2 - x1, y2 - y1), area, list(polygons))
+
+
+def checked_polygon(points: Sequence[Sequence[float]], where: str) -> Polygon:
+    """Return points (x, y) as a polygon.
+
+    Raises:
+        InputError: a coordinate is not finite or too far away, or the outline is too long. The message begins with
+            `where`, the file and the place in it.
+    """
+    array = np.asarray(points, np.float64).reshape(-1, 2)
+    if not (np.abs(array) <= FARTHEST).all():  # False for NaN
+        raise InputError(f"{where}: a coordinate is not a number from -{FARTHEST:g} to {FARTHEST:g} px")
+    if np.linalg.norm(array - np.roll(array, 1, axis=0), axis=1).sum() > LONGEST_OUTLINE:
+        raise InputError(f"{where}: the outline is longer than {LONGEST_OUTLINE:g} px")
+    return [float(value) for value in array.flatten()]
+
+
+def union(class_name: str, parts: Sequence[Polygon | dict[str, Any]], header: Header) -> LabelledObject:
+    """Return the object of several polygons and masks (RLE). Polygons alone stay polygons."""
+    polygons = [part for part in parts if isinstance(part, list)]
+    if len(polygons) == len(parts):
+        return LabelledObject.of_polygons(class_name, polygons, header)
+    codes = [part for part in parts if isinstance(part, dict)]
+    if not polygons and len(codes) == 1:
+        return LabelledObject.of_rle(class_name, codes[0])
+    merged = cocoapi.merge([*codes, *([_rasterised(polygons, header)] if polygons else [])])
+    return LabelledObject.of_rle(class_name, {"size": merged["size"], "counts": merged["counts"].decode()})
+
+
+def _rasterised(polygons: Sequence[Polygon], header: Header) -> dict[str, Any]:
+    code: dict[str, Any] = cocoapi.merge(cocoapi.frPyObjects(list(polygons), header.height, header.width))
+    return code
+
+
+def label_masks(labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each value but 0 of a label image (H, W), ascending, and the RLE of its pixels.
+
+    The work grows with the number of pixels, not with that of the values.
+    """
+    height, width = labels.shape
+    flat = labels.ravel(order="F")  # RLE runs along columns
+    inside = np.flatnonzero(flat)
+    if len(inside) == 0:
+        return
+    values = flat[inside].astype(np.int64)
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=values[order][0] - 1))
+    for value, positions in zip(values[order][starts].tolist(), np.split(inside[order], starts[1:]), strict=True):
+        yield value, rle_of_positions(positions, height, width)
+
+
+def ellipse_mask(
+    centre: tuple[float, float], radii: tuple[float, float], degrees: float, header: Header
+) -> dict[str, Any]:
+    """Return the RLE of the pixels whose centres lie in an ellipse.
+
+    Args:
+        centre: x and y.
+        radii: positive, along x and y before the ellipse is turned.
+        degrees: by which it is turned clockwise.
+        header: of the image.
+    """
+    (x, y), (a, b) = centre, radii
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # The ellipse is p u^2 + 2 q u v + r v^2 <= 1, where (u, v) is the offset from the centre: v solves it for each u.
+    p, r = (cosine / a) ** 2 + (sine / b) ** 2, (sine / a) ** 2 + (cosine / b) ** 2
+    q = cosine * sine * (1 / a**2 - 1 / b**2)
+    u = np.arange(header.width) + 0.5 - x
+    root = (q * u) ** 2 - r * (p * u**2 - 1)
+    columns = np.flatnonzero(root >= 0)
+    middle, half = y - q * u[columns] / r, np.sqrt(root[columns]) / r
+    first = np.ceil(middle - half - 0.5).clip(0, header.height).astype(np.int64)
+    after = np.floor(middle + half + 0.5).clip(0, header.height).astype(np.int64)
+    columns, first, after = (array[after > first] for array in (columns, first, after))
+    return rle_of_runs(columns * header.height + first, columns * header.height + after, header.height, header.width)
+
+
+# Assembly.
+
+
+class LabelledImage(NamedTuple):
+    """An image and its objects."""
+
+    name: str  # relative to the image folder
+    header: Header
+    objects: Sequence[LabelledObject]
+    split: str = ""
+
+
+def assemble(
+    images: Iterable[LabelledImage], conversion: Conversion, declared: Sequence[dict[str, Any]] = ()
+) -> dict[str, CocoData]:
+    """Return the images and objects of each split in COCO format.
+
+    The classes are those that the user gave, or else those that the annotations declare, or else the names that occur,
+    sorted. All splits have the same. Image ids count over all splits.
+
+    Args:
+        images: the images, which are read one by one.
+        conversion: see there.
+        declared: COCO categories of the format. A reader may append to the list until the last image is read.
+
+    Raises:
+        InputError: an object has a class that is none of those given or declared, or there is no image.
+    """
+    splits: dict[str, CocoData] = {}
+    entries: list[tuple[dict[str, Any], str, str]] = []  # annotation, its class, its image
+    for image_id, image in enumerate(tqdm(images, desc="reading", unit="image", disable=None), start=1):
+        data = splits.setdefault(image.split, {"images": [], "annotations": [], "categories": []})
+        size = {"height": image.header.height, "width": image.header.width}
+        data["images"].append({"id": image_id, "file_name": image.name, **size})
+        for item in image.objects:
+            annotation = _annotation(len(data["annotations"]) + 1, image_id, item)
+            data["annotations"].append(annotation)
+            entries.append((annotation, item.class_name, image.name))
+    if not splits:
+        raise InputError(f"{conversion.source}: there is no annotated image")
+    categories = _categories(conversion.classes, declared, {name for _, name, _ in entries})
+    ids = {category["name"]: category["id"] for category in categories}
+    for annotation, name, image_name in entries:
+        if name not in ids:
+            raise InputError(
+                f"{conversion.source}: an object of {image_name} has the class {not_one_of(name, list(ids))}"
+            )
+        annotation["category_id"] = ids[name]
+    for data in splits.values():
+        data["categories"] = categories
+    return splits
+
+
+def _categories(classes: Sequence[str], declared: Sequence[dict[str, Any]], used: set[str]) -> list[dict[str, Any]]:
+    if declared and not classes:
+        return list(declared)
+    return numbered(classes or sorted(used))
+
+
+def _annotation(number: int, image_id: int, item: LabelledObject) -> dict[str, Any]:
+    annotation: dict[str, Any] = {
+        "id": number,
+        "image_id": image_id,
+        "category_id": 0,  # follows when all classes are known
+        "bbox": list(item.box),
+        "area": item.area,
+        "iscrowd": int(item.crowd),
+    }
+    return annotation if item.segmentation is None else {**annotation, "segmentation": item.segmentation}
+
+
+def numbered(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return COCO categories with ids from 1 in the order of the names."""
+    return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
