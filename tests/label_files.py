@@ -16,7 +16,9 @@ from pycocotools import mask as cocoapi
 from maskrcnn.cli.arguments import class_names
 from maskrcnn.data.converters import reader
 from maskrcnn.data.converters.conversion import Conversion
+from maskrcnn.data.polygons import polygons_of
 from maskrcnn.data.shapes import ShapesConfig
+from maskrcnn.structures import MaskCrop
 
 CLASSES = ("disc", "ring", "cross")
 HEIGHT, WIDTH = 60, 88
@@ -90,3 +92,8 @@ def assert_same(found: dict[str, list[tuple[str, np.ndarray]]], scenes: Sequence
 
 def _iou(first: np.ndarray, second: np.ndarray) -> float:
     return float((first & second).sum() / (first | second).sum())
+
+
+def outlines(mask: np.ndarray) -> list[list[list[float]]]:
+    """Return the points (x, y) of a polygon along the edges of pixels for each part of a mask (H, W) bool."""
+    return [ring.tolist() for ring in polygons_of(MaskCrop(0, 0, mask.astype(np.uint8)), tolerance=0)]

@@ -283,11 +283,16 @@ def assemble(
         declared: COCO categories of the format. A reader may append to the list until the last image is read.
 
     Raises:
-        InputError: an object has a class that is none of those given or declared, or there is no image.
+        InputError: an object has a class that is none of those given or declared, a split has an image twice, or there
+            is no image.
     """
     splits: dict[str, CocoData] = {}
+    seen: set[tuple[str, str]] = set()
     entries: list[tuple[dict[str, Any], str, str]] = []  # annotation, its class, its image
     for image_id, image in enumerate(tqdm(images, desc="reading", unit="image", disable=None), start=1):
+        if (image.split, image.name) in seen:
+            raise InputError(f"{conversion.source}: the image {image.name} is annotated twice")
+        seen.add((image.split, image.name))
         data = splits.setdefault(image.split, {"images": [], "annotations": [], "categories": []})
         size = {"height": image.header.height, "width": image.header.width}
         data["images"].append({"id": image_id, "file_name": image.name, **size})

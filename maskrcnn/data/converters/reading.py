@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -60,19 +60,28 @@ def read_labels(path: Path) -> np.ndarray:
     The file has 1, 8, 16 or 32 bits for a pixel and a compression without loss. Its EXIF orientation is not applied.
     """
     try:
-        with open_file(path) as file, Image.open(file, formats=("PNG", "TIFF", "BMP", "GIF")) as image:
+        with open_file(path) as file:
+            return decode_labels(file, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file ({error.strerror})") from None
+
+
+def decode_labels(file: BinaryIO, name: str) -> np.ndarray:
+    """Return the labels in an open image file; see `read_labels`. `name` stands for it in messages."""
+    try:
+        with Image.open(file, formats=("PNG", "TIFF", "BMP", "GIF")) as image:
             if image.width * image.height > MOST_LABELS or max(image.size) > LONGEST_SIDE:
                 size = f"{image.width} x {image.height}"
-                raise InputError(f"{path}: it has {size} pixels; a label image has at most {MOST_LABELS}")
+                raise InputError(f"{name}: it has {size} pixels; a label image has at most {MOST_LABELS}")
             if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
                 raise InputError(
-                    f"{path}: its pixels are colours (mode {image.mode}); a label image has one number for each pixel"
+                    f"{name}: its pixels are colours (mode {image.mode}); a label image has one number for each pixel"
                 )
             return np.array(image)
+    except InputError:
+        raise
     except _DAMAGED as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as a label image ({_reason(error)})") from error
+        raise InputError(f"{name}: cannot be read as a label image ({_reason(error)})") from error
 
 
 def read_text(path: Path) -> str:
