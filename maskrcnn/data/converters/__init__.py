@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "labelme": "a folder of JSON files, or one of them",
     "masks": "a folder of label images: each value but 0 is an object; one file for a photo, or several",
+    "yolo": "data.yaml, a folder with it, or a folder with classes.txt, labels and images",
 }
 
 

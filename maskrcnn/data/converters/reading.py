@@ -84,10 +84,10 @@ def decode_labels(file: BinaryIO, name: str) -> np.ndarray:
         raise InputError(f"{name}: cannot be read as a label image ({_reason(error)})") from error
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a UTF-8 file of at most `MOST_TEXT` bytes."""
+def read_text(path: Path, *, most: int = MOST_TEXT) -> str:
+    """Return the content of a UTF-8 file of at most so many bytes."""
     try:
-        return read_file(path, most=MOST_TEXT).decode()
+        return read_file(path, most=most).decode()
     except UnicodeDecodeError:
         raise InputError(f"{path}: the file is not UTF-8 text") from None
     except OSError as error:
