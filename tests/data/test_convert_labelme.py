@@ -88,18 +88,22 @@ def test_rectangles_and_circles(tmp_path: Path) -> None:
     assert (circle == (np.hypot(rows - 30, columns - 40) <= 10.25)).all()
 
 
+KINDS = ("point", "line", "polygon", "circle")
+
+
 def test_what_has_no_area_is_left_out_and_said(tmp_path: Path) -> None:
     shapes = [
         shape("point", [[1, 1]]),
         shape("line", [[1, 1], [2, 2]]),
         shape("polygon", [[1, 1], [2, 2]]),
         shape("circle", [[1, 1], [1, 1]]),
+        shape("circle", [[1, 1], [1.2, 1]]),
         shape("rectangle", [[1, 1], [9, 9]]),
     ]
     conversion = Conversion(write(tmp_path, shapes))
     assert len(labelme.read(conversion)[""]["annotations"]) == 1
     kinds = [notice.split(" without")[0] for notice in conversion.notices()]
-    assert kinds == [f"1 shapes of type {kind}" for kind in ("point", "line", "polygon", "circle")]
+    assert kinds == [f"{count} shapes of type {kind}" for count, kind in zip((1, 1, 1, 2), KINDS, strict=True)]
 
 
 def test_a_polygon_and_a_mask_of_a_group_are_one_object(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # What the path of each format is. The modules need numpy and Pillow, and are imported when they are used.
 FORMATS = {
+    "cvat": "annotations.xml of CVAT for images 1.1",
     "labelme": "a folder of JSON files, or one of them",
     "masks": "a folder of label images: each value but 0 is an object; one file for a photo, or several",
     "yolo": "data.yaml, a folder with it, or a folder with classes.txt, labels and images",

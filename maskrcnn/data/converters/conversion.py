@@ -10,7 +10,7 @@ import math
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -209,6 +209,23 @@ def union(class_name: str, parts: Sequence[Polygon | dict[str, Any]], header: He
     return LabelledObject.of_rle(class_name, {"size": merged["size"], "counts": merged["counts"].decode()})
 
 
+def grouped(
+    parts: Iterable[tuple[str, Hashable | None, Polygon | dict[str, Any]]], header: Header
+) -> Iterator[LabelledObject]:
+    """Yield an object for each part (class name, group, polygon or mask); those of a class and group are one object.
+
+    A part whose group is None is an object of its own.
+    """
+    groups: dict[Hashable, list[Polygon | dict[str, Any]]] = {}
+    names: dict[Hashable, str] = {}
+    for number, (class_name, group, part) in enumerate(parts):
+        key = (class_name, False, number) if group is None else (class_name, True, group)
+        groups.setdefault(key, []).append(part)
+        names[key] = class_name
+    for key, members in groups.items():
+        yield union(names[key], members, header)
+
+
 def _rasterised(polygons: Sequence[Polygon], header: Header) -> dict[str, Any]:
     code: dict[str, Any] = cocoapi.merge(cocoapi.frPyObjects(list(polygons), header.height, header.width))
     return code
@@ -233,8 +250,8 @@ def label_masks(labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def ellipse_mask(
     centre: tuple[float, float], radii: tuple[float, float], degrees: float, header: Header
-) -> dict[str, Any]:
-    """Return the RLE of the pixels whose centres lie in an ellipse.
+) -> dict[str, Any] | None:
+    """Return the RLE of the pixels whose centres lie in an ellipse; None if there are none.
 
     Args:
         centre: x and y.
@@ -254,6 +271,8 @@ def ellipse_mask(
     first = np.ceil(middle - half - 0.5).clip(0, header.height).astype(np.int64)
     after = np.floor(middle + half + 0.5).clip(0, header.height).astype(np.int64)
     columns, first, after = (array[after > first] for array in (columns, first, after))
+    if len(columns) == 0:
+        return None
     return rle_of_runs(columns * header.height + first, columns * header.height + after, header.height, header.width)
 
 

@@ -26,14 +26,13 @@ from maskrcnn.data.converters.conversion import (
     Conversion,
     ImageFolder,
     LabelledImage,
-    LabelledObject,
     Polygon,
     assemble,
     checked_polygon,
     ellipse_mask,
     files_below,
+    grouped,
     require_size,
-    union,
 )
 from maskrcnn.data.converters.reading import Header, decode_labels, read_json
 from maskrcnn.data.rle import rle_of_crop
@@ -82,7 +81,8 @@ def _image(path: Path, photographs: ImageFolder, conversion: Conversion) -> Labe
     height, width = content.get("imageHeight"), content.get("imageWidth")
     if height is not None and width is not None:
         require_size(header, height, width, name, path)
-    return LabelledImage(name, header, list(_objects(content["shapes"], header, path, conversion)))
+    parts = _parts(content["shapes"], header, path, conversion)
+    return LabelledImage(name, header, list(grouped(parts, header)))
 
 
 def _photograph(written: str, path: Path, photographs: ImageFolder) -> str:
@@ -94,19 +94,16 @@ def _photograph(written: str, path: Path, photographs: ImageFolder) -> str:
     return photographs.name(relative if inside else posixpath.basename(written), path)
 
 
-def _objects(shapes: list[Shape], header: Header, path: Path, conversion: Conversion) -> Iterator[LabelledObject]:
-    groups: dict[Any, list[Polygon | dict[str, Any]]] = {}
+def _parts(
+    shapes: list[Shape], header: Header, path: Path, conversion: Conversion
+) -> Iterator[tuple[str, int | str | None, Polygon | dict[str, Any]]]:
     for number, shape in enumerate(shapes):
         part = _part(shape, header, f"{path}: shapes[{number}]")
         if part is None:
             kind = shape.get("shape_type") or "polygon"
             conversion.leave_out(f"shapes of type {kind} without area are left out", str(path))
-            continue
-        group = shape.get("group_id")
-        key = (shape["label"], "alone", number) if group is None else (shape["label"], "group", group)
-        groups.setdefault(key, []).append(part)
-    for (label, *_), parts in groups.items():
-        yield union(label, parts, header)
+        else:
+            yield shape["label"], shape.get("group_id"), part
 
 
 def _part(shape: Shape, header: Header, where: str) -> Polygon | dict[str, Any] | None:
