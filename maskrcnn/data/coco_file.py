@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,8 +106,13 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         data = _SCHEMA.validate_json(text)
     except ValidationError as error:
         raise InputError(_schema_message(path, text, error)) from None
-    refuse(path, [*_repeated_ids(data), *_dangling_references(data)])
+    refuse(path, inconsistencies(data))
     return dict(data)
+
+
+def inconsistencies(data: Mapping[str, Any]) -> list[str]:
+    """Return a line for each id that is used twice, and for each reference to an id that does not exist."""
+    return [*_repeated_ids(data), *_dangling_references(data)]
 
 
 def refuse(path: Path, problems: Sequence[str], advice: str = "") -> None:
@@ -140,7 +145,7 @@ def _position(raw: Any, location: tuple[int | str, ...]) -> str:
     return "".join(names).removeprefix(".") or "the file"
 
 
-def _repeated_ids(data: CocoFile) -> Iterable[str]:
+def _repeated_ids(data: Mapping[str, Any]) -> Iterable[str]:
     entries: dict[str, Sequence[Any]] = {
         "image": data["images"],
         "annotation": data["annotations"],
@@ -151,7 +156,7 @@ def _repeated_ids(data: CocoFile) -> Iterable[str]:
         yield from (f"{name} id {key} is used {count} times" for key, count in counts.items() if count > 1)
 
 
-def _dangling_references(data: CocoFile) -> Iterable[str]:
+def _dangling_references(data: Mapping[str, Any]) -> Iterable[str]:
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
     for annotation in data["annotations"]:

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 # What the path of each format is. The modules need numpy and Pillow, and are imported when they are used.
 FORMATS = {
+    "cityscapes": "the folder with gtFine and leftImg8bit",
+    "coco": "a COCO file, to split it with --validation",
     "cvat": "annotations.xml of CVAT for images 1.1",
     "labelme": "a folder of JSON files, or one of them",
+    "lvis": "a JSON file of LVIS v1",
     "masks": "a folder of label images: each value but 0 is an object; one file for a photo, or several",
+    "voc": "the folder with SegmentationObject, SegmentationClass, Annotations and JPEGImages",
     "yolo": "data.yaml, a folder with it, or a folder with classes.txt, labels and images",
 }
 

@@ -216,14 +216,12 @@ def grouped(
 
     A part whose group is None is an object of its own.
     """
-    groups: dict[Hashable, list[Polygon | dict[str, Any]]] = {}
-    names: dict[Hashable, str] = {}
+    groups: dict[tuple[str, bool, Hashable], list[Polygon | dict[str, Any]]] = {}
     for number, (class_name, group, part) in enumerate(parts):
-        key = (class_name, False, number) if group is None else (class_name, True, group)
+        key = (class_name, group is None, number if group is None else group)
         groups.setdefault(key, []).append(part)
-        names[key] = class_name
-    for key, members in groups.items():
-        yield union(names[key], members, header)
+    for (class_name, *_), members in groups.items():
+        yield union(class_name, members, header)
 
 
 def _rasterised(polygons: Sequence[Polygon], header: Header) -> dict[str, Any]:
