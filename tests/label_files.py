@@ -31,9 +31,11 @@ class Scene(NamedTuple):
     objects: list[tuple[str, np.ndarray]]  # class name and mask (H, W) bool
 
 
-def write_scenes(folder: Path, count: int = 3) -> list[Scene]:
+def write_scenes(folder: Path, count: int = 3, sizes: tuple[float, float] = (0.1, 0.6)) -> list[Scene]:
     """Write photographs to a folder and return them with their objects; the last one has none."""
-    config = ShapesConfig(length=count, seed=4, height=HEIGHT, width=WIDTH, classes=CLASSES, objects=(3, 5))
+    config = ShapesConfig(
+        length=count, seed=4, height=HEIGHT, width=WIDTH, classes=CLASSES, objects=(3, 5), sizes=sizes
+    )
     dataset = config.build()
     folder.mkdir(parents=True, exist_ok=True)
     scenes = []

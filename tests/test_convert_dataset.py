@@ -49,11 +49,15 @@ def test_a_file(labels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert sum(int(mask.pixels.sum()) for mask in masks) == sum(entry["area"] for entry in data["annotations"])
 
 
-def test_a_training_and_a_validation_file(labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_and_a_validation_file(
+    labels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = labels.parent / "new" / "folder"
     assert run(monkeypatch, labels, f"--out={out}", "--validation=0.4") == 0
     assert sorted(path.name for path in out.iterdir()) == ["train.json", "val.json"]
     assert len(json.loads((out / "val.json").read_text())["images"]) == 2
+    advice = f"next: maskrcnn init-dataset --train {out / 'train.json'} --validation {out / 'val.json'} --images "
+    assert advice in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(

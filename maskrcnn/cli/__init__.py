@@ -24,6 +24,7 @@ COMMANDS = (
     "ablate",
     "convert-weights",
     "convert-dataset",
+    "init-dataset",
     "explain-roi",
     "show-config",
     "inspect-dataset",

@@ -10,6 +10,7 @@ is overwritten. datasets/README.md has a page on it.
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING
 
 from maskrcnn.cli.arguments import class_names, number
@@ -73,6 +74,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"{path}: {_counts(data)}")
     for notice in conversion.notices():
         print(f"note: {notice}")
+    by_name = {path.stem: path for path in files}
+    if {"train", "val"} <= set(by_name):
+        words = ("--train", by_name["train"], "--validation", by_name["val"], "--images", conversion.folder.path)
+        print(f"next: maskrcnn init-dataset {shlex.join(map(str, words))} --out NAME.yaml")
 
 
 def _counts(data: CocoData) -> str:

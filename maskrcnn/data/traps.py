@@ -134,6 +134,13 @@ def small_objects(examples: Iterable[Example], smallest_anchor: float) -> Iterat
         )
 
 
+def mirrored_pairs(classes: ClassTable) -> list[tuple[str, str]]:
+    """Return the pairs of classes whose names differ in left and right alone."""
+    known = {name.lower(): name for name in classes.names}
+    pairs = [(known[name], known[other]) for name in known if (other := name.replace("left", "right")) in known]
+    return [(left, right) for left, right in pairs if left != right]
+
+
 def mirrored_classes(classes: ClassTable, swap: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Report classes named left and right that a horizontal flip does not swap.
 
@@ -141,11 +148,9 @@ def mirrored_classes(classes: ClassTable, swap: Sequence[tuple[str, str]]) -> It
         classes: of the dataset.
         swap: the pairs of classes that the flip swaps.
     """
-    known = {name.lower(): name for name in classes.names}
     swapped = {name for pair in swap for name in pair}
-    pairs = [(known[name], known[other]) for name in known if (other := name.replace("left", "right")) in known]
-    for left, right in pairs:
-        if left != right and not {left, right} <= swapped:
+    for left, right in mirrored_pairs(classes):
+        if not {left, right} <= swapped:
             yield (
                 f"a horizontal flip makes '{left}' look like '{right}', but the label stays: set `swap: [[{left}, "
                 f"{right}]]` of horizontal_flip, or its `probability` to 0"
