@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,21 @@ def test_wrong_label_images(tmp_path: Path, name: str, image: Image.Image | None
     else:
         image.save(tmp_path / "labels" / name)
     with pytest.raises(InputError, match=message):
+        convert("masks", tmp_path / "labels", tmp_path / "photos")
+
+
+def test_a_label_image_that_claims_too_many_pixels_is_refused_by_its_header(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "photos")
+    (tmp_path / "labels").mkdir()
+    header = struct.pack(">IIBBBBB", 8200, 8200, 8, 0, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    ]
+    (tmp_path / "labels" / "photo_0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(
+        InputError, match=r"photo_0\.png: it has 8200 x 8200 pixels; a label image has at most 67108864"
+    ):
         convert("masks", tmp_path / "labels", tmp_path / "photos")
 
 
