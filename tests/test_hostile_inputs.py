@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from maskrcnn.cli import main
+from maskrcnn.data.converters import FORMATS
 from maskrcnn.experiment import load_config
 
 pytestmark = [
@@ -388,6 +389,17 @@ def special_files(rng: random.Random, user: User, number: int) -> list[str]:
     return commands[command](special_file(user, SPECIAL[kind], suffix[command]))
 
 
+def conversions(rng: random.Random, user: User, number: int) -> list[str]:
+    """Give special files to each reader of `convert-dataset`, and to `init-dataset`."""
+    path = special_file(user, SPECIAL[number % len(SPECIAL)], ".json")
+    images, reader = f"--images={user.home / 'images'}", number // len(SPECIAL)
+    if reader == len(FORMATS):
+        good = f"--validation={user.home / 'objects.json'}"
+        return ["init-dataset", f"--train={path}", good, images, f"--out={user.scratch / 'out.yaml'}"]
+    name, out = tuple(FORMATS)[reader], f"--out={user.scratch / 'out.json'}"
+    return ["convert-dataset", str(path), f"--from={name}", images, out]
+
+
 def command_lines(rng: random.Random, user: User, number: int) -> list[str]:
     values = (
         "",
@@ -447,6 +459,7 @@ KINDS: dict[Callable[[random.Random, User, int], list[str]], int] = {
     checkpoint_values: 45,
     checkpoint_files: 24,
     special_files: 14 * len(SPECIAL),
+    conversions: (len(FORMATS) + 1) * len(SPECIAL),
     command_lines: 12 * 15,
 }
 CASES = [pytest.param(make, number, id=f"{make.__name__}-{number}") for make in KINDS for number in range(KINDS[make])]

@@ -99,7 +99,7 @@ def test_each_value_has_its_figure(folder: Path, command: Command) -> None:
     assert config.training.schedule.iterations == 400  # type: ignore[attr-defined]
     text = Path("mine.yaml").read_text()
     assert "# the median short side of the images is 60 px; at 60 px, a tenth of the objects are below 10 px" in text
-    assert "# 90 % of the objects are from 16 to 16 px at this size; these anchors reach 100.0% of them" in text
+    assert "# 90 % of the objects are from 16 to 16 px at this size; these anchors reach 100.0 % of them" in text
     assert config.model.rpn.anchor_sizes == ((16,), (32,), (64,), (128,), (256,))
     assert "# objects: disc " in text
     assert "# no image has more than 5 objects\n  detection:\n    detections_per_image: 100" in text

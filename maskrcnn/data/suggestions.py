@@ -120,7 +120,9 @@ def anchors(figures: Figures, size: ImageSize) -> Anchors:
     objects = figures.objects * size.scales(figures.sizes)[figures.images][:, None]
     usual = reached(objects, USUAL_ANCHORS)
     if usual >= ENOUGH:
-        reason = f"the sizes of COCO's recipes reach {usual:.1%} of the objects (an IoU of {REACHED} with an anchor)"
+        reason = (
+            f"the sizes of COCO's recipes reach {100 * usual:.1f} % of the objects (an IoU of {REACHED} with an anchor)"
+        )
         return Anchors(USUAL_ANCHORS, reason)
     low, high = np.percentile(np.sqrt(objects.prod(axis=1)), (5, 95))
     first = max(low, 4.0)
@@ -129,7 +131,8 @@ def anchors(figures: Figures, size: ImageSize) -> Anchors:
     return Anchors(
         sizes,
         f"90 % of the objects are from {low:.0f} to {high:.0f} px at this size; these anchors reach "
-        f"{reached(objects, sizes):.1%} of them (an IoU of {REACHED}), those of COCO's recipes {usual:.1%}",
+        f"{100 * reached(objects, sizes):.1f} % of them (an IoU of {REACHED}), those of COCO's recipes "
+        f"{100 * usual:.1f} %",
     )
 
 

@@ -60,7 +60,7 @@ def test_the_usual_anchors_stay_where_they_reach_the_objects() -> None:
     small = figures(14, size=(800, 800))
     suggested = anchors(small, image_size(small))
     assert suggested.sizes == (16, 32, 65, 130, 260)
-    assert "reach 100.0% of them (an IoU of 0.3), those of COCO's recipes 0.0%" in suggested.reason
+    assert "reach 100.0 % of them (an IoU of 0.3), those of COCO's recipes 0.0 %" in suggested.reason
 
 
 def test_a_wide_range_of_objects_spreads_the_anchors() -> None:
