@@ -63,6 +63,11 @@ class DataConfig(Section):
                 not fit.
         """
         train, validation = self.build_train(), self.build_validation()
+        self.require_fit(train, validation)
+        return train, validation
+
+    def require_fit(self, train: DetectionDataset, validation: DetectionDataset) -> None:
+        """Raise InputError if the datasets do not fit each other, `num_classes` or the transforms; see `build_both`."""
         if self.num_classes is not None and self.num_classes != len(train.classes):
             raise InputError(
                 f"data.num_classes is {self.num_classes}, but the annotations have {len(train.classes)} classes: "
@@ -71,7 +76,6 @@ class DataConfig(Section):
         require_same_classes(train.classes, validation.classes, "data.train", "data.validation")
         self.build_train_transform(train)  # refuses what does not fit before the run directory is written
         self.build_validation_transform()
-        return train, validation
 
     def build_train(self) -> DetectionDataset:
         """Return the training dataset. Raises InputError if it is invalid."""

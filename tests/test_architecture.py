@@ -27,7 +27,7 @@ LAYERS = (
     {"interop"},
     {"run_directory"},
     {"experiment"},
-    {"training_run"},
+    {"training_run", "inspection"},
     {"ablation"},
     {"cli"},
     {"__main__"},

@@ -92,7 +92,9 @@ class CocoConfig(DatasetConfig):
 # Parsing of annotations.
 
 
-class _Object(NamedTuple):
+class CocoObject(NamedTuple):
+    """An object as training uses it."""
+
     box: np.ndarray  # (4,) float32: x1, y1, x2, y2, inside the image
     label: int  # 1..K, -1 for a crowd
     has_mask: bool = False
@@ -109,7 +111,7 @@ class ObjectReader:
         self.findings: list[Finding] = []
         self.dropped: dict[str, list[int]] = {"crowd regions": [], "degenerate objects": []}  # ids by reason
 
-    def read_all(self, annotations: Sequence[Annotation], images: Mapping[int, Image]) -> list[_Object | None]:
+    def read(self, annotations: Sequence[Annotation], images: Mapping[int, Image]) -> list[CocoObject | None]:
         """Return the object of each annotation, None for an invalid annotation or a dropped crowd region.
 
         Args:
@@ -129,7 +131,7 @@ class ObjectReader:
     def _report(self, fault: str, annotation: Annotation, text: str) -> None:
         self.findings.append(Finding(fault, text, annotation["image_id"], (annotation["id"],)))
 
-    def _read(self, annotation: Annotation, image: Image) -> _Object | None:
+    def _read(self, annotation: Annotation, image: Image) -> CocoObject | None:
         crowd = annotation.get("iscrowd", 0) == 1
         if crowd and not self.keep_crowds:
             return None
@@ -140,10 +142,10 @@ class ObjectReader:
             self._report("empty_box", annotation, text)
             return None
         if crowd:
-            return _Object(box, -1)
-        return self._with_mask(_Object(box, self.labels[annotation["category_id"]]), annotation, image)
+            return CocoObject(box, -1)
+        return self._with_mask(CocoObject(box, self.labels[annotation["category_id"]]), annotation, image)
 
-    def _with_mask(self, mask_free: _Object, annotation: Annotation, image: Image) -> _Object | None:
+    def _with_mask(self, mask_free: CocoObject, annotation: Annotation, image: Image) -> CocoObject | None:
         """Return the object with its mask, if it has one, or None where the mask is invalid."""
         segmentation = annotation.get("segmentation")
         if segmentation is None or segmentation == []:
@@ -347,10 +349,10 @@ class CocoDataset:
     def _read(self) -> dict[str, Any]:
         """Return the content of the annotation file, restricted to the chosen classes, with their new names."""
         data = read_coco_json(self._file)
-        data = _choose_classes(self._file, data, self._class_names) if self._class_names else data
-        return _rename_classes(self._file, data, self._rename) if self._rename else data
+        data = choose_classes(self._file, data, self._class_names) if self._class_names else data
+        return rename_classes(self._file, data, self._rename) if self._rename else data
 
-    def _store(self, images: Sequence[Image], objects: Sequence[Sequence[_Object]]) -> None:
+    def _store(self, images: Sequence[Image], objects: Sequence[Sequence[CocoObject]]) -> None:
         flat = list(chain.from_iterable(objects))
         self._image_ids = np.array([image["id"] for image in images], np.int64)
         self._sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
@@ -426,19 +428,21 @@ def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ..
     wanted = set(image_ids)
     unknown = sorted(wanted - {image["id"] for image in images})
     refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in unknown])
-    refuse(
-        file,
-        [
-            f"image {image['id']}: its file_name {image['file_name']!r} points outside the image folder"
-            for image in images
-            if leaves_folder(image["file_name"])
-        ],
-    )
+    refuse(file, [finding.message for finding in name_faults(images)])
     chosen = [image for image in images if not wanted or image["id"] in wanted]
     return sorted(chosen, key=lambda image: image["id"])
 
 
-def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def name_faults(images: Sequence[Image]) -> list[Finding]:
+    """Return the file names that point outside the image folder."""
+    return [
+        Finding("outside_folder", f"its file_name {image['file_name']!r} points outside the image folder", image["id"])
+        for image in images
+        if leaves_folder(image["file_name"])
+    ]
+
+
+def choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Return the annotation data with only the named categories and their annotations.
 
     Raises:
@@ -452,7 +456,7 @@ def _choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) ->
     return {**data, "categories": categories, "annotations": annotations}
 
 
-def _rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
+def rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
     """Return the annotation data with new class names; classes of the same name become one, with the lowest id.
 
     Raises:
@@ -465,17 +469,20 @@ def _rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str])
     for category in sorted(data["categories"], key=lambda category: category["id"]):
         name = rename.get(category["name"], category["name"])
         new_ids[category["id"]] = categories.setdefault(name, {**category, "name": name})["id"]
-    annotations = [{**entry, "category_id": new_ids[entry["category_id"]]} for entry in data["annotations"]]
+    annotations = [
+        {**entry, "category_id": new_ids.get(entry["category_id"], entry["category_id"])}
+        for entry in data["annotations"]
+    ]
     return {**data, "categories": list(categories.values()), "annotations": annotations}
 
 
 def _read_objects(
     reader: ObjectReader, images: Sequence[Image], annotations: Sequence[Annotation]
-) -> dict[int, list[_Object]]:
+) -> dict[int, list[CocoObject]]:
     chosen = {image["id"]: image for image in images}
-    objects: dict[int, list[_Object]] = defaultdict(list)
+    objects: dict[int, list[CocoObject]] = defaultdict(list)
     used = [annotation for annotation in annotations if annotation["image_id"] in chosen]
-    for annotation, item in zip(used, reader.read_all(used, chosen), strict=True):
+    for annotation, item in zip(used, reader.read(used, chosen), strict=True):
         if item is not None:
             objects[annotation["image_id"]].append(item)
         else:

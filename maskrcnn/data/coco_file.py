@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
+from maskrcnn.data.findings import Finding
 from maskrcnn.data.rle import counts_from_string
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.paths import read_file
@@ -95,6 +96,17 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read or is invalid. The message counts all problems and lists the first ones
             with the position and id of the entry.
     """
+    data = parse_coco_json(path)
+    refuse(path, [finding.message for finding in id_faults(data)])
+    return data
+
+
+def parse_coco_json(path: Path) -> dict[str, Any]:
+    """Return the content of a COCO annotation file that matches the schema; ids are not checked.
+
+    Raises:
+        InputError: the file cannot be read or does not match the schema.
+    """
     try:
         text = read_file(path)
     except OSError as error:
@@ -106,13 +118,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         data = _SCHEMA.validate_json(text)
     except ValidationError as error:
         raise InputError(_schema_message(path, text, error)) from None
-    refuse(path, inconsistencies(data))
     return dict(data)
-
-
-def inconsistencies(data: Mapping[str, Any]) -> list[str]:
-    """Return a line for each id that is used twice, and for each reference to an id that does not exist."""
-    return [*_repeated_ids(data), *_dangling_references(data)]
 
 
 def refuse(path: Path, problems: Sequence[str], advice: str = "") -> None:
@@ -145,7 +151,12 @@ def _position(raw: Any, location: tuple[int | str, ...]) -> str:
     return "".join(names).removeprefix(".") or "the file"
 
 
-def _repeated_ids(data: Mapping[str, Any]) -> Iterable[str]:
+def id_faults(data: Mapping[str, Any]) -> list[Finding]:
+    """Return ids that are used twice, and annotations of unknown images and categories."""
+    return [*_repeated_ids(data), *_dangling_references(data)]
+
+
+def _repeated_ids(data: Mapping[str, Any]) -> Iterable[Finding]:
     entries: dict[str, Sequence[Any]] = {
         "image": data["images"],
         "annotation": data["annotations"],
@@ -153,17 +164,20 @@ def _repeated_ids(data: Mapping[str, Any]) -> Iterable[str]:
     }
     for name, records in entries.items():
         counts = Counter(record["id"] for record in records)
-        yield from (f"{name} id {key} is used {count} times" for key, count in counts.items() if count > 1)
+        texts = [f"{name} id {key} is used {count} times" for key, count in counts.items() if count > 1]
+        yield from (Finding("duplicate_id", text) for text in texts)
 
 
-def _dangling_references(data: Mapping[str, Any]) -> Iterable[str]:
+def _dangling_references(data: Mapping[str, Any]) -> Iterable[Finding]:
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
     for annotation in data["annotations"]:
         if annotation["image_id"] not in images:
-            yield f"annotation {annotation['id']}: no image has the id {annotation['image_id']}"
+            text = f"no image has the id {annotation['image_id']}"
+            yield Finding("dangling_id", text, annotation_ids=(annotation["id"],))
         if annotation["category_id"] not in categories:
-            yield f"annotation {annotation['id']}: no category has the id {annotation['category_id']}"
+            text = f"no category has the id {annotation['category_id']}"
+            yield Finding("dangling_id", text, annotation_ids=(annotation["id"],))
 
 
 def complete_for_evaluation(data: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,9 @@ class Finding(NamedTuple):
         """The text after the ids that it is about, such as `annotation 3 (image 1): ...`."""
         ids = ", ".join(map(str, self.annotation_ids))
         image = "" if self.image_id is None else f"image {self.image_id}"
-        place = f"annotation{'s' * (len(self.annotation_ids) > 1)} {ids} ({image})" if ids else image
+        place = image
+        if ids:
+            place = f"annotation{'s' * (len(self.annotation_ids) > 1)} {ids}" + (f" ({image})" if image else "")
         return f"{place}: {self.text}" if place else self.text
 
 
@@ -59,6 +61,13 @@ FAULTS: dict[str, Fault] = {
         "refused",
         "turn the pixels and remove the tag, or turn the annotations",
     ),
+    "outside_folder": Fault(
+        "file name outside the image folder", "error", "refused", "name files relative to the image folder"
+    ),
+    "duplicate_id": Fault("id that is used twice", "error", "refused", "number the entries anew"),
+    "dangling_id": Fault(
+        "annotation of an unknown image or class", "error", "refused", "add the entry that it names, or remove it"
+    ),
     "no_mask": Fault("object without a mask", "note", "kept", "add its `segmentation`; it trains the boxes alone"),
     "invalid_polygon": Fault("polygon with half a point", "error", "refused", "write x, y pairs"),
     "invalid_rle": Fault("run lengths that are no mask of the image", "error", "refused", "write the mask anew"),
@@ -68,5 +77,35 @@ FAULTS: dict[str, Fault] = {
     ),
     "empty_mask": Fault(
         "mask without a pixel", "warning", "dropped", "correct or remove the object: the polygon is outside, or a line"
+    ),
+    "box_mask": Fault(
+        "box that disagrees with its mask", "warning", "kept", "write the bounds of the mask as x, y, width, height"
+    ),
+    "near_duplicate": Fault(
+        "object that is annotated twice", "warning", "kept", "remove one: the evaluation counts the other as missed"
+    ),
+    "dark_image": Fault("nearly black image", "warning", "kept", "stretch its values"),
+    "same_image": Fault(
+        "image that is in both splits", "warning", "kept", "remove it from one: the metrics are too good"
+    ),
+    "similar_image": Fault(
+        "image that is in both splits, stored in another way",
+        "warning",
+        "kept",
+        "remove it from one: the metrics are too good",
+    ),
+    "unused_class": Fault(
+        "class without an object", "warning", "kept", "leave it out with `classes` beside `annotations`"
+    ),
+    "unnamed_class": Fault("class without a name of its own", "warning", "kept", "name it"),
+    "rare_class": Fault("class with few objects", "note", "kept", "add examples, or balance the classes when sampling"),
+    "repeated_image": Fault("image that is twice in a split", "note", "kept", "remove one"),
+    "exif_orientation": Fault(
+        "EXIF orientation that the size does not prove", "note", "kept", "look whether the masks fit the turned image"
+    ),
+    "crossing_polygon": Fault("polygon that crosses itself", "note", "kept", "look whether the mask is as meant"),
+    "outside_polygon": Fault("polygon that leaves the image", "note", "kept", "none: it is cut at the border"),
+    "area_mask": Fault(
+        "area that disagrees with the mask", "note", "kept", "count the pixels of the mask: AP by size uses `area`"
     ),
 }

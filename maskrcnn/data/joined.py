@@ -18,6 +18,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from typing_extensions import Self
 
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset, HasFiles
+from maskrcnn.data.findings import Finding
+from maskrcnn.data.image_checks import ChecksFiles
 from maskrcnn.data.provenance import describe, digest
 from maskrcnn.errors import InputError
 from maskrcnn.structures import ClassTable, Example
@@ -163,6 +165,10 @@ class JoinedDataset:
     def files(self) -> list[str]:
         """Return the path of each image file of the datasets that have files."""
         return list(chain.from_iterable(each.files() for each in self._datasets if isinstance(each, HasFiles)))
+
+    def check_files(self) -> list[Finding]:
+        """Return what is wrong with the image files of the datasets that can check theirs."""
+        return [finding for each in self._datasets if isinstance(each, ChecksFiles) for finding in each.check_files()]
 
     def origin(self) -> Mapping[str, str]:
         """Return the origins of the datasets, whose numbers count from 1, and how their ids were changed."""

@@ -289,7 +289,7 @@ class _Batches:
             batch_sampler=draws,
             collate_fn=merge,
             num_workers=workers,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # keeps the global generator unchanged
         )
@@ -325,7 +325,7 @@ def _collate_or_error(
     return collate(examples, seeds, size_divisor, buckets)
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker, so that the main process can finish its training step.
 
     Ctrl-C, `timeout` and SLURM send the signal to the whole process group.

@@ -31,7 +31,7 @@ def without_pixels(objects: Sequence[Sequence[Sequence[float]]], sizes: np.ndarr
     sure = np.zeros(len(objects), bool)
     np.logical_or.at(sure, owner, covers)
     empty = np.zeros(len(objects), bool)
-    for index in np.flatnonzero(~sure):
+    for index in np.flatnonzero(~sure).tolist():
         codes = cocoapi.frPyObjects([list(polygon) for polygon in objects[index]], *sizes[index].tolist())
         empty[index] = not cocoapi.area(codes).any()
     return empty

@@ -35,5 +35,5 @@ def summarize(ground_truth: dict[str, Any]) -> str:
 
 
 def _class_lines(categories: list[dict[str, Any]], counts: Counter[int]) -> list[str]:
-    width = max(len(category["name"]) for category in categories)
+    width = max((len(category["name"]) for category in categories), default=0)
     return [f"  {category['name']:{width}} {counts[category['id']]:7}" for category in categories]

@@ -65,9 +65,9 @@ def boxes_against_masks(examples: Iterable[Example]) -> Iterator[str]:
     objects, disagreeing, as_corners, first = 0, 0, 0, ""
     for example in examples:
         boxes, bounds = _with_bounds(example)
-        wrong = ~_agree(boxes, bounds)
+        wrong = ~agree(boxes, bounds)
         objects, disagreeing = objects + len(boxes), disagreeing + int(wrong.sum())
-        as_corners += int((wrong & _are_corners(boxes, bounds, example)).sum())
+        as_corners += int((wrong & are_corners(boxes, bounds, example.original_size)).sum())
         for index in np.flatnonzero(wrong)[: 0 if first else 1]:
             box, mask = (", ".join(f"{side:g}" for side in sides[index]) for sides in (boxes, bounds))
             first = f"in image {example.image_id} a box is ({box}) and its mask reaches over ({mask})"
@@ -88,7 +88,8 @@ def _with_bounds(example: Example) -> tuple[np.ndarray, np.ndarray]:
     return example.boxes.numpy()[kept].reshape(-1, 4), np.array(bounds, dtype=np.float64).reshape(-1, 4)
 
 
-def _agree(boxes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def agree(boxes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Return whether each box is about the bounds of its mask, (G,) bool. Boxes and bounds are (G, 4)."""
     overlap = np.minimum(boxes[:, 2:], bounds[:, 2:]) - np.maximum(boxes[:, :2], bounds[:, :2])
     intersection = overlap.clip(0).prod(axis=1)
     areas = [(sides[:, 2:] - sides[:, :2]).prod(axis=1) for sides in (boxes, bounds)]
@@ -96,9 +97,15 @@ def _agree(boxes: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return (iou >= AGREEMENT) | (np.abs(boxes - bounds).max(axis=1, initial=0) <= TOLERANCE)
 
 
-def _are_corners(boxes: np.ndarray, bounds: np.ndarray, example: Example) -> np.ndarray:
-    """Return whether each box is what a reader of x, y, width, height makes of x1, y1, x2, y2."""
-    height, width = example.original_size
+def are_corners(boxes: np.ndarray, bounds: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return whether each box is what a reader of x, y, width, height makes of x1, y1, x2, y2.
+
+    Args:
+        boxes: (G, 4), clipped to the image.
+        bounds: (G, 4) of the masks.
+        size: height and width of the image.
+    """
+    height, width = size
     misread = np.concatenate([bounds[:, :2], np.minimum(bounds[:, :2] + bounds[:, 2:], (width, height))], axis=1)
     return np.abs(boxes - misread).max(axis=1, initial=0) <= TOLERANCE
 

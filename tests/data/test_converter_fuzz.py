@@ -21,7 +21,7 @@ from label_files import convert
 from PIL import Image
 from pydantic import TypeAdapter
 
-from maskrcnn.data.coco_file import CocoFile, inconsistencies
+from maskrcnn.data.coco_file import CocoFile, id_faults
 from maskrcnn.data.converters import FORMATS
 from maskrcnn.errors import InputError
 
@@ -177,7 +177,7 @@ def check(name: str, root: Path, count: int) -> None:
     def valid() -> None:
         for data in convert(name, source, photographs).values():
             accepted = SCHEMA.validate_json(json.dumps(data, allow_nan=False))
-            assert not inconsistencies(accepted)
+            assert not id_faults(accepted)
 
     valid()
     settled = 0

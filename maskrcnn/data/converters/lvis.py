@@ -10,7 +10,7 @@ from __future__ import annotations
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from maskrcnn.data.coco_file import Annotation, Category, Id, Side, inconsistencies, refuse
+from maskrcnn.data.coco_file import Annotation, Category, Id, Side, id_faults, refuse
 from maskrcnn.data.converters.coco import with_checked_images
 from maskrcnn.data.converters.conversion import CocoData, Conversion
 from maskrcnn.data.converters.reading import read_json
@@ -47,7 +47,7 @@ _SCHEMA = TypeAdapter(LvisFile)
 def read(conversion: Conversion) -> dict[str, CocoData]:
     """Return the content of a file, with the name of each image."""
     data = read_json(conversion.source, _SCHEMA, "an LVIS annotation file", most=None)
-    refuse(conversion.source, inconsistencies(data))
+    refuse(conversion.source, [finding.message for finding in id_faults(data)])
     images = [{**image, "file_name": _file_name(image, conversion)} for image in data["images"]]
     annotations = [{"iscrowd": 0, **annotation} for annotation in data["annotations"]]
     return {"": with_checked_images({**data, "images": images, "annotations": annotations}, conversion)}
