@@ -84,8 +84,10 @@ def _examine(config: ExperimentConfig, splits: Sequence[Split], args: argparse.N
     with output_folder(args.out):
         _write(examination, args.out, title=f"Data of {args.config}", count=args.count)
     print(f"\nreport.html and findings.jsonl are in {args.out}")
-    if examination.errors:
-        raise InputError(f"training refuses this data: {examination.errors} errors; {args.out}/report.html shows them")
+    if examination.errors or examination.refusals:
+        raise InputError(
+            f"a training would refuse this data (errors: {examination.errors}); see {args.out}/report.html"
+        )
 
 
 def _write(examination: Examination, out: Path, *, title: str, count: int) -> None:

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
@@ -23,6 +24,7 @@ from maskrcnn.data.coco_file import listed
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.findings import Finding
 from maskrcnn.data.images import read_image
+from maskrcnn.data.provenance import file_digest
 from maskrcnn.errors import InputError
 from maskrcnn.paths import open_file
 
@@ -31,6 +33,7 @@ ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 to 8 exchange width and he
 
 METADATA = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp"))  # where a PNG can have its orientation
 
+END = 4096  # bytes at the end of two files that are compared first
 DARK = 16  # of 255; an image without a value above is nearly black
 
 Size = tuple[int, int]  # height, width in pixels
@@ -169,6 +172,40 @@ def why_dark(path: Path) -> str:
             "numbers of 8 or 16 bits"
         )
     return f"its values of 8 bits end at {brightest:.0f}"
+
+
+def equal_files(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Return the files of `second`, sorted, that are among those of `first`: the same path, or the same bytes.
+
+    Files are read only where another one has the same size, and to the end only where their last bytes are the same.
+    A file that cannot be read equals no other.
+    """
+    shared = set(first) & set(second)
+    candidates = [set(first) - shared, set(second) - shared]
+    for key in (_size_of, _end_of, _digest_of):
+        keys = [{path: value for path in paths if (value := key(path))} for paths in candidates]
+        common = set(keys[0].values()) & set(keys[1].values())
+        candidates = [{path for path, value in of_split.items() if value in common} for of_split in keys]
+    return sorted(shared | candidates[1])
+
+
+def _size_of(path: str) -> int:
+    with suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def _end_of(path: str) -> bytes:
+    with suppress(OSError), open_file(Path(path)) as file:
+        file.seek(-min(END, os.path.getsize(path)), os.SEEK_END)
+        return str(os.path.getsize(path)).encode() + file.read()
+    return b""
+
+
+def _digest_of(path: str) -> str:
+    with suppress(OSError):
+        return file_digest(Path(path))
+    return ""
 
 
 def check_files(files: Sequence[str], sizes: np.ndarray, ids: Sequence[int], annotations: str) -> list[Finding]:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from maskrcnn.data.dataset import DetectionDataset, HasFiles
-from maskrcnn.data.image_checks import DARK, why_dark
+from maskrcnn.data.image_checks import DARK, equal_files, why_dark
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.structures import ClassTable, Example
 
@@ -204,9 +204,9 @@ def frozen_random_backbone(backbone: BaseModel) -> Iterator[str]:
 
 
 def shared_images(train: DetectionDataset, validation: DetectionDataset) -> Iterator[str]:
-    """Report image files that are in both splits."""
+    """Report image files that are in both splits, under one path or as copies with the same bytes."""
     if isinstance(train, HasFiles) and isinstance(validation, HasFiles):
-        shared = sorted(set(train.files()) & set(validation.files()))
+        shared = equal_files(train.files(), validation.files())
         if shared:
             yield (
                 f"{len(shared)} of {len(validation)} validation images are training images, so the metrics say little "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -85,12 +85,13 @@ class Examined:
 
 @dataclass(frozen=True)
 class Examination:
-    """The splits, and the traps that lower the AP without an error."""
+    """The splits, and what a training would say at its start."""
 
     splits: Sequence[Examined]
     settings: Settings
     datasets: Mapping[str, DetectionDataset]  # by the name of the split; those that training accepts
-    traps: Sequence[str]
+    refusals: Sequence[str]  # messages of the training that would not start
+    traps: Sequence[str]  # what is warned of at its start
 
     @property
     def errors(self) -> int:
@@ -119,17 +120,14 @@ def examine(config: ExperimentConfig, splits: Sequence[Split], *, workers: int) 
         of_settings = limits(split.boxes, split.counts, settings)
         if examined:  # anchors and resolution are chosen for the training images
             of_settings = [limit._replace(remedy=limit.remedy if limit.at_inference else "") for limit in of_settings]
-        examined.append(_replaced(split, limits=of_settings))
+        examined.append(replace(split, limits=of_settings))
     if len(examined) == 2:
         train, validation = examined
         shared = shared_images(train.subject, train.images, validation.subject, validation.images)
-        examined[1] = _replaced(validation, findings=[*validation.findings, *shared])
+        examined[1] = replace(validation, findings=[*validation.findings, *shared])
     datasets, refusals = _datasets(config, [split.subject for split in examined])
-    return Examination(examined, settings, datasets, [*refusals, *model_warnings(config), *_traps(config, datasets)])
-
-
-def _replaced(split: Examined, **changes: Any) -> Examined:
-    return Examined(**{**vars(split), **changes})
+    traps = data_warnings(config, *datasets.values()) if len(datasets) == 2 and not refusals else []
+    return Examination(examined, settings, datasets, refusals, [*model_warnings(config), *traps])
 
 
 def model_settings(config: ExperimentConfig) -> Settings:
@@ -148,27 +146,21 @@ def model_settings(config: ExperimentConfig) -> Settings:
 
 
 def _datasets(config: ExperimentConfig, subjects: Sequence[Subject]) -> tuple[dict[str, DetectionDataset], list[str]]:
-    """Return the datasets that training accepts, by name, and why it refuses the others."""
+    """Return the datasets that training accepts, by name, and why it refuses the others, or both together."""
     build = {"data.train": config.data.build_train, "data.validation": config.data.build_validation}
-    datasets, refusals = {}, []
+    datasets: dict[str, DetectionDataset] = {}
+    refusals = []
     for subject in subjects:
         try:
             datasets[subject.name] = subject.dataset or build[subject.name]()
         except InputError as error:
-            refusals.append(f"{subject.name}: training refuses it: {error}")
+            refusals.append(f"{subject.name}: {error}")
+    if len(datasets) == 2:
+        try:
+            config.data.require_fit(*datasets.values())
+        except InputError as error:
+            refusals.append(str(error))
     return datasets, refusals
-
-
-def _traps(config: ExperimentConfig, datasets: Mapping[str, DetectionDataset]) -> list[str]:
-    """Return the warnings at the start of a training; empty unless both splits are there."""
-    if len(datasets) < 2:
-        return []
-    train, validation = datasets["data.train"], datasets["data.validation"]
-    try:
-        config.data.require_fit(train, validation)
-    except InputError as error:
-        return [f"training refuses the data: {error}"]
-    return data_warnings(config, train, validation)
 
 
 def _usable(split: Examined) -> dict[str, Any]:

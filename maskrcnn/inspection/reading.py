@@ -22,7 +22,7 @@ from maskrcnn.data.findings import Finding
 from maskrcnn.data.image_checks import DARK, Header, mismatch, read_header, unreadable, why_dark
 from maskrcnn.data.images import read_image
 from maskrcnn.data.loader import ignore_signals
-from maskrcnn.data.transforms import Transform
+from maskrcnn.data.transforms import Compose, Resize, Transform, resized_size
 from maskrcnn.errors import InputError
 from maskrcnn.inspection.objects import Checked, decode, object_findings
 from maskrcnn.inspection.similarity import perceptual_hash
@@ -30,6 +30,7 @@ from maskrcnn.inspection.subject import Subject
 from maskrcnn.paths import read_file
 from maskrcnn.structures import IDENTITY, AxisAlignedMap, Example
 
+LARGEST = 2**26  # pixels; masks of larger images are decoded only if the image file has that size
 FEW = 32  # images that are read faster than worker processes start
 
 
@@ -58,8 +59,10 @@ class _Images(Dataset):
         image = self.subject.images[index]
         annotations = self.subject.annotations_of.get(image["id"], [])
         digest, pixels, of_file = self._read_pixels(image)
-        objects, crowds, of_objects = self._read_objects(annotations, image)
         size = image["height"], image["width"]
+        is_real = pixels is not None and tuple(pixels.shape[1:]) == size
+        is_bounded = is_real or size[0] * size[1] <= LARGEST
+        objects, crowds, of_objects = self._read_objects(annotations if is_bounded else [], image)
         if size not in self.placements:
             self.placements[size] = _placement(self.transform, *size)
         scale, offset = _as_arrays(self.placements[size])
@@ -138,7 +141,15 @@ def _darkness(pixels: Tensor, path: Path, image: Image) -> Iterator[Finding]:
 
 
 def _placement(transform: Transform, height: int, width: int) -> AxisAlignedMap:
-    """Return where the validation transforms put the pixels of an image of this size."""
+    """Return where the validation transforms put the pixels of an image of this size.
+
+    Without a change if they do more than resize and the annotated size is not that of a photograph.
+    """
+    steps = transform.steps if isinstance(transform, Compose) else (transform,)
+    if all(isinstance(step, Resize) for step in steps):
+        return _resized(steps, height, width)
+    if height * width > LARGEST:
+        return IDENTITY
     blank = Example(
         image_id=0,
         pixels=torch.zeros((3, 1, 1), dtype=torch.uint8).expand(3, height, width),
@@ -148,6 +159,14 @@ def _placement(transform: Transform, height: int, width: int) -> AxisAlignedMap:
         map=IDENTITY,
     )
     return transform(blank, np.random.default_rng(0)).map
+
+
+def _resized(steps: Sequence[Any], height: int, width: int) -> AxisAlignedMap:
+    """Return the map of resizing with the first of the short sides."""
+    size = height, width
+    for step in steps:
+        size = resized_size(*size, step.short_side[0], step.long_side, step.rounding)
+    return AxisAlignedMap(size[1] / width, size[0] / height)
 
 
 def _as_arrays(placement: AxisAlignedMap) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,8 @@ def _sections(examination: Examination) -> Iterator[list[str]]:
                 for limit in split.limits
             ]
             yield [f"{split.subject.name}: share of the objects that the settings lose", *_indented(shares)]
+    if examination.refusals:
+        yield ["a training would not start", *_indented([f"- {refusal}" for refusal in examination.refusals])]
     if examination.traps:
         yield ["silent traps", *_indented([f"- {trap}" for trap in examination.traps])]
 

@@ -137,7 +137,7 @@ def coco(tmp_path: Path) -> Callable[..., CocoDataset]:
 
     def build(name: str, *numbers: int) -> CocoDataset:
         for number in numbers:
-            Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
         images = [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in numbers]
         content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
         (tmp_path / name).write_text(json.dumps(content))
@@ -146,11 +146,16 @@ def coco(tmp_path: Path) -> Callable[..., CocoDataset]:
     return build
 
 
-def test_images_in_both_splits(coco: Callable[..., CocoDataset]) -> None:
+def test_images_in_both_splits(coco: Callable[..., CocoDataset], tmp_path: Path) -> None:
     train, validation, other = coco("train.json", 1, 2, 3), coco("val.json", 3, 4), coco("other.json", 5)
     (message,) = traps.shared_images(train, validation)
     assert message.startswith("1 of 2 validation images are training images")
     assert message.endswith("3.png")
+    assert list(traps.shared_images(train, other)) == []
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "4.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "4.png").read_bytes())
+    (message,) = traps.shared_images(train, validation)
+    assert message.startswith("2 of 2 validation images are training images")
     assert list(traps.shared_images(train, other)) == []
     assert list(traps.shared_images(SCENES, SCENES)) == []
 

@@ -237,6 +237,14 @@ def test_sound_data_has_no_findings(planted: Planted) -> None:
         require_files(planted.config(name).build(), name)
 
 
+def test_masks_of_a_size_that_no_photograph_has_are_not_decoded(planted: Planted) -> None:
+    """They would take gigabytes; the size is reported."""
+    planted.splits["train"]["images"][0].update(height=65535, width=65535)
+    half = {"size": [65535, 65535], "counts": [65535, 65535**2 - 65535]}
+    planted.annotation(103)["segmentation"] = half
+    assert {fault for fault, _, _ in planted.findings()} <= {"size_mismatch", "rare_class"}
+
+
 def test_every_kind_of_fault_is_planted() -> None:
     assert {case.fault for case in CASES.values()} == set(FAULTS)
 
