@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from maskrcnn.data.coco_file import listed
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.findings import Finding
-from maskrcnn.data.images import read_image
+from maskrcnn.data.images import open_image, read_image
 from maskrcnn.data.provenance import file_digest
 from maskrcnn.errors import InputError
 from maskrcnn.paths import open_file
@@ -62,31 +61,21 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: the file is missing, unreadable or not an image.
     """
-    try:
-        with open_file(path) as file, Image.open(file) as image:
-            complete = _ends_properly(file, image.format)
-            # Pillow decodes a PNG to look for EXIF data behind its pixels; those before them are there already.
-            knows = image.format != "PNG" or not METADATA.isdisjoint(image.info)
-            orientation = image.getexif().get(ORIENTATION, 1) if knows else 1
-            height, width = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
-            return Header((height, width), orientation, image.mode, complete)
-    except FileNotFoundError:
-        raise InputError(f"{path.absolute()}: no such image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputError(f"{path.absolute()}: cannot be read as an image ({reason})") from error
+    with open_image(path) as image:
+        # Pillow decodes a PNG to look for EXIF data behind its pixels; those before them are there already.
+        knows = image.format != "PNG" or not METADATA.isdisjoint(image.info)
+        orientation = image.getexif().get(ORIENTATION, 1) if knows else 1
+        height, width = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
+        return Header((height, width), orientation, image.mode, _ends_properly(path, image.format))
 
 
-def _ends_properly(file: BinaryIO, kind: str | None) -> bool:
-    """Return whether a JPEG or PNG has its end marker; False for other formats. The position in the file is kept."""
-    position = file.tell()
-    try:
+def _ends_properly(path: Path, kind: str | None) -> bool:
+    """Return whether a JPEG or PNG has its end marker; False for other formats."""
+    with open_file(path) as file:
         if kind == "JPEG":
             file.seek(-2, os.SEEK_END)
             return file.read() == b"\xff\xd9"
         return kind == "PNG" and _png_ends(file)
-    finally:
-        file.seek(position)
 
 
 def _png_ends(file: BinaryIO) -> bool:
@@ -154,13 +143,13 @@ def unreadable(path: Path, image_id: int, error: InputError, *, has_header: bool
 
 
 def why_dark(path: Path) -> str:
-    """Return what the file of an image that is nearly black holds, and the remedy, as a sentence without an end."""
-    try:
-        with open_file(path) as file, Image.open(file) as image:
-            mode = image.mode
-            brightest = float(np.asarray(image).max())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "it cannot be read"
+    """Return what the file of an image that is nearly black holds, and the remedy, as a sentence without an end.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    with open_image(path) as image:
+        mode, brightest = image.mode, float(np.asarray(image).max())
     if mode.startswith("I"):
         return (
             f"its pixels have 16 bits and values up to {brightest:.0f}, of which the upper 8 bits are used. Stretch "

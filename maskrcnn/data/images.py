@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from maskrcnn.errors import InputError
@@ -44,12 +46,25 @@ def read_image(path: Path) -> Tensor:
     Raises:
         InputError: the file is missing, unreadable or not an image.
     """
+    with open_image(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return torch.from_numpy(_as_rgb(image)).permute(2, 0, 1)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file, of which Pillow reads the header at first, for the time of a `with` block.
+
+    Raises:
+        InputError: the file is missing, unreadable or not an image; also for such an error in the block.
+    """
     try:
         with open_file(path) as file, Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return torch.from_numpy(_as_rgb(image)).permute(2, 0, 1)
+            yield image
     except FileNotFoundError:
         raise InputError(f"{path.absolute()}: no such image file") from None
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path.absolute()}: cannot be read as an image (its format is unknown)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InputError(f"{path.absolute()}: cannot be read as an image ({reason})") from error

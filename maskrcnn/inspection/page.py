@@ -89,8 +89,9 @@ def _whole_edges(most: int) -> list[float]:
 
 
 def _edges(values: np.ndarray) -> list[float]:
-    low, high = float(np.floor(values.min())), float(np.ceil(values.max())) + 1
-    return np.linspace(low, high, 21).tolist()
+    low, high = int(values.min()), int(values.max()) + 1
+    step = max(1, -(-(high - low) // 20))
+    return [float(edge) for edge in range(low, high + step, step)]
 
 
 def _classes(split: Examined) -> dict[str, float]:

@@ -27,7 +27,10 @@ def _sections(examination: Examination) -> Iterator[list[str]]:
             ]
             yield [f"{split.subject.name}: share of the objects that the settings lose", *_indented(shares)]
     if examination.refusals:
-        yield ["a training would not start", *_indented([f"- {refusal}" for refusal in examination.refusals])]
+        yield [
+            "a training would not start",
+            *_indented([f"- {refusal}".replace("\n", "\n    ") for refusal in examination.refusals]),
+        ]
     if examination.traps:
         yield ["silent traps", *_indented([f"- {trap}" for trap in examination.traps])]
 

@@ -176,7 +176,7 @@ def test_classes_that_differ_are_refused(tmp_path: Path) -> None:
     examined = examine(config, ("train", "validation"), workers=0)
     (refusal,) = examined.refusals
     assert "disc" in refusal
-    assert refusal in as_text(examined)
+    assert refusal.splitlines()[0] in as_text(examined)
     assert examination.model_settings(config).short_side == 64
 
 
