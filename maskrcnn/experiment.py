@@ -35,6 +35,7 @@ from maskrcnn.interop.agreement import as_overrides
 from maskrcnn.interop.conversion import conventions, require_fit
 from maskrcnn.interop.files import Weights, read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from maskrcnn.ops import kernels
 from maskrcnn.resume_rules import changes
 from maskrcnn.runtime.outputs import output_folder
 from maskrcnn.structures import ClassTable
@@ -280,11 +281,25 @@ def _predictor(
     if average and not checkpoint.average:
         raise InputError(f"{source}: it holds no averaged weights (training.ema_decay creates them); omit --ema")
     _require_same_model(config.model, trained.model, source)
-    model = config.model.build(len(checkpoint.classes), pretrained=False)
+    model = _runnable(config.model, trained.model, source, device).build(len(checkpoint.classes), pretrained=False)
     state = checkpoint.average if average else checkpoint.model
     require_finite(state, source)
     load_weights(model, state, source=source).require_complete()
     return config.predictor(model.to(device), checkpoint.classes)
+
+
+def _runnable(model: MaskRCNNConfig, trained: MaskRCNNConfig, source: str, device: torch.device) -> MaskRCNNConfig:
+    """Return the model with kernels that run on the device: weights from a GPU can be used elsewhere.
+
+    Raises:
+        InputError: the kernels were asked for, and do not come with the weights.
+    """
+    problem = kernels.obstacle(model.kernels, device)
+    if problem and model.kernels == trained.kernels:
+        logger.info("%s: %s; auto is used", source, problem)
+        return model.model_copy(update={"kernels": "auto"})
+    kernels.require(model.kernels, device)
+    return model
 
 
 def _require_same_model(model: MaskRCNNConfig, trained: MaskRCNNConfig, source: str) -> None:

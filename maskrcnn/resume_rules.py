@@ -42,6 +42,7 @@ RULES: Mapping[str, Rule] = {
     "model.mask_head.initialization": _START,
     "model.backbone.checkpoint_activations": Rule("harmless", "same results with less memory"),
     "model.loss_weights": _NEXT_STEP,
+    "model.kernels": _ROUNDING,
     "model.rpn.inference": _MEASURED,
     "model.rpn.sparse_loss": _ROUNDING,
     "model.detection": _MEASURED,

@@ -43,6 +43,7 @@ from maskrcnn.experiment import ExperimentConfig, data_warnings, model_warnings
 from maskrcnn.interop.agreement import require_same_meaning
 from maskrcnn.interop.files import read_weights
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from maskrcnn.ops import kernels
 from maskrcnn.run_directory import RunDirectory
 from maskrcnn.runtime.console import setup_logging
 from maskrcnn.runtime.processes import Processes
@@ -73,6 +74,7 @@ def train_experiment(
             the configuration asks for, or another process writes to the run directory.
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
+    kernels.require(config.model.kernels, processes.device, deterministic=config.training.deterministic)
     if config.training.deterministic:
         make_deterministic()
     require_precision(config.training.precision, processes.device)

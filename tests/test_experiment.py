@@ -484,6 +484,32 @@ def test_a_wrong_override_of_a_checkpoint_is_refused(run: Path) -> None:
         load_weights(run / "checkpoints" / "last.pt", overrides=["model.detection.detections=2"])
 
 
+def test_kernels_for_a_gpu_are_refused_on_a_cpu(run: Path, tmp_path: Path) -> None:
+    message = (
+        r"^model\.kernels is triton, which needs a GPU of CUDA, but the device is cpu; set model\.kernels to auto$"
+    )
+    asked_for = load(tmp_path, "model.kernels=triton")
+    with pytest.raises(InputError, match=message):
+        train(asked_for, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=message):
+        load_predictor(asked_for, run / "checkpoints" / "last.pt", CPU)
+    with pytest.raises(InputError, match=message):
+        load_weights(run / "checkpoints" / "last.pt", device="cpu", overrides=["model.kernels=triton"])
+
+
+def test_weights_that_were_trained_with_kernels_for_a_gpu_run_on_a_cpu(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    trained["config"]["model"]["kernels"] = "triton"
+    torch.save(trained, tmp_path / "last.pt")
+    with caplog.at_level("INFO", logger="maskrcnn"):
+        predictor = load_weights(tmp_path / "last.pt", device="cpu")
+    assert f"{tmp_path / 'last.pt'}: model.kernels is triton, which needs a GPU" in caplog.text
+    assert predictor.model.box_pooler.pooling is None
+
+
 def test_a_model_without_a_mask_head(tmp_path: Path) -> None:
     """It trains, resumes, evaluates and predicts boxes."""
     changes = ("model.mask_head=null", "evaluation.best_metric=box/AP")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 import maskrcnn.models.backbones.timm_features
@@ -31,6 +31,7 @@ from maskrcnn.models.rpn import RPN, RPNConfig
 from maskrcnn.models.selection import DetectionConfig, DetectionSelector, RegionSampler, SamplingConfig, diagnose
 from maskrcnn.ops.boxes import BoxWeights, encode_deltas
 from maskrcnn.ops.cpu import spread, used_slots
+from maskrcnn.ops.kernels import Kernels, uses_triton
 from maskrcnn.ops.mask_tables import mask_targets, mask_targets_torchvision
 from maskrcnn.ops.roi import RoIAlignConfig, RoILayerConfig, RoIPooler
 from maskrcnn.structures import ClassRows, Detections, Diagnostics, ImageBatch, Losses, RoISamples, Targets
@@ -74,6 +75,11 @@ class MaskRCNNConfig(Section):
     detection: DetectionConfig = DetectionConfig()
     loss_normalizer: Normalizer = "image"
     loss_weights: LossWeightsConfig = LossWeightsConfig()
+    kernels: Kernels = Field(
+        "auto",
+        description="of NMS and RoI layers on a GPU: operators of torch and torchvision, or this project's in Triton; "
+        "auto takes those of torchvision until a GPU has run the others",
+    )
 
     @model_validator(mode="after")
     def _sections_match(self) -> MaskRCNNConfig:
@@ -102,6 +108,7 @@ class MaskRCNNConfig(Section):
                 f"model.neck: it returns maps of {neck.channels} channels, but a stage of model.backbone that runs on "
                 f"regions needs {region_stage.in_channels}; set model.neck.kind to none"
             )
+        triton = uses_triton(self.kernels)
         channels = neck.channels if region_stage is None else region_stage.channels
         shrink = 1 if region_stage is None else region_stage.stride
         trunk = self.box_head.build(channels=channels, side=self.box_head.pool_size // shrink)
@@ -112,7 +119,9 @@ class MaskRCNNConfig(Section):
             pixels=PixelNormalizer(order=self.pixels.order, mean=self.pixels.mean, std=self.pixels.std),
             backbone=backbone,
             neck=neck,
-            rpn=self.rpn.build(channels=neck.channels, strides=neck.strides, normalizer=self.loss_normalizer),
+            rpn=self.rpn.build(
+                channels=neck.channels, strides=neck.strides, normalizer=self.loss_normalizer, triton=triton
+            ),
             sampler=self.sampling.build(),
             region_stage=region_stage,
             box_pooler=box_pooler,
@@ -122,7 +131,7 @@ class MaskRCNNConfig(Section):
                 num_classes=num_classes,
                 initialization=self.box_head.initialization,
             ),
-            selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights),
+            selector=self.detection.build(bbox_reg_weights=self.box_head.bbox_reg_weights, triton=triton),
             mask_pooler=mask_pooler,
             mask_head=self._build_mask_head(channels, shrink, num_classes),
             losses=self._loss_settings(),
@@ -149,10 +158,14 @@ class MaskRCNNConfig(Section):
         (box_roi, box_size), (mask_roi, mask_size) = (
             (head.roi or self.roi, head.pool_size) for head in (self.box_head, self.mask_head or self.box_head)
         )
-        box_pooler = RoIPooler(box_roi.build(), strides=strides, size=box_size)
+        box_pooler = self._pooler(box_roi, strides, box_size)
         if (box_roi, box_size) == (mask_roi, mask_size):
             return box_pooler, box_pooler
-        return box_pooler, RoIPooler(mask_roi.build(), strides=strides, size=mask_size)
+        return box_pooler, self._pooler(mask_roi, strides, mask_size)
+
+    def _pooler(self, roi: RoILayerConfig, strides: tuple[int, ...], size: int) -> RoIPooler:
+        pooling = roi.pooling() if uses_triton(self.kernels) else None
+        return RoIPooler(roi.build(), strides=strides, size=size, pooling=pooling)
 
 
 class PixelNormalizer(nn.Module):

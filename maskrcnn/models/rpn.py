@@ -73,14 +73,17 @@ class RPNConfig(Section):
             raise ValueError(f"background ({self.background}) must not be above foreground ({self.foreground})")
         return self
 
-    def build(self, *, channels: int, strides: Sequence[int], normalizer: Normalizer) -> RPN:
-        """Return the RPN for feature maps with these channels and strides."""
+    def build(self, *, channels: int, strides: Sequence[int], normalizer: Normalizer, triton: bool = False) -> RPN:
+        """Return the RPN for feature maps with these channels and strides. `triton`: NMS with a kernel."""
         base = [base_anchors(sizes, self.anchor_ratios, rounded=self.round_anchors) for sizes in self.anchor_sizes]
         return RPN(
             head=RPNHead(channels=channels, num_anchors=len(base[0]), conv_depth=self.conv_depth),
             anchor_generator=AnchorGenerator(base, strides=strides),
             selector=ProposalSelector(
-                bbox_reg_weights=self.bbox_reg_weights, nms_threshold=self.nms_threshold, min_size=self.min_size
+                bbox_reg_weights=self.bbox_reg_weights,
+                nms_threshold=self.nms_threshold,
+                min_size=self.min_size,
+                triton=triton,
             ),
             loss=RPNLoss(
                 AnchorAssignment(self.foreground, self.background, self.batch_size_per_image, self.positive_fraction),
@@ -116,10 +119,13 @@ class AnchorGenerator(nn.Module):
 class ProposalSelector:
     """Selects the highest-scoring boxes of each image: decoded, clipped and after NMS."""
 
-    def __init__(self, *, bbox_reg_weights: BoxWeights, nms_threshold: float, min_size: float) -> None:
+    def __init__(
+        self, *, bbox_reg_weights: BoxWeights, nms_threshold: float, min_size: float, triton: bool = False
+    ) -> None:
         self.bbox_reg_weights = bbox_reg_weights
         self.nms_threshold = nms_threshold
         self.min_size = min_size
+        self.triton = triton  # NMS with a kernel, on a GPU
 
     @torch.no_grad()
     def __call__(
@@ -149,6 +155,7 @@ class ProposalSelector:
             [level.shape[1] for level in scores],
             iou_threshold=self.nms_threshold,
             count=counts.post_nms_top_n,
+            triton=self.triton,
         )
         return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), kept_scores)
 

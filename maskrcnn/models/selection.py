@@ -48,8 +48,8 @@ class DetectionConfig(Section):
         "all, since at most 19 classes of each of 1000 proposals have a probability above 0.05",
     )
 
-    def build(self, *, bbox_reg_weights: BoxWeights) -> DetectionSelector:
-        """Return the selector for box deltas with these weights."""
+    def build(self, *, bbox_reg_weights: BoxWeights, triton: bool = False) -> DetectionSelector:
+        """Return the selector for box deltas with these weights. `triton`: NMS with a kernel."""
         return DetectionSelector(
             score_threshold=self.score_threshold,
             nms_threshold=self.nms_threshold,
@@ -57,6 +57,7 @@ class DetectionConfig(Section):
             min_size=self.min_size,
             pre_nms_top_n=self.pre_nms_top_n,
             bbox_reg_weights=bbox_reg_weights,
+            triton=triton,
         )
 
 
@@ -123,6 +124,7 @@ class DetectionSelector:
         min_size: float,
         pre_nms_top_n: int,
         bbox_reg_weights: BoxWeights,
+        triton: bool = False,
     ) -> None:
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
@@ -130,6 +132,7 @@ class DetectionSelector:
         self.min_size = min_size
         self.pre_nms_top_n = pre_nms_top_n
         self.bbox_reg_weights = bbox_reg_weights
+        self.triton = triton  # NMS with a kernel, on a GPU
 
     def __call__(self, proposals: Proposals, class_logits: Tensor, box_deltas: Tensor, sizes: Tensor) -> Detections:
         """Return D detections per image, without masks: `masks` is `(B, D, 0, 0)`.
@@ -153,7 +156,12 @@ class DetectionSelector:
             boxes = boxes.gather(1, candidates[..., None].expand(-1, -1, 4))
             scores, labels = scores.gather(1, candidates), labels.gather(1, candidates)
         indices, kept_scores = batched_nms(
-            boxes, scores, labels, iou_threshold=self.nms_threshold, count=self.detections_per_image
+            boxes,
+            scores,
+            labels,
+            iou_threshold=self.nms_threshold,
+            count=self.detections_per_image,
+            triton=self.triton,
         )
         kept = kept_scores > -torch.inf
         return Detections(

@@ -5,7 +5,8 @@ threshold and the kept box has a higher score, or an equal score and a smaller i
 
 On a CPU, torchvision's `nms` runs on one group after another. Elsewhere shapes must not depend on values, and the host
 must not wait, so torch's operators compute the same boxes with fixed shapes. NMS is sequential by nature: where many
-boxes are kept, in blocks (`nms_of_levels`); where few are kept, one after another (`batched_nms`).
+boxes are kept, in blocks (`nms_of_levels`); where few are kept, one after another (`batched_nms`). With `triton`, a
+kernel of this project computes them (`maskrcnn.ops.kernels.nms`).
 
 Shapes: B images, N boxes, P kept boxes, L levels, G = B * L groups, M boxes of a group.
 """
@@ -30,7 +31,7 @@ PAIRS_AT_ONCE = 2**25  # of boxes, whose IoU is computed at a time; each takes a
 
 
 def batched_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, *, iou_threshold: float, count: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, *, iou_threshold: float, count: int, triton: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Apply NMS within each image and group, and keep the best boxes of each image.
 
@@ -40,16 +41,19 @@ def batched_nms(
         groups: `(B, N)` int64, not negative, less than 2^24.
         iou_threshold: largest IoU of two kept boxes of a group.
         count: P, number of boxes to keep in each image.
+        triton: elsewhere than on a CPU, use the Triton kernel.
 
     Returns:
         Indices `(B, P)` into N, in descending order of the scores, and the scores `(B, P)`; -inf for padding.
     """
-    select = _by_groups if cpu.takes_short_cuts(boxes) else _one_by_one
+    if cpu.takes_short_cuts(boxes):
+        return _by_groups(boxes, scores, groups, iou_threshold, count)
+    select = _with_triton if triton else _one_by_one
     return select(boxes, scores, groups, iou_threshold, count)
 
 
 def nms_of_levels(
-    boxes: Tensor, scores: Tensor, sizes: Sequence[int], *, iou_threshold: float, count: int
+    boxes: Tensor, scores: Tensor, sizes: Sequence[int], *, iou_threshold: float, count: int, triton: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Apply NMS within each image and level, and keep the best boxes of each image.
 
@@ -59,6 +63,7 @@ def nms_of_levels(
         sizes: the number of boxes of each level; the sum is N.
         iou_threshold: largest IoU of two kept boxes of a level.
         count: P, number of boxes to keep in each image.
+        triton: elsewhere than on a CPU, use the Triton kernel.
 
     Returns:
         As `batched_nms`.
@@ -69,13 +74,15 @@ def nms_of_levels(
     batch, length = len(boxes), max(sizes)
     level_scores = _levels_first(scores, sizes, -torch.inf).flatten(0, 1)  # (G, M)
     level_boxes = _levels_first(boxes, sizes, 0.0).flatten(0, 1)
-    sorted_scores, order = level_scores.sort(dim=1, descending=True, stable=True)
-    kept = _kept(level_boxes.gather(1, order[..., None].expand(-1, -1, 4)), sorted_scores > -torch.inf, iou_threshold)
-    kept_scores = torch.where(kept, sorted_scores, -torch.inf).view(batch, -1)  # (B, L * M)
-    top_scores, positions = kept_scores.sort(dim=1, descending=True, stable=True)
-    # Index of position (l, m) in N.
-    starts = torch.cat([torch.full((length,), sum(sizes[:level]), device=boxes.device) for level in range(len(sizes))])
-    indices = (order.view(batch, -1) + starts).clamp(max=scores.shape[1] - 1).gather(1, positions)
+    if triton:
+        groups = torch.zeros_like(level_scores, dtype=torch.int64)
+        order, kept_scores = _with_triton(level_boxes, level_scores, groups, iou_threshold, min(count, length))
+    else:
+        order, kept_scores = _in_blocks(level_boxes, level_scores, iou_threshold)
+    top_scores, positions = kept_scores.view(batch, -1).sort(dim=1, descending=True, stable=True)
+    # Index in N of a box of each level.
+    starts = [torch.full((order.shape[1],), sum(sizes[:level]), device=boxes.device) for level in range(len(sizes))]
+    indices = (order.view(batch, -1) + torch.cat(starts)).clamp(max=scores.shape[1] - 1).gather(1, positions)
     return _exactly(indices, top_scores, count)
 
 
@@ -105,6 +112,34 @@ def _by_groups(
 
 
 # ---- Fixed shapes
+
+
+def _with_triton(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return `batched_nms` with the Triton kernel."""
+    from maskrcnn.ops.kernels.nms import greedy_nms
+
+    if not scores.shape[1]:
+        return _exactly(groups[:, :0], scores[:, :0], count)
+    usable = torch.where(scores > -torch.inf, scores, -torch.inf)  # nan is the largest number for `sort`
+    sorted_scores, order = usable.sort(dim=1, descending=True, stable=True)
+    positions = greedy_nms(
+        boxes.float().gather(1, order[..., None].expand(-1, -1, 4)),
+        groups.gather(1, order),
+        (sorted_scores > -torch.inf).sum(dim=1),
+        threshold=_rounded_down(iou_threshold),
+        limit=count,
+    )
+    used = positions.clamp(min=0)
+    return order.gather(1, used), torch.where(positions >= 0, sorted_scores.gather(1, used), -torch.inf)
+
+
+def _in_blocks(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the order of the boxes `(G, M, 4)` of each group, and their scores in it, `(G, M)`; -inf: suppressed."""
+    sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
+    kept = _kept(boxes.gather(1, order[..., None].expand(-1, -1, 4)), sorted_scores > -torch.inf, iou_threshold)
+    return order, torch.where(kept, sorted_scores, -torch.inf)
 
 
 def _one_by_one(

@@ -24,6 +24,7 @@ from typing_extensions import Self
 
 from maskrcnn.config import Part
 from maskrcnn.ops import cpu
+from maskrcnn.ops.kernels import Pooling
 
 Aggregate = Literal["average", "maximum"]
 Rounding = Literal["round", "floor"]
@@ -180,6 +181,10 @@ class RoILayerConfig(Part):
     def build(self) -> RoILayer:
         """Return the layer."""
 
+    def pooling(self) -> Pooling | None:
+        """Return the layer as the Triton kernel takes it; by default None, and a GPU runs what `build` returns."""
+        return None
+
 
 class RoIPoolConfig(RoILayerConfig):
     """RoIPool: quantised boxes, maximum of the cells of a bin."""
@@ -190,6 +195,10 @@ class RoIPoolConfig(RoILayerConfig):
     def build(self) -> RoILayer:
         """Return the layer."""
         return roi_pool if self.rounding == "round" else functools.partial(roi_pool, rounding=self.rounding)
+
+    def pooling(self) -> Pooling:
+        """Return the layer as the Triton kernel takes it."""
+        return Pooling("cells", self.rounding)
 
 
 class SamplingLayerConfig(RoILayerConfig):
@@ -214,6 +223,10 @@ class RoIWarpConfig(SamplingLayerConfig):
         """Return the layer."""
         return functools.partial(roi_warp, aggregate=self.aggregate, sampling_ratio=self.sampling_ratio)
 
+    def pooling(self) -> Pooling:
+        """Return the layer as the Triton kernel takes it."""
+        return Pooling(self.aggregate, "round", self.sampling_ratio)
+
 
 class RoIAlignConfig(SamplingLayerConfig):
     """RoIAlign: exact boxes, bilinear interpolation."""
@@ -226,6 +239,10 @@ class RoIAlignConfig(SamplingLayerConfig):
         return functools.partial(
             roi_align, aggregate=self.aggregate, sampling_ratio=self.sampling_ratio, aligned=self.aligned
         )
+
+    def pooling(self) -> Pooling:
+        """Return the layer as the Triton kernel takes it."""
+        return Pooling(self.aggregate, samples=self.sampling_ratio, aligned=self.aligned)
 
 
 @dataclass(frozen=True)
@@ -241,6 +258,7 @@ class RoIPooler:
     size: int
     canonical_box: float = 224.0
     canonical_stride: float = 16.0
+    pooling: Pooling | None = None  # the layer as the Triton kernel takes it, to use that elsewhere than on a CPU
 
     def __post_init__(self) -> None:
         pairs = zip(self.strides, self.strides[1:], strict=False)
@@ -258,10 +276,26 @@ class RoIPooler:
             (R, C, S, S), in the order of `boxes`. All levels are part of the autograd graph, also those without boxes.
         """
         assert len(features) == len(self.strides), (len(features), self.strides)
+        if self._takes_kernel(features):
+            return self._with_triton(features, boxes, images)
         if len(self.strides) == 1:
             return self.layer(features[0], boxes, images, stride=self.strides[0], size=self.size)
         pool = self._each_on_its_level if cpu.takes_short_cuts(boxes) else self._all_on_every_level
         return pool(features, boxes, images, self.assign_levels(boxes))
+
+    def _takes_kernel(self, features: Sequence[Tensor]) -> bool:
+        if self.pooling is None or cpu.takes_short_cuts(features[0]):
+            return False
+        return features[0].dtype != torch.float64  # the sums of the kernel are float32
+
+    def _with_triton(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+        """Pool all boxes with one kernel, which reads each box from its level."""
+        from maskrcnn.ops.kernels.roi import pool_levels
+
+        assert self.pooling is not None
+        levels = self.assign_levels(boxes)
+        stride, size = self.strides[0], self.size
+        return pool_levels(features, boxes, images, levels, stride=stride, size=size, pooling=self.pooling)
 
     def _each_on_its_level(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor, levels: Tensor) -> Tensor:
         """Pool the boxes of each level, whose number is read from the device."""
