@@ -190,6 +190,11 @@ class AxisAlignedMap(NamedTuple):
             self.offset_y * scale_y + offset_y,
         )
 
+    def apply(self, boxes: Tensor) -> Tensor:
+        """Return boxes `(N, 4)` of annotated pixels in current pixels."""
+        scale = boxes.new_tensor((self.scale_x, self.scale_y) * 2)
+        return boxes * scale + boxes.new_tensor((self.offset_x, self.offset_y) * 2)
+
     def invert(self, boxes: Tensor) -> Tensor:
         """Return boxes `(N, 4)` of current pixels in annotated pixels."""
         offset = boxes.new_tensor((self.offset_x, self.offset_y) * 2)

@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pixels that neighbouring tiles share, at least (default: a quarter of the tile)",
     )
     parser.add_argument(
+        "--tta",
+        type=_views,
+        default=(),
+        metavar="VIEWS",
+        help="detect in several views of each image and merge: flip, scales (0.75, 1 and 1.25 times the short side) or "
+        "short sides in pixels, separated by commas, such as flip,640,800",
+    )
+    parser.add_argument(
         "--nms",
         choices=("class", "agnostic", "mask"),
         default="class",
@@ -81,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from maskrcnn.engine.prediction import ImagesSkipped, PredictionOptions, predict_images
     from maskrcnn.engine.predictor import Detector
     from maskrcnn.engine.tiles import TiledDetector
+    from maskrcnn.engine.tta import AugmentedDetector, default_short_sides
     from maskrcnn.experiment import load
     from maskrcnn.runtime.memory import keep_freed_memory
 
@@ -94,9 +103,13 @@ def run(args: argparse.Namespace) -> None:
     if args.nms == "mask":
         predictor = predictor.with_loose_nms()
     detector: Detector = predictor
+    if args.tta:
+        sides = {int(view) for view in args.tta if view.isdecimal()}
+        sides.update(default_short_sides(predictor) if "scales" in args.tta else ())
+        detector = AugmentedDetector(predictor, flip="flip" in args.tta, short_sides=tuple(sorted(sides)))
     if args.tile is not None:
         overlap = args.tile // 4 if args.overlap is None else args.overlap
-        detector = TiledDetector(predictor, args.tile, overlap, batch_size, args.nms, threshold)
+        detector = TiledDetector(detector, args.tile, overlap, batch_size, args.nms, threshold)
     options = PredictionOptions(
         min_score=args.score,
         classes=tuple(args.classes),
@@ -113,3 +126,13 @@ def run(args: argparse.Namespace) -> None:
     except ImagesSkipped as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+
+
+def _views(text: str) -> tuple[str, ...]:
+    views = tuple(view.strip() for view in text.split(","))
+    for view in views:
+        if view not in ("flip", "scales") and not (view.isascii() and view.isdecimal() and 32 <= int(view) <= 10_000):
+            raise argparse.ArgumentTypeError(
+                f"expected flip, scales or short sides from 32 to 10000, separated by commas, got {view[:100]!r}"
+            )
+    return views

@@ -300,19 +300,38 @@ class MaskRCNN(nn.Module):
     def detect(self, images: ImageBatch) -> Detections:
         """Return the detections of a batch of images, with masks, in pixels of the resized images."""
         features = self.features(images)
-        proposals = self.rpn.propose(features, images.sizes, self.rpn.inference_counts)
+        detections = self.detect_boxes(features, images.sizes)
+        return replace(detections, masks=self.masks_of(features, detections.boxes, detections.labels))
 
+    @torch.no_grad()
+    def detect_boxes(self, features: Sequence[Tensor], sizes: Tensor) -> Detections:
+        """Return the detections of a batch without masks, `(B, D, 0, 0)`: the first step of `detect`.
+
+        Args:
+            features: of `features`.
+            sizes: `(B, 2)` height and width of each image.
+        """
+        proposals = self.rpn.propose(features, sizes, self.rpn.inference_counts)
         image, slot = used_slots(proposals.valid)
         regions = self._regions(self.box_pooler, features, proposals.boxes[image, slot], image)
         class_logits, box_deltas = (spread(values.float(), proposals.valid) for values in self.box_head(regions))
-        detections = self.selector(proposals, class_logits, box_deltas, images.sizes)
+        return self.selector(proposals, class_logits, box_deltas, sizes)
 
+    @torch.no_grad()
+    def masks_of(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Return the mask probabilities of boxes `(B, D, 4)`: `(B, D, M, M)`; M is 0 without a mask head.
+
+        Args:
+            features: of `features`.
+            boxes: in pixels of the resized images.
+            labels: `(B, D)`, 1..K; the masks of slots with other labels are 0.
+        """
         if self.mask_head is None:
-            return replace(detections, masks=detections.boxes.new_zeros(*detections.labels.shape, 0, 0))
-        image, slot = used_slots(detections.valid)
-        regions = self._regions(self.mask_pooler, features, detections.boxes[image, slot], image)
-        masks = self.mask_head.probabilities(regions, detections.labels[image, slot].clamp(min=1))
-        return replace(detections, masks=spread(masks, detections.valid))
+            return boxes.new_zeros(*labels.shape, 0, 0)
+        image, slot = used_slots(labels > 0)
+        regions = self._regions(self.mask_pooler, features, boxes[image, slot], image)
+        masks = self.mask_head.probabilities(regions, labels[image, slot].clamp(min=1))
+        return spread(masks, labels > 0)
 
     def _regions(self, pooler: RoIPooler, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
         """Return the regions of boxes `(N, 4)`, the input of the heads: `(N, C, S, S)`."""
