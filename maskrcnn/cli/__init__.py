@@ -25,6 +25,7 @@ COMMANDS = (
     "convert-weights",
     "convert-dataset",
     "init-dataset",
+    "export",
     "explain-roi",
     "show-config",
     "inspect-dataset",

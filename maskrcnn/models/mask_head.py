@@ -263,4 +263,4 @@ class MLPMaskHead(MaskHead):
 
 def _select_channel(masks: Tensor, channels: Tensor) -> Tensor:
     """Return one channel of each region: `(N, L, M, M), (N,) -> (N, M, M)`."""
-    return masks[torch.arange(len(channels), device=channels.device), channels]
+    return masks[torch.arange(channels.shape[0], device=channels.device), channels]

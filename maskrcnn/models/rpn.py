@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -143,7 +144,7 @@ class ProposalSelector:
         """
         boxes, scores = [], []
         for (logits, deltas), level_anchors in zip(outputs, anchors, strict=True):
-            top_logits, top_indices = logits.topk(min(counts.pre_nms_top_n, logits.shape[1]), dim=1)
+            top_logits, top_indices = _best(logits, counts.pre_nms_top_n)
             top_deltas = deltas.gather(1, top_indices[..., None].expand(-1, -1, 4))
             boxes.append(decode_deltas(top_deltas, level_anchors[top_indices], weights=self.bbox_reg_weights))
             scores.append(top_logits.float())
@@ -158,6 +159,15 @@ class ProposalSelector:
             triton=self.triton,
         )
         return Proposals(clipped.gather(1, indices[..., None].expand(-1, -1, 4)), kept_scores)
+
+
+def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` highest logits `(B, N)` of each image, or all, and their indices."""
+    if torch.compiler.is_exporting():  # N is not known; the number of results should be
+        padded = F.pad(logits, (0, count), value=-torch.inf)
+        top_logits, indices = padded.topk(count, dim=1)
+        return top_logits, indices.clamp(max=logits.shape[1] - 1)
+    return logits.topk(min(count, logits.shape[1]), dim=1)
 
 
 class AnchorAssignment(NamedTuple):

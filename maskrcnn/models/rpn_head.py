@@ -47,7 +47,7 @@ class RPNHead(nn.Module):
             hidden = F.relu_(conv(hidden))
         # (B, A, H, W) -> (B, H, W, A): the order of the anchors.
         logits = self.objectness_logits(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.anchor_deltas(hidden).permute(0, 2, 3, 1).reshape(len(logits), -1, 4)
+        deltas = self.anchor_deltas(hidden).permute(0, 2, 3, 1).reshape(logits.shape[0], -1, 4)
         return RPNOutputs(logits, deltas)
 
 

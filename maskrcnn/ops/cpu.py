@@ -1,7 +1,8 @@
 """Short cuts of the CPU, where it costs nothing to look at values, and shapes may depend on them.
 
 On other devices the host would wait for the device, and shapes would differ from batch to batch. There, all slots of a
-padded tensor are computed, and what padding gives is ignored: losses, gradients and detections are the same.
+padded tensor are computed, and what padding gives is ignored: losses, gradients and detections are the same. Exported
+graphs compute all slots, too.
 
 Shapes: B images, S slots of an image, N slots that are computed, of all images.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 def takes_short_cuts(tensor: Tensor) -> bool:
     """Return whether operations on this tensor may look at values to save work."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def used_slots(used: Tensor, *, drop_padding: bool = False) -> tuple[Tensor, Tensor]:

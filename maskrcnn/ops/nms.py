@@ -6,7 +6,8 @@ threshold and the kept box has a higher score, or an equal score and a smaller i
 On a CPU, torchvision's `nms` runs on one group after another. Elsewhere shapes must not depend on values, and the host
 must not wait, so torch's operators compute the same boxes with fixed shapes. NMS is sequential by nature: where many
 boxes are kept, in blocks (`nms_of_levels`); where few are kept, one after another (`batched_nms`). With `triton`, a
-kernel of this project computes them (`maskrcnn.ops.kernels.nms`).
+kernel of this project computes them (`maskrcnn.ops.kernels.nms`). A graph for a runtime that has an operator for NMS
+gets a node of it instead (`nms_as_operator`).
 
 Shapes: B images, N boxes, P kept boxes, L levels, G = B * L groups, M boxes of a group.
 """
@@ -14,7 +15,9 @@ Shapes: B images, N boxes, P kept boxes, L levels, G = B * L groups, M boxes of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +49,8 @@ def batched_nms(
     Returns:
         Indices `(B, P)` into N, in descending order of the scores, and the scores `(B, P)`; -inf for padding.
     """
+    if _as_operator.get():
+        return _by_operator(boxes, scores, groups, iou_threshold, count)
     if cpu.takes_short_cuts(boxes):
         return _by_groups(boxes, scores, groups, iou_threshold, count)
     select = _with_triton if triton else _one_by_one
@@ -68,10 +73,10 @@ def nms_of_levels(
     Returns:
         As `batched_nms`.
     """
-    if cpu.takes_short_cuts(boxes):
-        levels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return _by_groups(boxes, scores, levels.expand_as(scores), iou_threshold, count)
-    batch, length = len(boxes), max(sizes)
+    if cpu.takes_short_cuts(boxes) or _as_operator.get():
+        levels = torch.cat([torch.full((size,), level) for level, size in enumerate(sizes)])
+        return batched_nms(boxes, scores, levels.expand_as(scores), iou_threshold=iou_threshold, count=count)
+    batch, length = boxes.shape[0], max(sizes)
     level_scores = _levels_first(scores, sizes, -torch.inf).flatten(0, 1)  # (G, M)
     level_boxes = _levels_first(boxes, sizes, 0.0).flatten(0, 1)
     if triton:
@@ -190,8 +195,11 @@ def _kept(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
     num_groups, num_boxes = valid.shape
     padding = -num_boxes % BLOCK
     boxes, valid = F.pad(boxes, (0, 0, 0, padding)), F.pad(valid, (0, padding))
-    step = max(1, PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
-    effects = torch.cat([_effects(chunk, iou_threshold) for chunk in boxes.split(step)])
+    if torch.compiler.is_exporting():  # the number of groups is not known
+        effects = _effects(boxes, iou_threshold)
+    else:
+        step = max(1, PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
+        effects = torch.cat([_effects(chunk, iou_threshold) for chunk in boxes.split(step)])
     suppressed = _packed(~valid)  # (G, blocks)
     group = torch.arange(num_groups, device=boxes.device)
     for block in range(suppressed.shape[1]):
@@ -232,3 +240,43 @@ def _rounded_down(threshold: float) -> float:
     """
     mantissa, exponent = math.frexp(threshold)
     return math.ldexp(math.floor(math.ldexp(mantissa, 24)), exponent - 24)
+
+
+# ---- One operator
+
+
+_as_operator = ContextVar("as_operator", default=False)
+
+
+@contextmanager
+def nms_as_operator() -> Iterator[None]:
+    """In this block, let a traced graph have a node `maskrcnn::nms` for each NMS, which an exporter translates."""
+    token = _as_operator.set(True)
+    try:
+        yield
+    finally:
+        _as_operator.reset(token)
+
+
+@torch.library.custom_op("maskrcnn::nms", mutates_args=())
+def kept_by_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, count: int) -> Tensor:
+    """Return which boxes NMS keeps within each image and group, `(B, N)` bool; see `batched_nms` for the arguments.
+
+    More than the `count` best boxes of a group need not be kept.
+    """
+    indices, kept_scores = _by_groups(boxes, scores, groups, iou_threshold, scores.shape[1])
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, kept_scores > -torch.inf)
+
+
+@kept_by_nms.register_fake
+def _(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, count: int) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+def _by_operator(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return `batched_nms` with the operator. It compares float32."""
+    kept = kept_by_nms(boxes.float(), scores, groups, _rounded_down(iou_threshold), count)
+    top_scores, indices = torch.where(kept, scores, -torch.inf).topk(min(count, scores.shape[1]), dim=1)
+    return _exactly(indices, top_scores, count)

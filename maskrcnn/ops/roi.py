@@ -356,7 +356,7 @@ def _roi_pool_floor(features: Tensor, boxes: Tensor, images: Tensor, stride: flo
         cells = cut_cells(boxes.to(features.dtype), stride).long()
         left, right = _inside(*cut_bins(cells[:, 0], cells[:, 2], size), width)
         top, bottom = _inside(*cut_bins(cells[:, 1], cells[:, 3], size), height)
-        grid = (len(boxes), size, size)
+        grid = (boxes.shape[0], size, size)
         axes = (left[:, None], top[:, :, None], right[:, None], bottom[:, :, None])
         bins = torch.stack([axis.expand(grid) for axis in axes], dim=-1).view(-1, 4)
         bin_images = images[:, None, None].expand(grid).reshape(-1)

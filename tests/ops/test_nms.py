@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskrcnn.ops import cpu, nms
 from maskrcnn.ops.boxes import pairwise_iou
-from maskrcnn.ops.nms import batched_nms, nms_of_levels
+from maskrcnn.ops.nms import batched_nms, nms_as_operator, nms_of_levels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -65,6 +65,23 @@ def test_against_a_loop(device: str) -> None:
                 expected.append(i)
         kept_indices = indices[b][kept_scores[b] > -torch.inf].tolist()
         assert kept_indices == expected[:20]
+
+
+def test_the_operator_of_exported_graphs_keeps_the_same_boxes() -> None:
+    corners = torch.randint(0, 12, (3, 50, 2, 2)).float()
+    boxes = torch.cat((corners.amin(dim=2), corners.amax(dim=2)), dim=-1)
+    scores, groups = torch.randint(1, 9, (3, 50)) / 8, torch.randint(0, 3, (3, 50))
+    scores[:2, ::5] = -torch.inf
+    scores[2] = -torch.inf
+    for count in (4, 60):
+        expected = batched_nms(boxes, scores, groups, iou_threshold=0.4, count=count)
+        of_levels = nms_of_levels(boxes, scores, (20, 30), iou_threshold=0.4, count=count)
+        with nms_as_operator():
+            result = batched_nms(boxes, scores, groups, iou_threshold=0.4, count=count)
+            result_of_levels = nms_of_levels(boxes, scores, (20, 30), iou_threshold=0.4, count=count)
+        for (indices, kept_scores), theirs in ((expected, result), (of_levels, result_of_levels)):
+            assert torch.equal(theirs[1], kept_scores)
+            assert torch.equal(theirs[0][kept_scores > -torch.inf], indices[kept_scores > -torch.inf])
 
 
 @either_way
