@@ -21,7 +21,7 @@ test-all: .venv/ready  ## also what takes long, and what needs a GPU
 gpu: .venv/ready  ## what needs a GPU: first that the host never waits for it, then all tests, then the speed
 	$(BIN)/python -m pytest -x -m 'gpu and not slow' tests/test_gpu.py
 	$(BIN)/python -m pytest -m 'gpu and not slow' --ignore tests/test_gpu.py
-	$(BIN)/python tools/benchmark.py training --device cuda --precision bf16
+	$(BIN)/python tools/benchmark.py gpu
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

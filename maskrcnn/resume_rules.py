@@ -80,6 +80,8 @@ RULES: Mapping[str, Rule] = {
     "training.precision": _ROUNDING,
     "training.compile": _ROUNDING,
     "training.cuda_graph": _ROUNDING,
+    "training.cudnn_benchmark": _ROUNDING,
+    "training.tf32": _ROUNDING,
     "training.deterministic": _ROUNDING,
     "training.clip_norm": _NEXT_STEP,
     "training.skip_non_finite": _NEXT_STEP,

@@ -25,7 +25,7 @@ from maskrcnn.models.mask_rcnn import MaskRCNN
 from maskrcnn.runtime.files import without_nan
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Losses
-from maskrcnn.training_run import train_experiment
+from maskrcnn.training_run import train_experiment, use_fast_kernels
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -295,6 +295,31 @@ def test_a_gpu_without_bf16_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     require_precision("fp16", torch.device("cuda"))
     with pytest.raises(InputError, match=r"bf16: Tesla T4 has no bfloat16 units .*; use fp16 or fp32"):
         require_precision("bf16", torch.device("cuda"))
+
+
+def test_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    try:
+        use_fast_kernels(cudnn_benchmark=False, tf32=False)
+        assert (torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()) == (False, precision)
+        use_fast_kernels(cudnn_benchmark=True, tf32=True)
+        assert (torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_the_recipe_part_for_a_gpu(tmp_path: Path) -> None:
+    """It holds for the sizes of COCO's recipes, and a CPU refuses it before anything is written."""
+    path = tmp_path / "gpu.yaml"
+    path.write_text("base: [coco/mask_rcnn_r50_fpn_1x, base/speed/gpu]\n")
+    settings = read_config(path, ExperimentConfig).training
+    assert settings.buckets is not None
+    settings.buckets.require_multiples(32)
+    with pytest.raises(InputError, match="cuda_graph: true needs a GPU"):
+        settings.execution.require_device(CPU, 1)
+    with pytest.raises(InputError, match="deterministic excludes cudnn_benchmark"):
+        read_config(path, ExperimentConfig, ["training.deterministic=true"])
 
 
 def test_compiled_parts_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

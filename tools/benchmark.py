@@ -6,7 +6,9 @@
     python tools/benchmark.py convergence configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
 
     python tools/benchmark.py screening configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
+    python tools/benchmark.py gpu
 
+`gpu` measures ways to train on a GPU, with a training to its AP, within ten minutes (tools/benchmarks/gpu.py).
 `convergence` trains both sides and compares their AP; `screening` compares starts and scales of our model. Both train
 on the configurations in configs/convergence and explain themselves in their reports. All others compare speed and
 memory: each side runs in a process of its own, and the two take turns (ours, torchvision, ours, torchvision, ...), so
@@ -236,7 +238,12 @@ def main() -> None:
     _add_convergence_arguments(tasks.add_parser("convergence", help=text, description=text))
     text = "What each start and scale of our model does to the AP of a short training."
     _add_screening_arguments(tasks.add_parser("screening", help=text, description=text))
+    text = "What a GPU does with a training: speed and memory beside torchvision, and a training to its AP."
+    _add_gpu_arguments(tasks.add_parser("gpu", help=text, description=text))
     args = parser.parse_args()
+    if args.task == "gpu":
+        print(_gpu(args))
+        return
     text = {"convergence": _convergence, "screening": _screening}.get(args.task, _speed)(args)
     print(text)
     if args.out is not None:
@@ -286,6 +293,45 @@ def _add_screening_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training_arguments(parser, seeds=[0], runs=Path("runs/screening"))
     parser.add_argument("--steps", type=_number(5), default=400, help="length of each training; default 400")
     parser.add_argument("--out", type=_new_report, metavar="FILE", help="write the report, Markdown, to this new file")
+
+
+def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=_number(1), nargs="+", default=[2, 8, 16], help="default 2 8 16")
+    parser.add_argument("--height", type=_number(64), default=800, help="of the images; default 800")
+    parser.add_argument("--width", type=_number(64), default=1333, help="default 1333")
+    parser.add_argument("--steps", type=_number(1), default=20, help="timed steps of each row; default 20")
+    parser.add_argument("--iterations", type=_number(0), default=2200, help="of the training; 0: none; default 2200")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; default 9")
+    parser.add_argument(
+        "--device", type=_device, default="cuda", help="cuda, cuda:1, ..., or cpu to try it; default cuda"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="of the trainings; default runs/gpu")
+    parser.add_argument(
+        "--out", type=_new_report, metavar="FILE", help="the report, a new file; default: in benchmarks"
+    )
+
+
+def _gpu(args: argparse.Namespace) -> str:
+    import gpu
+
+    plan = gpu.Plan(
+        batches=args.batches,
+        height=args.height,
+        width=args.width,
+        steps=args.steps,
+        device=args.device,
+        seconds=60 * args.minutes,
+        iterations=args.iterations,
+        runs=args.runs,
+    )
+    return gpu.run(plan, args.out or _dated_report("gpu"))
+
+
+def _dated_report(name: str) -> Path:
+    """Return the path of a new report in the folder `benchmarks`."""
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    paths = (Path("benchmarks") / f"{today}-{name}{suffix}.md" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in paths if not path.exists())
 
 
 def _screening(args: argparse.Namespace) -> str:

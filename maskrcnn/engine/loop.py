@@ -86,6 +86,10 @@ class TrainingConfig(Section):
     deterministic: bool = Field(
         False, description="use deterministic algorithms and raise an error where there are none"
     )
+    cudnn_benchmark: bool = Field(
+        False, description="let cuDNN measure which kernels are fastest for each shape, which pays with few shapes"
+    )
+    tf32: bool = Field(False, description="compute float32 products in TF32 on a GPU, with 10 bits of mantissa")
     profile: bool = Field(False, description="write a profiler trace of training steps 10 to 20")
     evaluate_every: PositiveInt = Field(
         5000, description="iterations between evaluations; the last iteration is evaluated too"
@@ -105,6 +109,12 @@ class TrainingConfig(Section):
     def _fixed_shapes_need_buckets(self) -> TrainingConfig:
         if missing := self.execution.missing:
             raise ValueError(missing)
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_kernels_are_not_measured(self) -> TrainingConfig:
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError("deterministic excludes cudnn_benchmark, which may choose other kernels in each run")
         return self
 
     @property

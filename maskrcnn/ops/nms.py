@@ -143,7 +143,8 @@ def _with_triton(
 def _in_blocks(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
     """Return the order of the boxes `(G, M, 4)` of each group, and their scores in it, `(G, M)`; -inf: suppressed."""
     sorted_scores, order = scores.sort(dim=1, descending=True, stable=True)
-    kept = _kept(boxes.gather(1, order[..., None].expand(-1, -1, 4)), sorted_scores > -torch.inf, iou_threshold)
+    keep = kept_in_blocks if torch.compiler.is_compiling() else _kept
+    kept = keep(boxes.gather(1, order[..., None].expand(-1, -1, 4)), sorted_scores > -torch.inf, iou_threshold)
     return order, torch.where(kept, sorted_scores, -torch.inf)
 
 
@@ -206,6 +207,17 @@ def _kept(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
         suppressed |= effects[group, block, suppressed[:, block].long()]
     bits = torch.arange(BLOCK, device=boxes.device, dtype=torch.uint8)
     return ((suppressed[..., None] >> bits) & 1 == 0).flatten(1)[:, :num_boxes]
+
+
+@torch.library.custom_op("maskrcnn::kept_in_blocks", mutates_args=())
+def kept_in_blocks(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    """See `_kept`. For `torch.compile` it is one operation, since a compiler takes long for its thousand steps."""
+    return _kept(boxes, valid, iou_threshold)
+
+
+@kept_in_blocks.register_fake
+def _(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor:
+    return torch.empty_like(valid)
 
 
 def _effects(boxes: Tensor, iou_threshold: float) -> Tensor:
