@@ -80,6 +80,7 @@ RULES: Mapping[str, Rule] = {
     "training.precision": _ROUNDING,
     "training.compile": _ROUNDING,
     "training.cuda_graph": _ROUNDING,
+    "training.gradient_exchange": _ROUNDING,
     "training.cudnn_benchmark": _ROUNDING,
     "training.tf32": _ROUNDING,
     "training.deterministic": _ROUNDING,

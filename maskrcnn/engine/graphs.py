@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maskrcnn.data.buckets import BucketsConfig
 from maskrcnn.errors import InputError
 from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.runtime.processes import Exchange
 
 Work = Callable[..., Tensor]
 Compile = Literal["off", "parts", "step"]
@@ -33,6 +34,8 @@ class Execution(NamedTuple):
     compile: Compile = "off"
     cuda_graph: bool = False
     buckets: BucketsConfig | None = None
+    gradient_exchange: Exchange = "fp32"
+    accumulates: bool = True  # whether a step may have several batches; if not, it has a static graph for torch
     backend: str | Callable = "inductor"  # of torch.compile
 
     @property

@@ -32,7 +32,7 @@ from maskrcnn.engine.schedule import MultiStepConfig, Schedule, ScheduleConfig
 from maskrcnn.engine.step import Precision, StepResult, TrainingStep
 from maskrcnn.errors import InputError
 from maskrcnn.runtime.memory import peak_memory
-from maskrcnn.runtime.processes import Processes
+from maskrcnn.runtime.processes import Exchange, Processes
 from maskrcnn.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,9 @@ class TrainingConfig(Section):
     deterministic: bool = Field(
         False, description="use deterministic algorithms and raise an error where there are none"
     )
+    gradient_exchange: Exchange = Field(
+        "fp32", description="type in which several processes send each other gradients; bf16 halves the bytes"
+    )
     cudnn_benchmark: bool = Field(
         False, description="let cuDNN measure which kernels are fastest for each shape, which pays with few shapes"
     )
@@ -120,7 +123,8 @@ class TrainingConfig(Section):
     @property
     def execution(self) -> Execution:
         """How a training step is run."""
-        return Execution(self.compile, self.cuda_graph, self.buckets)
+        accumulates = self.grad_accum_steps > 1
+        return Execution(self.compile, self.cuda_graph, self.buckets, self.gradient_exchange, accumulates)
 
     @property
     def intervals(self) -> Intervals:
@@ -162,7 +166,7 @@ def train(
         save: `save(iteration)` writes a checkpoint; also called before each evaluation and on a signal. None: no files.
         evaluate: `evaluate(iteration)` evaluates the model. It must not draw from the global random generators.
         is_over: called after each evaluation; returns True to stop training early.
-        stop: the training saves and ends after the step in which it received a signal.
+        stop: the training saves and ends after the step in which it received a signal, once a step is done.
         profiler: `profiler.step()` is called after each training step.
 
     Raises:
@@ -182,7 +186,7 @@ def train(
                 break
             evaluation_due = _is_due(iteration, intervals.evaluate, iterations)
             with speed.waiting():
-                batches = _fetch(batch_iterator, processes, save, iteration - 1, start)
+                batches = _fetch(batch_iterator, processes, save, iteration - 1, start, stop)
             with speed.working(images=sum(len(batch.images) for batch in batches) * processes.world):
                 journal.rates[iteration] = set_learning_rate(step.state.optimizer, schedule(iteration - 1))
                 step.start(batches, iteration, diagnose=journal.is_due(iteration))
@@ -191,8 +195,8 @@ def train(
                 profiler.step()
             bar.update()
             journal.write(results)
-            _stop_on_signal(stop, processes, save, iteration)
             if evaluation_due or _is_due(iteration, intervals.save, iterations):
+                _stop_on_signal(processes.max(_signal_of(stop)), processes, save, iteration)
                 save(iteration)
             _evaluate_once(iteration, writer, evaluate, due=evaluation_due)
     writer.log_end()
@@ -262,9 +266,13 @@ def _finish_and_save(journal: _Journal, save: Save | None, iteration: int) -> No
         save(iteration)
 
 
-def _stop_on_signal(stop: StopRequest | None, processes: Processes, save: Save, iteration: int) -> None:
-    """Save a checkpoint and raise Interrupted if any process received a signal."""
-    if stop is not None and (number := processes.max(stop.signal or 0)):
+def _signal_of(stop: StopRequest | None) -> int:
+    return 0 if stop is None or stop.signal is None else int(stop.signal)
+
+
+def _stop_on_signal(number: int, processes: Processes, save: Save, iteration: int) -> None:
+    """Save a checkpoint and raise Interrupted if any process received a signal; `number` is the same on all of them."""
+    if number:
         save(iteration)
         processes.wait()  # torchrun stops all processes when one exits, so wait for the main one to save
         message = f"stopped after iteration {iteration}, which is saved; resume with --resume"
@@ -272,11 +280,17 @@ def _stop_on_signal(stop: StopRequest | None, processes: Processes, save: Save, 
 
 
 def _fetch(
-    batch_iterator: Iterator[Sequence[Batch]], processes: Processes, save: Save, iteration: int, start: int
+    batch_iterator: Iterator[Sequence[Batch]],
+    processes: Processes,
+    save: Save,
+    iteration: int,
+    start: int,
+    stop: StopRequest | None,
 ) -> Sequence[Batch]:
-    """Return the batches of the next training step.
+    """Return the batches of the next training step, unless the training ends on all processes because of one of them.
 
-    If loading fails on any process, save a checkpoint after `iteration` and raise on every process.
+    One exchange tells all processes of both: if loading fails on any, save a checkpoint after `iteration` and raise its
+    error; and if any received a signal in the step before, save and raise Interrupted.
     """
     batches: Sequence[Batch] = ()
     error: Exception | None = None
@@ -284,13 +298,18 @@ def _fetch(
         batches = next(batch_iterator)
     except Exception as caught:  # an unreadable image or a dead worker; the weights are valid
         error = caught
-    if not processes.any(error is not None):
+    number = processes.max(_FAILED if error is not None else _signal_of(stop))
+    if number != _FAILED:
+        _stop_on_signal(number if iteration > start else 0, processes, save, iteration)
         return batches
     if iteration > start:
         save(iteration)
         logger.warning("the state after iteration %d is saved; resume with --resume", iteration)
     processes.wait()
     raise error or InputError("another process could not load its images; see its error message")
+
+
+_FAILED = 2**15  # in place of the number of a signal, which is smaller
 
 
 def _is_due(iteration: int, every: int, iterations: int) -> bool:

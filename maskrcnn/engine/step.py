@@ -126,7 +126,11 @@ class TrainingStep:
         self.state = state
         self.processes = processes
         self.outside = 0  # batches that were not in `execution.buckets`
-        self._forward: nn.Module = processes.wrap(execution.compiled(_Diagnosed(state.model)))
+        self._forward: nn.Module = processes.wrap(
+            execution.compiled(_Diagnosed(state.model)),
+            exchange=execution.gradient_exchange,
+            static=not execution.accumulates,
+        )
         self._execution = execution
         self._replays = None if recorder is None else Replays(recorder)
         self._precision: Precision = precision

@@ -23,7 +23,7 @@ from maskrcnn.engine.profiler import Profiler
 from maskrcnn.engine.schedule import Schedule
 from maskrcnn.engine.step import Keep, Precision, TrainingStep, require_precision
 from maskrcnn.models.mask_rcnn import MaskRCNN
-from maskrcnn.runtime.processes import Processes
+from maskrcnn.runtime.processes import Exchange, Processes
 from maskrcnn.structures import Batch
 
 
@@ -36,6 +36,7 @@ class TrainerOptions:
     buckets: BucketsConfig | None = None
     compile: Compile = "off"
     cuda_graph: bool = False
+    gradient_exchange: Exchange = "fp32"
     workers: int = 0
     grad_accum_steps: int = 1
     precision: Precision = "fp32"
@@ -118,7 +119,10 @@ class Trainer:
         """
         processes = processes or Processes(next(self.model.parameters()).device)
         options, device = self.options, processes.device
-        execution = Execution(options.compile, options.cuda_graph, options.buckets)
+        accumulates = options.grad_accum_steps > 1
+        execution = Execution(
+            options.compile, options.cuda_graph, options.buckets, options.gradient_exchange, accumulates
+        )
         require_precision(options.precision, device)
         execution.require_device(device, processes.world)
         execution.require_model(self.model)

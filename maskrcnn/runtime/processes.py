@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn.errors import InputError
 
 Value = TypeVar("Value")
+Exchange = Literal["fp32", "bf16"]
 
 # Limit for a collective operation. The other processes wait while the main process computes the evaluation metrics.
 TIMEOUT = timedelta(minutes=30)
@@ -112,8 +114,11 @@ class Processes:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, *, exchange: Exchange = "fp32", static: bool = False) -> nn.Module:
         """Return `model` wrapped in DistributedDataParallel, which averages gradients over the processes.
+
+        `exchange` is the type of the numbers that processes send each other: bf16 halves their bytes, and rounds them.
+        `static` tells torch that the graph of a step never changes; `without_exchange` then does not work.
 
         All processes start with the weights of the main process. Losses are means over images, so with equally many
         images on each process the averaged gradient is that of the whole batch. Every parameter is used in every step
@@ -128,7 +133,12 @@ class Processes:
         with warnings.catch_warnings():
             # Newer versions of torch rename this argument; older versions lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static
+            )
+        if exchange == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
