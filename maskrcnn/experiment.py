@@ -17,7 +17,8 @@ import maskrcnn.data.crops
 import maskrcnn.data.joined
 import maskrcnn.data.mixing
 import maskrcnn.data.photometric
-import maskrcnn.data.shapes  # noqa: F401 (these modules define kinds of datasets and transforms)
+import maskrcnn.data.shapes
+import maskrcnn.evaluation.lvis  # noqa: F401 (these modules define kinds of datasets, transforms and metrics)
 from maskrcnn.config import Section, Size, leaves, read_config, to_dict, validate
 from maskrcnn.config.explanation import not_one_of
 from maskrcnn.data import traps

@@ -12,6 +12,7 @@ from label_files import CLASSES, HEIGHT, WIDTH, assert_same, convert, masks_of, 
 
 from maskrcnn.data.coco import CocoConfig
 from maskrcnn.errors import InputError
+from maskrcnn.evaluation.lvis import lvis_figures
 
 
 def lvis(folder: Path) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def test_the_result_is_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text(json.dumps(data))
     dataset = CocoConfig(root=tmp_path, annotations="coco.json", images=".").build()  # type: ignore[arg-type]
     assert dataset.classes.names == CLASSES
+    assert lvis_figures(dataset.ground_truth(), [])["mask_APr"] == 0
     scenes = write_scenes(tmp_path / "again")
     assert_same(masks_of(data), scenes)
     again = convert("coco", tmp_path / "coco.json")
