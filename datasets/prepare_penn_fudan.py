@@ -31,6 +31,8 @@ def main() -> None:
     chosen = {image["id"] for image in data["images"] if (image["id"] - 1) % CYCLE >= CYCLE - VALIDATION}
     for name, split in split_by(data, chosen).items():
         path = root / f"{name}.json"
+        for number, annotation in enumerate(split["annotations"], start=1):
+            annotation["id"] = number
         path.write_text(json.dumps(split), encoding="utf-8")
         print(f"{path}: {len(split['images'])} images, {len(split['annotations'])} people")
 

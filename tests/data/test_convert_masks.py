@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -182,3 +184,26 @@ def test_wrong_folders_and_classes(tmp_path: Path) -> None:
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "photos" / "photo_0.bmp")
     with pytest.raises(InputError, match=r"photo_0\.bmp, photo_0\.png differ in their suffix alone"):
         convert("masks", tmp_path / "labels", tmp_path / "photos")
+
+
+def test_penn_fudan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each 17 images, the last five are for validation; annotation ids begin at 1 in each file."""
+    for folder in ("PNGImages", "PedMasks"):
+        (tmp_path / folder).mkdir()
+    for number in range(1, 18):
+        Image.new("RGB", (4, 3)).save(tmp_path / "PNGImages" / f"FudanPed{number:05d}.png")
+        Image.fromarray(np.array([[0, 1, 1, 2]] * 3, np.uint8)).save(
+            tmp_path / "PedMasks" / f"FudanPed{number:05d}_mask.png"
+        )
+    monkeypatch.setattr(sys, "argv", ["prepare_penn_fudan.py", str(tmp_path)])
+    for status in (0, 2):  # the second time, the files exist
+        with pytest.raises(SystemExit) as exited:
+            runpy.run_path(str(Path(__file__).parents[2] / "datasets" / "prepare_penn_fudan.py"), run_name="__main__")
+        assert exited.value.code == status
+    splits = [json.loads((tmp_path / name).read_text()) for name in ("train.json", "val.json")]
+    assert [[image["id"] for image in split["images"]] for split in splits] == [list(range(1, 13)), list(range(13, 18))]
+    assert splits[1]["annotations"][0] == {
+        "id": 1, "image_id": 13, "category_id": 1, "bbox": [1.0, 0.0, 2.0, 3.0], "area": 6, "iscrowd": 0,
+        "segmentation": {"size": [3, 4], "counts": "363"},
+    }  # fmt: skip
+    assert splits[1]["categories"] == [{"id": 1, "name": "person"}]

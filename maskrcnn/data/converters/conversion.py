@@ -98,7 +98,8 @@ class Conversion:
     source: Path  # file or folder of the annotations
     images: Path | None = None  # folder of the photographs; by default the reader looks for it
     classes: tuple[str, ...] = ()  # names of all classes in their order, if the user gave them
-    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # what, by reason
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list), init=False)  # what, by reason
+    folder: ImageFolder = field(init=False)  # of the photographs, when the reader has found it
 
     def __post_init__(self) -> None:
         if not self.source.exists():

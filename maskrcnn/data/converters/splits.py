@@ -58,11 +58,14 @@ def divide(data: CocoData, validation: float) -> dict[str, CocoData]:
 
 
 def split_by(data: CocoData, validation_ids: Container[int]) -> dict[str, CocoData]:
-    """Return the splits `train` and `val`, with the images of these ids in the second. Annotation ids start at 1."""
-    splits = {}
-    for name, is_validation in (("train", False), ("val", True)):
-        images = [image for image in data["images"] if (image["id"] in validation_ids) == is_validation]
-        entries = [entry for entry in data["annotations"] if (entry["image_id"] in validation_ids) == is_validation]
-        annotations = [{**entry, "id": number} for number, entry in enumerate(entries, start=1)]
-        splits[name] = {**data, "images": images, "annotations": annotations}
-    return splits
+    """Return the splits `train` and `val`, with the images of these ids in the second."""
+    return {
+        name: {
+            **data,
+            "images": [image for image in data["images"] if (image["id"] in validation_ids) == is_second],
+            "annotations": [
+                entry for entry in data["annotations"] if (entry["image_id"] in validation_ids) == is_second
+            ],
+        }
+        for name, is_second in (("train", False), ("val", True))
+    }
