@@ -162,6 +162,13 @@ def test_an_image_that_is_annotated_twice(tmp_path: Path) -> None:
         convert("labelme", tmp_path)
 
 
+def test_no_object_and_no_class(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    with pytest.raises(InputError, match=r"there is no object, so there is no class; --classes names the classes"):
+        convert("labelme", tmp_path)
+    assert convert("labelme", tmp_path, classes="disc")[""]["categories"] == [{"id": 1, "name": "disc"}]
+
+
 def test_a_class_that_was_not_given(tmp_path: Path) -> None:
     write(tmp_path, [shape("rectangle", [[0, 0], [4, 4]])])
     with pytest.raises(InputError, match=r"photo_0\.png has the class 'disc' is not one of disk; did you mean 'disk'"):

@@ -15,7 +15,8 @@ from label_files import CLASSES, HEIGHT, WIDTH, Scene, assert_same, convert, lab
 from PIL import Image
 
 from maskrcnn.data.coco_file import read_coco_json
-from maskrcnn.data.converters.conversion import Conversion, label_masks
+from maskrcnn.data.converters.conversion import Conversion
+from maskrcnn.data.converters.objects import label_masks
 from maskrcnn.data.converters.reading import Header, read_header
 from maskrcnn.data.converters.splits import divide
 from maskrcnn.errors import InputError

@@ -15,20 +15,8 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from maskrcnn.data.converters.conversion import (
-    FARTHEST,
-    CocoData,
-    Conversion,
-    ImageFolder,
-    LabelledImage,
-    LabelledObject,
-    Polygon,
-    assemble,
-    checked_polygon,
-    ellipse_mask,
-    grouped,
-    require_size,
-)
+from maskrcnn.data.converters.conversion import CocoData, Conversion, ImageFolder, LabelledImage, assemble, require_size
+from maskrcnn.data.converters.objects import FARTHEST, LabelledObject, Polygon, checked_polygon, ellipse_mask, grouped
 from maskrcnn.data.converters.reading import MOST_LABELS, Header, read_xml
 from maskrcnn.data.rle import rle_of_crop
 from maskrcnn.errors import InputError

@@ -26,14 +26,11 @@ from maskrcnn.data.converters.conversion import (
     Conversion,
     ImageFolder,
     LabelledImage,
-    Polygon,
     assemble,
-    checked_polygon,
-    ellipse_mask,
     files_below,
-    grouped,
     require_size,
 )
+from maskrcnn.data.converters.objects import Polygon, checked_polygon, ellipse_mask, grouped
 from maskrcnn.data.converters.reading import Header, decode_labels, read_json
 from maskrcnn.data.rle import rle_of_crop
 from maskrcnn.errors import InputError

@@ -22,13 +22,12 @@ from maskrcnn.data.converters.conversion import (
     Conversion,
     ImageFolder,
     LabelledImage,
-    LabelledObject,
     assemble,
     files_below,
-    label_masks,
     numbered,
     require_size,
 )
+from maskrcnn.data.converters.objects import LabelledObject, label_masks
 from maskrcnn.data.converters.reading import read_labels
 from maskrcnn.errors import InputError
 

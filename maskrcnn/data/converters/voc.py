@@ -20,12 +20,11 @@ from maskrcnn.data.converters.conversion import (
     Conversion,
     ImageFolder,
     LabelledImage,
-    LabelledObject,
     assemble,
-    label_masks,
     numbered,
     require_size,
 )
+from maskrcnn.data.converters.objects import LabelledObject, label_masks
 from maskrcnn.data.converters.reading import MOST_TEXT, Header, read_labels, read_text, read_xml
 from maskrcnn.errors import InputError
 from maskrcnn.paths import leaves_folder

@@ -24,12 +24,11 @@ from maskrcnn.data.converters.conversion import (
     Conversion,
     ImageFolder,
     LabelledImage,
-    LabelledObject,
     assemble,
-    checked_polygon,
     files_below,
     numbered,
 )
+from maskrcnn.data.converters.objects import LabelledObject, checked_polygon
 from maskrcnn.data.converters.reading import Header, read_text
 from maskrcnn.data.image_files import IMAGE_SUFFIXES
 from maskrcnn.errors import InputError
