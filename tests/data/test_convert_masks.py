@@ -166,6 +166,20 @@ def test_a_label_image_that_claims_too_many_pixels_is_refused_by_its_header(tmp_
         convert("masks", tmp_path / "labels", tmp_path / "photos")
 
 
+@pytest.mark.parametrize("value", [-1, 65_536])
+def test_values_of_32_bits_are_bounded(tmp_path: Path, value: int) -> None:
+    write_scenes(tmp_path / "photos")
+    (tmp_path / "labels").mkdir()
+    labels = np.zeros((HEIGHT, WIDTH), np.int32)
+    labels[3, 4] = 65_535
+    Image.fromarray(labels).save(tmp_path / "labels" / "photo_0.tif")
+    assert len(convert("masks", tmp_path / "labels", tmp_path / "photos")[""]["annotations"]) == 1
+    labels[0, 0] = value
+    Image.fromarray(labels).save(tmp_path / "labels" / "photo_0.tif")
+    with pytest.raises(InputError, match=r"photo_0\.tif: a pixel has the value \d+; the values go from 0 to 65535"):
+        convert("masks", tmp_path / "labels", tmp_path / "photos")
+
+
 def test_wrong_folders_and_classes(tmp_path: Path) -> None:
     write_scenes(tmp_path / "photos")
     (tmp_path / "labels").mkdir()

@@ -23,6 +23,7 @@ MOST_TEXT = 2**26  # bytes of a text file, or of the XML file of one image
 MOST_JSON = 2**28  # bytes of the JSON file of one image, which may hold the image
 MOST_XML = 2**32  # bytes of an XML file of many images; it is read piece by piece
 MOST_LABELS = 2**26  # pixels of a label image: sorting them takes 24 bytes for each
+MOST_VALUE = 2**16 - 1  # of a pixel of a label image, so that the number of objects is bounded
 DEEPEST_XML = 32  # nested elements
 LONGEST_SIDE = 2**16 - 1  # px, as in the schema of COCO files
 
@@ -57,7 +58,8 @@ def read_header(path: Path) -> Header:
 def read_labels(path: Path) -> np.ndarray:
     """Return the label of each pixel, (H, W), bool or an integer type: the indices of a palette, or the grey values.
 
-    The file has 1, 8, 16 or 32 bits for a pixel and a compression without loss. Its EXIF orientation is not applied.
+    The file has 1, 8, 16 or 32 bits for a pixel, values up to 65,535 and a compression without loss. Its EXIF
+    orientation is not applied.
     """
     try:
         with open_file(path) as file:
@@ -77,11 +79,14 @@ def decode_labels(file: BinaryIO, name: str) -> np.ndarray:
                 raise InputError(
                     f"{name}: its pixels are colours (mode {image.mode}); a label image has one number for each pixel"
                 )
-            return np.array(image)
+            labels = np.array(image)
     except InputError:
         raise
     except _DAMAGED as error:
         raise InputError(f"{name}: cannot be read as a label image ({_reason(error)})") from error
+    if labels.min() < 0 or labels.max() > MOST_VALUE:
+        raise InputError(f"{name}: a pixel has the value {labels.max()}; the values go from 0 to {MOST_VALUE}")
+    return labels
 
 
 def read_text(path: Path, *, most: int = MOST_TEXT) -> str:
