@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ class Examined:
     findings: Sequence[Finding]
     limits: Sequence[Limit]
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
         """The findings by kind, the most severe first."""
         groups = [
@@ -68,18 +69,19 @@ class Examined:
         """Return the number of findings of this severity."""
         return sum(len(group.findings) for group in self.groups if group.severity == severity)
 
-    @property
+    @cached_property
     def boxes(self) -> np.ndarray:
         """The boxes of the objects that training uses, (G, 4), at the resolution of the validation transforms."""
         return np.concatenate([np.zeros((0, 4), np.float32), *(read.boxes for read in self.images)])
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """The number of objects of each image."""
         return [len(read.labels) for read in self.images]
 
+    @cached_property
     def summary(self) -> str:
-        """Return the statistics as text."""
+        """The statistics as text."""
         return summarize(complete_for_evaluation(_usable(self)))
 
 

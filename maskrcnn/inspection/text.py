@@ -18,7 +18,7 @@ def as_text(examination: Examination) -> str:
 
 def _sections(examination: Examination) -> Iterator[list[str]]:
     for split in examination.splits:
-        yield [f"{split.subject.name}:", *_indented(split.summary().split("\n"))]
+        yield [f"{split.subject.name}:", *_indented(split.summary.split("\n"))]
         yield [f"{split.subject.name}: {_headline(split)}", *(line for group in split.groups for line in _group(group))]
         if split.limits:
             shares = [
