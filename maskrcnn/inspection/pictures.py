@@ -17,12 +17,13 @@ from maskrcnn.data.coco_file import Annotation, Image, fit_in_image, run_lengths
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.findings import Finding
 from maskrcnn.data.images import read_image
+from maskrcnn.data.polygons import polygons_of
 from maskrcnn.data.rle import crop_from_counts
 from maskrcnn.data.traps import evenly_spaced
 from maskrcnn.engine.pictures import reduction, title_of
 from maskrcnn.errors import InputError
+from maskrcnn.inspection.reading import LARGEST
 from maskrcnn.inspection.subject import Subject
-from maskrcnn.structures import MaskCrop
 from maskrcnn.visualization.colours import Colour
 from maskrcnn.visualization.drawing import draw_objects
 from maskrcnn.visualization.pages import data_uri
@@ -34,6 +35,7 @@ EDGE = 4  # px around an annotation that leaves the image
 OUTSIDE = (128, 128, 128)  # grey beyond the image
 BOX: Colour = (255, 190, 0)
 LINES: tuple[Colour, ...] = ((230, 40, 40), (40, 120, 255))  # of the first annotation and of further ones
+MOST_RUNS = 20_000  # of a mask whose outline is drawn: the time grows with the length of its boundary
 FAR = 2  # times the image's side; what lies farther away is not shown
 
 
@@ -149,27 +151,17 @@ def _draw(canvas: PillowImage.Image, annotation: Annotation, image: Image, windo
     x, y, width, height = annotation["bbox"]
     corners = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]])
     draw.line(window.place(corners), fill=BOX, width=2)
-    mask = _mask(annotation, image)
-    if mask is not None:
-        edge = np.argwhere(_outline(mask.pixels.astype(bool)))[:, ::-1] + (mask.x + 0.5, mask.y + 0.5)
-        draw.point(window.place(edge), fill=colour)
-    for polygon in _polygons(annotation):
+    for polygon in [*_polygons(annotation), *_outlines(annotation, image)]:
         draw.line(window.place(np.concatenate([polygon, polygon[:1]])), fill=colour, width=2)
 
 
-def _mask(annotation: Annotation, image: Image) -> MaskCrop | None:
+def _outlines(annotation: Annotation, image: Image) -> list[np.ndarray]:
+    """Return the boundary of a run-length encoded mask as polygons (n, 2); none if it is invalid, or very long."""
     segmentation = annotation.get("segmentation")
-    if not isinstance(segmentation, dict):
-        return None
+    if not isinstance(segmentation, dict) or image["height"] * image["width"] > LARGEST:
+        return []
     with suppress(ValueError):
         counts = run_lengths(segmentation["counts"])
-        if fit_in_image(counts, image["height"], image["width"]):
-            return crop_from_counts(counts, image["height"])
-    return None
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels of a mask with a neighbour outside it."""
-    padded = np.pad(mask, 1)
-    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inside
+        if fit_in_image(counts, image["height"], image["width"]) and len(counts) <= MOST_RUNS:
+            return polygons_of(crop_from_counts(counts, image["height"]))
+    return []
