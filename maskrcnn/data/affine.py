@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 from maskrcnn.data.mask_crops import tight
 from maskrcnn.data.rasters import rasterize_masks, with_masks
 from maskrcnn.data.rle import empty_crop
-from maskrcnn.data.transforms import Fill, Probability, TransformConfig
+from maskrcnn.data.transforms import Fill, Probability, RandomApply, TransformConfig
 from maskrcnn.structures import Example, MaskCrop
 
 
@@ -36,9 +36,9 @@ class AffineConfig(TransformConfig):
     fill: Fill = 128
     probability: Probability = 0.5
 
-    def build(self) -> Affine:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return Affine(self.degrees, self.shear, self.fill, self.probability)
+        return RandomApply(Affine(self.degrees, self.shear, self.fill), self.probability)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,9 @@ class Affine:
     degrees: float
     shear: float = 0.0
     fill: int = 128
-    probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the transformed or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the transformed example."""
         angle, shear = rng.uniform(-self.degrees, self.degrees), rng.uniform(-self.shear, self.shear)
         return rotate_and_shear(example, angle, shear, self.fill)
 

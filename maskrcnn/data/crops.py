@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from maskrcnn.config import Size
-from maskrcnn.data.transforms import Fill, Probability, TransformConfig, crop, pad, resize
+from maskrcnn.data.transforms import Fill, Probability, RandomApply, TransformConfig, crop, pad, resize
 from maskrcnn.structures import Example
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -34,9 +34,9 @@ class RandomCropConfig(TransformConfig):
 
     check_size = field_validator("size")(ascending)
 
-    def build(self) -> RandomCrop:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return RandomCrop(self.size, self.whole_objects, self.probability)
+        return RandomApply(RandomCrop(self.size, self.whole_objects), self.probability)
 
 
 class LargeScaleJitterConfig(TransformConfig):
@@ -64,12 +64,9 @@ class RandomCrop:
 
     size: tuple[float, float]
     whole_objects: bool = False
-    probability: float = 1.0
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the cropped or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the cropped example."""
         height, width = example.pixels.shape[1:]
         rows, columns = (max(1, round(side * rng.uniform(*self.size))) for side in (height, width))
         top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))

@@ -23,7 +23,7 @@ from maskrcnn.config import Size
 from maskrcnn.data.dataset import DetectionDataset
 from maskrcnn.data.rasters import occlude, rasterize_masks
 from maskrcnn.data.sampling import images_of_classes
-from maskrcnn.data.transforms import Probability, Transform, TransformConfig, crop, keep_objects, resize
+from maskrcnn.data.transforms import Probability, RandomApply, Transform, TransformConfig, crop, keep_objects, resize
 from maskrcnn.errors import InputError
 from maskrcnn.structures import Example
 
@@ -52,11 +52,11 @@ class CopyPasteConfig(MixingConfig):
     balanced: bool = False  # draw a class, then an image with it, and paste objects of this class alone
     probability: Probability = 1.0
 
-    def build_for(self, dataset: DetectionDataset, before: Transform) -> CopyPaste:
+    def build_for(self, dataset: DetectionDataset, before: Transform) -> RandomApply:
         """Return the transform."""
         others = OtherImages(dataset, before)
         images = images_of_classes(dataset) if self.balanced else ()
-        return CopyPaste(others, self.max_objects, images, self.probability)
+        return RandomApply(CopyPaste(others, self.max_objects, images), self.probability)
 
 
 class MosaicConfig(MixingConfig):
@@ -69,9 +69,9 @@ class MosaicConfig(MixingConfig):
     side: Annotated[int, Field(ge=32, le=2**14)] = 640  # px, of the result
     probability: Probability = 0.5
 
-    def build_for(self, dataset: DetectionDataset, before: Transform) -> Mosaic:
+    def build_for(self, dataset: DetectionDataset, before: Transform) -> RandomApply:
         """Return the transform."""
-        return Mosaic(OtherImages(dataset, before), self.side, self.probability)
+        return RandomApply(Mosaic(OtherImages(dataset, before), self.side), self.probability)
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,9 @@ class CopyPaste:
     others: OtherImages
     max_objects: int = 100
     images: tuple[np.ndarray, ...] = ()
-    probability: float = 1.0
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the example with further objects, or unchanged."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the example with further objects, or unchanged if the other image has none."""
         source = self._source(rng)
         height, width = (min(sides) for sides in zip(example.pixels.shape[1:], source.pixels.shape[1:], strict=True))
         source = rasterize_masks(crop(source, 0, 0, height, width))
@@ -160,12 +157,9 @@ class Mosaic:
 
     others: OtherImages
     side: int
-    probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the mosaic, `side x side`, or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the mosaic, `side x side`."""
         y, x = (round(self.side * rng.uniform(0.25, 0.75)) for _ in range(2))
         windows = [(0, 0, y, x), (0, x, y, self.side), (y, 0, self.side, x), (y, x, self.side, self.side)]
         examples = [example, *(self.others.any(rng) for _ in range(3))]

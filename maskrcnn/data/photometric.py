@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tvf
 from maskrcnn.config import Size
 from maskrcnn.data.crops import Share, ascending
 from maskrcnn.data.rasters import occlude, rasterize_masks
-from maskrcnn.data.transforms import Fill, Probability, TransformConfig
+from maskrcnn.data.transforms import Fill, Probability, RandomApply, TransformConfig
 from maskrcnn.structures import Example
 
 Strength = Annotated[float, Field(ge=0, le=1)]
@@ -37,9 +37,9 @@ class ColorJitterConfig(TransformConfig):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05  # s draws a shift from -s to s turns of the colour circle
     probability: Probability = 1.0
 
-    def build(self) -> ColorJitter:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.probability)
+        return RandomApply(ColorJitter(self.brightness, self.contrast, self.saturation, self.hue), self.probability)
 
 
 class GaussianBlurConfig(TransformConfig):
@@ -51,9 +51,9 @@ class GaussianBlurConfig(TransformConfig):
 
     check_sigma = field_validator("sigma")(ascending)
 
-    def build(self) -> GaussianBlur:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return GaussianBlur(self.sigma, self.probability)
+        return RandomApply(GaussianBlur(self.sigma), self.probability)
 
 
 Quality = Annotated[int, Field(ge=1, le=95)]
@@ -68,9 +68,9 @@ class JpegConfig(TransformConfig):
 
     check_quality = field_validator("quality")(ascending)
 
-    def build(self) -> Jpeg:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return Jpeg(self.quality, self.probability)
+        return RandomApply(Jpeg(self.quality), self.probability)
 
 
 class CutoutConfig(TransformConfig):
@@ -84,9 +84,9 @@ class CutoutConfig(TransformConfig):
 
     check_ranges = field_validator("count", "size")(ascending)
 
-    def build(self) -> Cutout:
+    def build(self) -> RandomApply:
         """Return the transform."""
-        return Cutout(self.count, self.size, self.fill, self.probability)
+        return RandomApply(Cutout(self.count, self.size, self.fill), self.probability)
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,9 @@ class ColorJitter:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    probability: float = 1.0
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the changed or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the changed example."""
         adjustments = (
             (tvf.adjust_brightness, self.brightness, 1.0),
             (tvf.adjust_contrast, self.contrast, 1.0),
@@ -122,12 +119,9 @@ class GaussianBlur:
     """Blurs an image with a random standard deviation in pixels."""
 
     sigma: tuple[float, float]
-    probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the blurred or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the blurred example."""
         sigma = rng.uniform(*self.sigma)
         radius = min(math.ceil(3 * sigma), min(example.pixels.shape[1:]) - 1)  # the image is mirrored at its border
         pixels = tvf.gaussian_blur(example.pixels, [2 * radius + 1] * 2, [sigma, sigma])
@@ -139,12 +133,9 @@ class Jpeg:
     """Compresses an image as JPEG with a random quality. Pillow does it: torchvision's encoder is deprecated."""
 
     quality: tuple[int, int]
-    probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the compressed or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the compressed example."""
         quality = int(rng.integers(self.quality[0], self.quality[1] + 1))
         return dataclasses.replace(example, pixels=_through_jpeg(example.pixels, quality))
 
@@ -162,12 +153,9 @@ class Cutout:
     count: tuple[int, int]
     size: tuple[float, float]
     fill: int = 128
-    probability: float = 0.5
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the example with rectangles of grey, or unchanged."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the example with rectangles of grey."""
         covered = np.zeros(example.pixels.shape[1:], dtype=bool)
         for _ in range(int(rng.integers(self.count[0], self.count[1] + 1))):
             rows, columns = (max(1, round(side * rng.uniform(*self.size))) for side in covered.shape)

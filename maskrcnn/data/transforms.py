@@ -81,18 +81,18 @@ class FlipConfig(TransformConfig):
         return pairs
 
     @abstractmethod
-    def with_partners(self, partners: tuple[int, ...]) -> Transform:
-        """Return the transform; `partners[label]` is the label after a flip."""
+    def flip(self, partners: tuple[int, ...]) -> Transform:
+        """Return the flip of every example; `partners[label]` is the label after it, empty if no label changes."""
 
     def build(self) -> Transform:
         """Return the transform. Raises InputError if it swaps classes."""
         if self.swap:
             raise InputError(f"{self.kind}: `swap` names classes of the training set; it is for data.train_transforms")
-        return self.with_partners(())
+        return RandomApply(self.flip(()), self.probability)
 
     def build_for(self, dataset: DetectionDataset, before: Transform) -> Transform:
         """Return the transform. Raises InputError if `swap` names an unknown class."""
-        return self.with_partners(_partners(self.kind, self.swap, dataset.classes))
+        return RandomApply(self.flip(_partners(self.kind, self.swap, dataset.classes)), self.probability)
 
 
 class HorizontalFlipConfig(FlipConfig):
@@ -100,9 +100,9 @@ class HorizontalFlipConfig(FlipConfig):
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
 
-    def with_partners(self, partners: tuple[int, ...]) -> HorizontalFlip:
-        """Return the transform."""
-        return HorizontalFlip(self.probability, partners)
+    def flip(self, partners: tuple[int, ...]) -> HorizontalFlip:
+        """Return the flip."""
+        return HorizontalFlip(partners)
 
 
 class VerticalFlipConfig(FlipConfig):
@@ -110,9 +110,9 @@ class VerticalFlipConfig(FlipConfig):
 
     kind: Literal["vertical_flip"] = "vertical_flip"
 
-    def with_partners(self, partners: tuple[int, ...]) -> VerticalFlip:
-        """Return the transform."""
-        return VerticalFlip(self.probability, partners)
+    def flip(self, partners: tuple[int, ...]) -> VerticalFlip:
+        """Return the flip."""
+        return VerticalFlip(partners)
 
 
 def _partners(kind: str, pairs: tuple[tuple[str, str], ...], classes: ClassTable) -> tuple[int, ...]:
@@ -158,30 +158,36 @@ class Compose:
 
 
 @dataclass(frozen=True)
-class HorizontalFlip:
-    """Flips an example horizontally with the given probability. Empty `partners`: labels do not change."""
+class RandomApply:
+    """Applies a transform with a probability. Otherwise the example stays as it is."""
 
+    transform: Transform
     probability: float
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the transformed or the unchanged example."""
+        return self.transform(example, rng) if rng.random() < self.probability else example
+
+
+@dataclass(frozen=True)
+class HorizontalFlip:
+    """Flips an example horizontally. Empty `partners`: labels do not change."""
+
     partners: tuple[int, ...] = ()
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the flipped or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the flipped example."""
         return swap_labels(flip_horizontally(example), self.partners)
 
 
 @dataclass(frozen=True)
 class VerticalFlip:
-    """Flips an example vertically with the given probability. Empty `partners`: labels do not change."""
+    """Flips an example vertically. Empty `partners`: labels do not change."""
 
-    probability: float
     partners: tuple[int, ...] = ()
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return the flipped or the unchanged example."""
-        if rng.random() >= self.probability:
-            return example
+        """Return the flipped example."""
         return swap_labels(flip_vertically(example), self.partners)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from maskrcnn.data.affine import Affine, rotate_and_shear
 from maskrcnn.data.rle import crop_from_polygons, empty_crop
-from maskrcnn.data.transforms import resize
+from maskrcnn.data.transforms import RandomApply, resize
 from maskrcnn.structures import IDENTITY, Example, MaskCrop
 
 
@@ -102,10 +102,10 @@ def test_objects_that_leave_the_image_go_with_all_their_fields() -> None:
 
 def test_angles_are_drawn_as_told() -> None:
     example = triangle_on(60, 60, np.array([[10, 10], [50, 15], [20, 48]]))
-    transform = Affine(20.0, 5.0, probability=0.5)
+    transform = RandomApply(Affine(20.0, 5.0), 0.5)
     results = [transform(example, np.random.default_rng(seed)) for seed in range(60)]
     assert 15 < sum(result is example for result in results) < 45
     assert torch.equal(results[0].pixels, transform(example, np.random.default_rng(0)).pixels)
-    nothing = Affine(0.0, 0.0, probability=1.0)(example, np.random.default_rng(0))
+    nothing = Affine(0.0, 0.0)(example, np.random.default_rng(0))
     assert torch.equal(nothing.pixels, example.pixels)
     assert np.array_equal(nothing.masks[0].pixels, example.masks[0].pixels)

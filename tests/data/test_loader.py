@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from maskrcnn.data.loader import BatchSampler, Draw, collate, evaluation_loader, training_examples, training_loader
-from maskrcnn.data.transforms import Compose, HorizontalFlip, Resize
+from maskrcnn.data.transforms import Compose, HorizontalFlip, RandomApply, Resize
 from maskrcnn.errors import InputError
 from maskrcnn.structures import Batch, ClassTable, Example, MaskCrop
 
-TRANSFORM = Compose((HorizontalFlip(0.5), Resize((24, 40), 60)))
+TRANSFORM = Compose((RandomApply(HorizontalFlip(), 0.5), Resize((24, 40), 60)))
 UNCHANGED = Resize((32,), 64)
 
 

@@ -16,7 +16,7 @@ from maskrcnn.data.mixing import CopyPaste, CopyPasteConfig, Mosaic, MosaicConfi
 from maskrcnn.data.rle import empty_crop
 from maskrcnn.data.sampling import images_of_classes
 from maskrcnn.data.shapes import ShapesConfig, ShapesDataset
-from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, Resize, TransformConfig
+from maskrcnn.data.transforms import Compose, HorizontalFlipConfig, RandomApply, Resize, TransformConfig
 from maskrcnn.errors import InputError
 from maskrcnn.structures import IDENTITY, Example, MaskCrop
 
@@ -150,7 +150,7 @@ def test_an_image_without_objects_gives_nothing() -> None:
     dataset: Any = Empty()
     example = square(1, (10, 10), 0, (0, 0, 3, 3))
     assert CopyPaste(OtherImages(dataset, UNCHANGED))(example, np.random.default_rng(0)) is example
-    assert CopyPaste(OtherImages(SCENES, UNCHANGED), probability=0.0)(example, np.random.default_rng(0)) is example
+    assert RandomApply(CopyPaste(OtherImages(SCENES, UNCHANGED)), 0.0)(example, np.random.default_rng(0)) is example
 
 
 # ---- Mosaic
@@ -170,7 +170,7 @@ def test_a_mosaic_keeps_masks_on_their_pixels(seed: int) -> None:
 
     dataset: Any = Colours()
     example = square(9, (50, 30), 0, (2, 3, 20, 45))
-    mosaic = Mosaic(OtherImages(dataset, UNCHANGED), 64, 1.0)(example, np.random.default_rng(seed))
+    mosaic = Mosaic(OtherImages(dataset, UNCHANGED), 64)(example, np.random.default_rng(seed))
     assert mosaic.pixels.shape == (3, 64, 64)
     assert mosaic.image_id == 9
     assert_consistent(mosaic)
@@ -185,7 +185,7 @@ def test_a_mosaic_keeps_masks_on_their_pixels(seed: int) -> None:
 
 def test_a_mosaic_of_oblong_images_needs_little_memory() -> None:
     example = square(1, (2, 4000), 7, (0, 0, 3000, 2))
-    mosaic = Mosaic(OtherImages(SCENES, UNCHANGED), 64, 1.0)(example, np.random.default_rng(0))
+    mosaic = Mosaic(OtherImages(SCENES, UNCHANGED), 64)(example, np.random.default_rng(0))
     assert_consistent(mosaic)
 
 
@@ -241,7 +241,7 @@ def test_another_image_that_cannot_be_read_is_named() -> None:
             return SCENES.image_sizes()[:8]
 
     dataset: Any = Broken()
-    transform = Compose((Mosaic(OtherImages(dataset, Resize((32,), 64)), 32, 1.0),))
+    transform = Compose((Mosaic(OtherImages(dataset, Resize((32,), 64)), 32),))
     loader = training_loader(dataset, transform, batch_size=2, seed=1, workers=0, size_divisor=32)
     with pytest.raises(InputError, match=r"^pictures/3.jpg: is broken$"):
         list(islice(loader, 20))

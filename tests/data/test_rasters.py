@@ -161,7 +161,7 @@ def test_what_is_covered_leaves_masks_and_boxes() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [ColorJitter(0.5, 0.5, 0.5, 0.2), GaussianBlur((0.5, 2.0), 1.0), Jpeg((10, 40), 1.0)], ids=type
+    "change", [ColorJitter(0.5, 0.5, 0.5, 0.2), GaussianBlur((0.5, 2.0)), Jpeg((10, 40))], ids=type
 )
 @pytest.mark.parametrize("size", [(30, 47), (1, 5)])
 def test_photometric_changes_move_nothing(change: ColorJitter | GaussianBlur | Jpeg, size: tuple[int, int]) -> None:
@@ -178,7 +178,6 @@ def test_photometric_changes_move_nothing(change: ColorJitter | GaussianBlur | J
     if min(size) > 1:
         assert not torch.equal(first.pixels, before)
         assert not torch.equal(first.pixels, other.pixels)
-    assert dataclasses.replace(change, probability=0.0)(example, np.random.default_rng(1)) is example
 
 
 def test_a_strength_of_zero_changes_no_colour() -> None:
@@ -192,7 +191,7 @@ def test_cutout_takes_the_erased_pixels_from_the_masks(seed: int, resized: bool)
     example = example_of(polygon(np.random.default_rng(seed)))
     example = resize(example, (100, 150)) if resized else example
     example = dataclasses.replace(example, pixels=example.pixels.clamp(max=200))
-    cut = Cutout((1, 3), (0.1, 0.9), 255, 1.0)(example, np.random.default_rng(seed))
+    cut = Cutout((1, 3), (0.1, 0.9), 255)(example, np.random.default_rng(seed))
     erased = cut.pixels.eq(255).all(dim=0).numpy()
     assert erased.any()
     before = full(rasterize_masks(example).masks[0], *erased.shape)

@@ -26,6 +26,7 @@ from maskrcnn.data.transforms import (
     FlipConfig,
     HorizontalFlip,
     HorizontalFlipConfig,
+    RandomApply,
     Resize,
     ResizeConfig,
     VerticalFlipConfig,
@@ -68,6 +69,14 @@ def assert_same(one: Example, other: Example) -> None:
     for a, b in zip(one.masks, other.masks, strict=True):
         assert a[:2] == b[:2]
         assert np.array_equal(a.pixels, b.pixels)
+
+
+def test_a_transform_is_applied_with_its_probability() -> None:
+    example = example_with()
+    assert RandomApply(HorizontalFlip(), 0.0)(example, np.random.default_rng(0)) is example
+    rng = np.random.default_rng(0)
+    unchanged = [RandomApply(HorizontalFlip(), 0.25)(example, rng) is example for _ in range(400)]
+    assert 270 < sum(unchanged) < 330
 
 
 def test_flip_by_hand() -> None:
@@ -134,13 +143,13 @@ def test_floor_and_no_antialias_is_what_torchvision_does() -> None:
 
 
 def test_images_without_objects_pass() -> None:
-    out = Compose((HorizontalFlip(1.0), Resize((20,), 1333)))(example_with(), np.random.default_rng(0))
+    out = Compose((HorizontalFlip(), Resize((20,), 1333)))(example_with(), np.random.default_rng(0))
     assert out.boxes.shape == (0, 4)
     assert out.masks == ()
 
 
 def test_flips_and_sizes_are_drawn_as_told() -> None:
-    transform = Compose((HorizontalFlip(0.5), Resize((24, 36), 100)))
+    transform = Compose((RandomApply(HorizontalFlip(), 0.5), Resize((24, 36), 100)))
     example = example_with((0, 0, 2, 12))
     heights, flips = [], 0
     for seed in range(400):
@@ -153,7 +162,7 @@ def test_flips_and_sizes_are_drawn_as_told() -> None:
 
 
 def test_the_generator_alone_decides() -> None:
-    transform = Compose((HorizontalFlip(0.5), Resize((20, 24, 28, 32), 99)))
+    transform = Compose((RandomApply(HorizontalFlip(), 0.5), Resize((20, 24, 28, 32), 99)))
     example = example_with(*BOXES)
     one, other = (transform(example, np.random.default_rng(5)) for _ in range(2))
     assert_same(one, other)

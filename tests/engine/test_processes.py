@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskrcnn.data.loader import BatchSampler, training_loader
-from maskrcnn.data.transforms import Compose, HorizontalFlip, Resize
+from maskrcnn.data.transforms import Compose, HorizontalFlip, RandomApply, Resize
 from maskrcnn.engine.checkpoint import TrainingState, load_checkpoint
 from maskrcnn.engine.graphs import Execution
 from maskrcnn.engine.metrics import read_records
@@ -150,7 +150,7 @@ def train(group: Processes, name: str) -> dict[str, Tensor]:
     step = TrainingStep(state, group, clip_norm=1.0, execution=execution)
     loader = training_loader(
         Noise(training.empty),  # type: ignore[arg-type]  # training needs only these methods of a dataset
-        Compose((HorizontalFlip(0.5), Resize((SIDE,), SIDE))),
+        Compose((RandomApply(HorizontalFlip(), 0.5), Resize((SIDE,), SIDE))),
         batch_size=BATCH,
         seed=0,
         workers=0,
