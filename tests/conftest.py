@@ -62,6 +62,7 @@ def logging_restored() -> Iterator[None]:
     root.handlers = before[0]
     root.setLevel(before[1])
     package.setLevel(before[2])
+    logging.getLogger("maskrcnn.data").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

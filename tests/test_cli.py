@@ -156,3 +156,11 @@ def test_other_processes_show_only_warnings(capsys: pytest.CaptureFixture[str]) 
     logging.getLogger("maskrcnn.something").info("hidden")
     logging.getLogger("maskrcnn.something").warning("careful")
     assert capsys.readouterr().err == "process 3: careful\n"
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_one_process_warns_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for process, expected in ((3, ""), (0, "dropped\n")):
+        setup_logging(process=process)
+        logging.getLogger("maskrcnn.data.coco").warning("dropped")
+        assert capsys.readouterr().err == expected

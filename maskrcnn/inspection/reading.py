@@ -41,7 +41,6 @@ class ReadImage(NamedTuple):
     labels: np.ndarray  # (G,) int64
     boxes: np.ndarray  # (G, 4) float32: x1, y1, x2, y2 at the resolution of the validation transforms
     areas: np.ndarray  # (G,) int64: pixels of the masks, in the image
-    crowds: int
     digest: bytes  # of the file; empty if there is none
     hash: np.ndarray | None  # `perceptual_hash`
 
@@ -62,7 +61,7 @@ class _Images(Dataset):
         size = image["height"], image["width"]
         is_real = pixels is not None and tuple(pixels.shape[1:]) == size
         is_bounded = is_real or size[0] * size[1] <= LARGEST
-        objects, crowds, of_objects = self._read_objects(annotations if is_bounded else [], image)
+        objects, of_objects = self._read_objects(annotations if is_bounded else [], image)
         if size not in self.placements:
             self.placements[size] = _placement(self.transform, *size)
         scale, offset = _as_arrays(self.placements[size])
@@ -71,7 +70,6 @@ class _Images(Dataset):
             np.array([checked.item.label for checked in objects], np.int64),
             np.array([checked.item.box for checked in objects], np.float32).reshape(-1, 4) * scale + offset,
             np.array([int(checked.mask.pixels.sum()) for checked in objects], np.int64),
-            crowds,
             digest,
             None if pixels is None else perceptual_hash(pixels),
         )
@@ -112,17 +110,18 @@ class _Images(Dataset):
             text = f"its EXIF orientation is {header.orientation}, which keeps the size"
             yield Finding("exif_orientation", text, image["id"], file=image["file_name"])
 
-    def _read_objects(
-        self, annotations: Sequence[Annotation], image: Image
-    ) -> tuple[list[Checked], int, list[Finding]]:
-        """Return the objects that training uses, the number of crowd regions, and what is wrong."""
+    def _read_objects(self, annotations: Sequence[Annotation], image: Image) -> tuple[list[Checked], list[Finding]]:
+        """Return the objects that training uses, without crowd regions, and what is wrong."""
         self.reader.findings.clear()
         items = self.reader.read(annotations, {image["id"]: image})
-        used = [(annotation, item) for annotation, item in zip(annotations, items, strict=True) if item is not None]
-        objects = [decode(annotation, item, image) for annotation, item in used if item.label > 0]
+        objects = [
+            decode(annotation, item, image)
+            for annotation, item in zip(annotations, items, strict=True)
+            if item is not None and item.label > 0
+        ]
         findings = [*self.reader.findings, *object_findings(objects, self.subject.classes.names, image)]
         file = image["file_name"]
-        return objects, len(used) - len(objects), [finding._replace(file=file) for finding in findings]
+        return objects, [finding._replace(file=file) for finding in findings]
 
 
 def _indices(subject: Subject) -> dict[int, int]:

@@ -50,7 +50,8 @@ def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
 
     Args:
         log_file: the file to append to; None logs to stderr only.
-        process: rank of this process. Processes other than 0 show only warnings, prefixed with their rank.
+        process: rank of this process. Processes other than 0 show only warnings, prefixed with their rank, and none of
+            the data, which are the same for all.
     """
     console = _ConsoleHandler()
     console.setFormatter(logging.Formatter(f"process {process}: %(message)s" if process else "%(message)s"))
@@ -62,6 +63,8 @@ def setup_logging(log_file: Path | None = None, *, process: int = 0) -> None:
         handlers.append(file)
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logging.getLogger("maskrcnn").setLevel(logging.DEBUG)
+    # Every process reads the same annotations; one says what is wrong with them.
+    logging.getLogger("maskrcnn.data").setLevel(logging.ERROR if process else logging.NOTSET)
 
 
 class _LogFile(logging.FileHandler):
