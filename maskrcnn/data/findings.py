@@ -32,6 +32,7 @@ class Finding(NamedTuple):
     image_id: int | None = None
     annotation_ids: tuple[int, ...] = ()
     file: str = ""  # name of the image file
+    twin_id: int | None = None  # the training image that a validation image repeats
 
     @property
     def message(self) -> str:

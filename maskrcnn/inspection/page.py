@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskrcnn.data.findings import Finding
 from maskrcnn.inspection.examination import Examination, Examined, Group
 from maskrcnn.inspection.pictures import Picture, finding_picture, samples
 from maskrcnn.visualization.bars import bar_chart, histogram
@@ -43,15 +44,20 @@ def html_page(examination: Examination, *, title: str, count: int, provenance: s
     for split in examination.splits:
         dataset = examination.datasets.get(split.subject.name)
         sample = samples(split.subject, dataset, count) if dataset is not None and count else []
-        pictures = {group.fault: _pictures(split, group) for group in split.groups}
+        pictures = {group.fault: _pictures(split, group, examination.splits[0]) for group in split.groups}
         pages.append(SplitPage(split, charts(split, examination.settings.anchor_sizes), pictures, sample))
     return page_template(TEMPLATE).render(
         title=title, examination=examination, pages=pages, listed=LISTED, provenance=provenance
     )
 
 
-def _pictures(split: Examined, group: Group) -> list[Picture]:
-    drawn = (finding_picture(split.subject, finding) for finding in group.findings[: 2 * DRAWN])
+def _pictures(split: Examined, group: Group, train: Examined) -> list[Picture]:
+    """Draw the first findings; beside a validation image that is in the training set, the image there."""
+    drawn = []
+    for finding in group.findings[: 2 * DRAWN]:
+        drawn.append(finding_picture(split.subject, finding))
+        if finding.twin_id is not None:
+            drawn.append(finding_picture(train.subject, Finding(finding.fault, "the training image", finding.twin_id)))
     return [picture for picture in drawn if picture is not None][:DRAWN]
 
 

@@ -77,7 +77,7 @@ def shared_images(
     for index, (fault, other, words) in sorted(pairs.items()):
         image, twin = validation.images[index], train.images[other]
         text = f"{words} training image {twin['id']}, {twin['file_name']}"
-        findings.append(Finding(fault, text, image["id"], file=image["file_name"]))
+        findings.append(Finding(fault, text, image["id"], file=image["file_name"], twin_id=twin["id"]))
     return findings
 
 

@@ -141,6 +141,20 @@ def test_a_hostile_file_name_is_text(tmp_path: Path, inspect: Callable[..., tupl
     assert not [tag for tag, _ in page.tags if tag == "script"]
 
 
+def test_an_image_in_both_splits_is_shown_beside_its_twin(
+    tmp_path: Path, inspect: Callable[..., tuple[int, str, str]]
+) -> None:
+    write(tmp_path, "train")
+    write(tmp_path, "validation")
+    Image.open(tmp_path / "train2.png").save(tmp_path / "validation1.png", compress_level=1)
+    status, out, _ = inspect("--count=0")
+    assert status == 0
+    assert "1 x image that is in both splits, stored in another way" in out
+    captions = re.findall(r"<figcaption>([^<]*)</figcaption></figure>", (tmp_path / "out" / "report.html").read_text())
+    shown = captions.index("validation1.png: image 1: it looks like training image 2, train2.png")
+    assert captions[shown + 1] == "train2.png: image 2: the training image"
+
+
 def test_one_split(tmp_path: Path, inspect: Callable[..., tuple[int, str, str]]) -> None:
     write(tmp_path, "train")
     status, out, _ = inspect("--split=train", "--count=2")
