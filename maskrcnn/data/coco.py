@@ -1,48 +1,37 @@
 """Datasets in COCO format: one JSON annotation file (see `coco_file`) and an image folder.
 
-The whole annotation file is validated when the dataset is built. The annotations are stored in flat arrays.
+The whole annotation file is validated when the dataset is built, and kept as flat arrays (`coco_arrays`).
 
-Shapes: N images, A annotations, K classes.
+Shapes: N images, G objects of an image, K classes.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 from typing_extensions import Self
 
-from maskrcnn.data.coco_file import (
-    Annotation,
-    Image,
-    Polygon,
-    Rle,
-    complete_for_evaluation,
-    fit_in_image,
-    listed,
-    read_coco_json,
-    refuse,
-    run_lengths,
-)
+from maskrcnn.data.coco_arrays import CocoArrays, flatten
+from maskrcnn.data.coco_classes import choose_classes, choose_labels, rename_classes
+from maskrcnn.data.coco_file import Image, complete_for_evaluation, listed, read_coco_json, refuse
+from maskrcnn.data.coco_objects import Choice, Objects, choose_objects, findings_of, mask_of
 from maskrcnn.data.dataset import DatasetConfig
-from maskrcnn.data.findings import Finding, messages
+from maskrcnn.data.findings import FAULTS, Finding, messages
 from maskrcnn.data.image_checks import check_files, mismatch
 from maskrcnn.data.images import read_image
-from maskrcnn.data.polygon_checks import without_pixels
 from maskrcnn.data.provenance import count_and_ids, digest, file_digest
-from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.errors import InputError, first_of
 from maskrcnn.paths import leaves_folder
-from maskrcnn.structures import ClassTable, Example, MaskCrop
+from maskrcnn.structures import Example, MaskCrop
 
 logger = logging.getLogger(__name__)
 
@@ -89,134 +78,13 @@ class CocoConfig(DatasetConfig):
         return file_digest(path) if path.is_file() else ""
 
 
-# Parsing of annotations.
+class AnnotatedObjects(NamedTuple):
+    """The objects of an image, as `Example` has them."""
 
-
-class CocoObject(NamedTuple):
-    """An object as training uses it."""
-
-    box: np.ndarray  # (4,) float32: x1, y1, x2, y2, inside the image
-    label: int  # 1..K, -1 for a crowd
-    has_mask: bool = False
-    polygons: Sequence[Polygon] = ()
-    counts: Sequence[int] | np.ndarray = ()
-
-
-class ObjectReader:
-    """Converts annotations to objects, and collects what is wrong with them."""
-
-    def __init__(self, classes: ClassTable, *, keep_crowds: bool) -> None:
-        self.labels = {category: i + 1 for i, category in enumerate(classes.category_ids)}
-        self.keep_crowds = keep_crowds
-        self.findings: list[Finding] = []
-        self.dropped: dict[str, list[int]] = {"crowd regions": [], "degenerate objects": []}  # ids by reason
-
-    def read(self, annotations: Sequence[Annotation], images: Mapping[int, Image]) -> list[CocoObject | None]:
-        """Return the object of each annotation, None for an invalid annotation or a dropped crowd region.
-
-        Args:
-            annotations: of these images.
-            images: by id.
-        """
-        items = [self._read(annotation, images[annotation["image_id"]]) for annotation in annotations]
-        drawn = [index for index, item in enumerate(items) if item is not None and item.polygons]
-        owners = [images[annotations[index]["image_id"]] for index in drawn]
-        sizes = np.array([(image["height"], image["width"]) for image in owners], np.int64).reshape(-1, 2)
-        polygons = [item.polygons for item in items if item is not None and item.polygons]
-        for position in np.flatnonzero(without_pixels(polygons, sizes)).tolist():
-            self._report("empty_mask", annotations[drawn[position]], "its polygons cover no pixel of the image")
-            items[drawn[position]] = None
-        return items
-
-    def _report(self, fault: str, annotation: Annotation, text: str) -> None:
-        self.findings.append(Finding(fault, text, annotation["image_id"], (annotation["id"],)))
-
-    def _read(self, annotation: Annotation, image: Image) -> CocoObject | None:
-        crowd = annotation.get("iscrowd", 0) == 1
-        if crowd and not self.keep_crowds:
-            return None
-        box = _clipped_box(annotation["bbox"], image)
-        if not (box[2:] > box[:2]).all():
-            bbox = ", ".join(f"{number:g}" for number in annotation["bbox"])
-            text = f"its box (x, y, width, height) = ({bbox}) has no area inside the image"
-            self._report("empty_box", annotation, text)
-            return None
-        if crowd:
-            return CocoObject(box, -1)
-        return self._with_mask(CocoObject(box, self.labels[annotation["category_id"]]), annotation, image)
-
-    def _with_mask(self, mask_free: CocoObject, annotation: Annotation, image: Image) -> CocoObject | None:
-        """Return the object with its mask, if it has one, or None where the mask is invalid."""
-        segmentation = annotation.get("segmentation")
-        if segmentation is None or segmentation == []:
-            self._report("no_mask", annotation, "has no `segmentation`")
-            return mask_free
-        if isinstance(segmentation, list):
-            polygons = self._valid_polygons(segmentation, annotation)
-            return mask_free._replace(polygons=polygons, has_mask=True) if polygons else None
-        counts = self._valid_counts(segmentation, image, annotation)
-        return mask_free._replace(counts=counts, has_mask=True) if len(counts) else None
-
-    def _valid_polygons(self, polygons: list[Polygon], annotation: Annotation) -> list[Polygon]:
-        if any(len(polygon) % 2 for polygon in polygons):
-            text = "a polygon has an odd number of coordinates; expected x, y pairs"
-            self._report("invalid_polygon", annotation, text)
-            return []
-        valid = [polygon for polygon in polygons if len(polygon) >= 6]
-        if not valid or len(valid) < len(polygons):
-            self._report("short_polygon", annotation, "has a polygon with fewer than three points")
-        return valid
-
-    def _valid_counts(self, rle: Rle, image: Image, annotation: Annotation) -> np.ndarray:
-        """Return the run lengths, int64; empty where they are invalid, or those of a mask without a pixel."""
-        size = [image["height"], image["width"]]
-        empty = np.zeros(0, np.int64)
-        if rle["size"] != size:
-            text = f"its RLE mask has size {rle['size']}, but its image has size {size}"
-            self._report("invalid_rle", annotation, text)
-            return empty
-        try:
-            counts = run_lengths(rle["counts"])
-        except ValueError as error:
-            self._report("invalid_rle", annotation, str(error))
-            return empty
-        if not fit_in_image(counts, *size):
-            text = f"its run lengths do not add up to the image size, {size[0]} x {size[1]}"
-            self._report("invalid_rle", annotation, text)
-            return empty
-        if not counts[1::2].any():
-            self._report("empty_mask", annotation, "its run lengths have no pixel of the object")
-            return empty
-        return counts
-
-
-def _clipped_box(bbox: Sequence[float], image: Image) -> np.ndarray:
-    x, y, width, height = bbox
-    corners = np.array([[x, y], [x + width, y + height]])
-    return corners.clip(0, [image["width"], image["height"]]).astype(np.float32).reshape(4)
-
-
-# Storage in flat arrays.
-
-
-class Ragged:
-    """Rows of different lengths, stored in one flat array.
-
-    Forked worker processes share the memory of an array. They would copy a list of Python objects page by page,
-    because reading an object updates its reference count.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[Any] | np.ndarray], dtype: type) -> None:
-        ends = list(accumulate(map(len, rows), initial=0))
-        self._ends = np.array(ends, np.int64)
-        self._values: np.ndarray = np.fromiter(chain.from_iterable(rows), dtype, ends[-1])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._values[self._ends[row] : self._ends[row + 1]]
-
-    def span(self, row: int) -> range:
-        """Return the indices of the row's values in the flat array."""
-        return range(self._ends[row], self._ends[row + 1])
+    boxes: Tensor  # (G, 4) float32
+    labels: Tensor  # (G,) int64, 1..K; -1 for crowd regions
+    masks: tuple[MaskCrop, ...]  # G of them
+    has_mask: Tensor  # (G,) bool
 
 
 class CocoDataset:
@@ -254,36 +122,33 @@ class CocoDataset:
         rename: Mapping[str, str] | None = None,
     ) -> None:
         self._file, self._folder, self._class_names, self._rename = annotations, images, classes, dict(rename or {})
-        data = self._read()
-        categories = sorted(data["categories"], key=lambda category: category["id"])
-        self.classes = ClassTable(
-            names=tuple(category["name"] for category in categories),
-            category_ids=tuple(category["id"] for category in categories),
-        )
-        chosen = _choose_images(annotations, data["images"], image_ids)
-        reader = ObjectReader(self.classes, keep_crowds=crowd == "ignore")
-        objects = _read_objects(reader, chosen, data["annotations"])
-        refuse(annotations, messages(reader.findings, "refused"))
-        self._handle_degenerate(messages(reader.findings, "dropped"), degenerate)
-        self._dropped = reader.dropped
-        self._without_mask = [id_ for item in reader.findings if item.fault == "no_mask" for id_ in item.annotation_ids]
-        if self._without_mask:
+        self._arrays = read_arrays(annotations)
+        labels, self.classes = choose_labels(annotations, self._arrays, classes, self._rename)
+        chosen = _choose_images(annotations, self._arrays.image_ids, image_ids)
+        choice = choose_objects(self._arrays, chosen, labels, keep_crowds=crowd == "ignore")
+        self._handle_faults(choice, degenerate)
+        self._objects, self._dropped = choice.objects, choice.dropped
+        self._without_mask = np.sort(self._arrays.ids[choice.faults["no_mask"]])
+        if len(self._without_mask):
             logger.warning(
-                "%s: %s have no mask (`segmentation`); they train the boxes alone",
+                "%s: %d of %d objects have no mask (`segmentation`); they train the boxes alone",
                 annotations,
-                f"{len(self._without_mask)} of {sum(map(len, objects.values()))} objects",
+                len(self._without_mask),
+                len(self._objects.rows),
             )
         if filter_empty:
-            used = {key for key, items in objects.items() if any(item.label > 0 for item in items)}
-            self._dropped["images without objects"] = [image["id"] for image in chosen if image["id"] not in used]
-            chosen = [image for image in chosen if image["id"] in used]
-        if not chosen:
+            is_used = np.isin(chosen, self._objects.images[self._objects.labels > 0])
+            self._dropped["images without objects"] = self._arrays.image_ids[chosen[~is_used]]
+            chosen = chosen[is_used]
+        if not len(chosen):
             raise InputError(f"{annotations.absolute()}: no image with objects is left to use")
-        self._store(chosen, [objects[image["id"]] for image in chosen])
+        self._images = chosen
+        sides: tuple[Literal["left", "right"], ...] = ("left", "right")
+        self._spans = np.stack([np.searchsorted(self._objects.images, chosen, side) for side in sides], axis=1)
         self._check_images()
 
     def __len__(self) -> int:
-        return len(self._image_ids)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
         """Return one image with its objects.
@@ -293,36 +158,44 @@ class CocoDataset:
         """
         pixels = read_image(self._path(index))
         self._check_size(index, (pixels.shape[1], pixels.shape[2]))
-        rows = self._labels.span(index)
-        return Example(
-            image_id=self.image_id(index),
-            pixels=pixels,
-            boxes=torch.from_numpy(self._boxes[rows.start : rows.stop].copy()),
-            labels=torch.from_numpy(self._labels[index].copy()),
-            masks=tuple(self._mask(row, *self._sizes[index].tolist()) for row in rows),
-            has_mask=torch.from_numpy(self._has_mask[rows.start : rows.stop].copy()),
+        return Example(image_id=self.image_id(index), pixels=pixels, **self.objects(index)._asdict())
+
+    def objects(self, index: int) -> AnnotatedObjects:
+        """Return the objects of an image, which is not opened."""
+        first, last = self._spans[index].tolist()
+        objects, (height, width) = Objects(*(column[first:last] for column in self._objects)), self._size(index)
+        return AnnotatedObjects(
+            boxes=torch.from_numpy(objects.boxes.copy()),
+            labels=torch.from_numpy(objects.labels.copy()),
+            masks=tuple(mask_of(self._arrays, row, height, width) for row in objects.rows.tolist()),
+            has_mask=torch.from_numpy(objects.has_mask.copy()),
         )
+
+    def _size(self, index: int) -> tuple[int, int]:
+        height, width = self._arrays.image_sizes[self._images[index]].tolist()
+        return height, width
 
     def image_id(self, index: int) -> int:
         """Return the COCO id of an image."""
-        return int(self._image_ids[index])
+        return int(self._arrays.image_ids[self._images[index]])
 
     def labels(self, index: int) -> np.ndarray:
         """Return the labels of the objects of an image, (G,) int64. The image is not opened."""
-        return self._labels[index]
+        first, last = self._spans[index].tolist()
+        return self._objects.labels[first:last]
 
     def image_name(self, index: int) -> str:
         """Return the `file_name` of an image, relative to the image folder."""
-        return self._names[index].tobytes().decode()
+        return self._arrays.image_name(int(self._images[index]))
 
     def image_sizes(self) -> np.ndarray:
         """Return height and width of each image from the annotation file, (N, 2) int64. No image is opened."""
-        return self._sizes
+        return self._arrays.image_sizes[self._images]
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the annotation data for evaluation, restricted to the images and classes of this dataset."""
         data = complete_for_evaluation(self._read())
-        used = set(self._image_ids.tolist())
+        used = set(self._arrays.image_ids[self._images].tolist())
         data["images"] = [image for image in data["images"] if image["id"] in used]
         data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] in used]
         return data
@@ -334,7 +207,8 @@ class CocoDataset:
 
     def check_files(self) -> list[Finding]:
         """Return what is wrong with the image files; see `image_checks.check_file`."""
-        return check_files(self.files(), self._sizes, self._image_ids.tolist(), self._file.name)
+        ids = self._arrays.image_ids[self._images].tolist()
+        return check_files(self.files(), self.image_sizes(), ids, self._file.name)
 
     def origin(self) -> dict[str, str]:
         """Return the annotation file and the image files with digests, and ids of objects by what is said of them."""
@@ -342,8 +216,12 @@ class CocoDataset:
         return {
             "annotations": f"{self._file.name}, sha256 {file_digest(self._file)}",
             "files": f"in {self._folder.name}, sha256 of their names {digest(names)}",
-            **({"objects without a mask": count_and_ids(self._without_mask)} if self._without_mask else {}),
-            **{f"dropped {reason}": count_and_ids(ids) for reason, ids in self._dropped.items() if ids},
+            **(
+                {"objects without a mask": count_and_ids(self._without_mask.tolist())}
+                if len(self._without_mask)
+                else {}
+            ),
+            **{f"dropped {reason}": count_and_ids(ids.tolist()) for reason, ids in self._dropped.items() if len(ids)},
         }
 
     def _read(self) -> dict[str, Any]:
@@ -352,19 +230,12 @@ class CocoDataset:
         data = choose_classes(self._file, data, self._class_names) if self._class_names else data
         return rename_classes(self._file, data, self._rename) if self._rename else data
 
-    def _store(self, images: Sequence[Image], objects: Sequence[Sequence[CocoObject]]) -> None:
-        flat = list(chain.from_iterable(objects))
-        self._image_ids = np.array([image["id"] for image in images], np.int64)
-        self._sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
-        self._names = Ragged([image["file_name"].encode() for image in images], np.uint8)
-        self._labels = Ragged([[item.label for item in row] for row in objects], np.int64)
-        self._boxes = np.array([item.box for item in flat], np.float32).reshape(-1, 4)
-        self._has_mask = np.array([item.has_mask for item in flat], np.bool_)
-        self._polygons = Ragged([list(chain.from_iterable(item.polygons)) for item in flat], np.float64)
-        self._polygon_sizes = Ragged([[len(polygon) for polygon in item.polygons] for item in flat], np.int32)
-        self._counts = Ragged([item.counts for item in flat], np.uint32)
-
-    def _handle_degenerate(self, problems: list[str], degenerate: Literal["refuse", "drop"]) -> None:
+    def _handle_faults(self, choice: Choice, degenerate: Literal["refuse", "drop"]) -> None:
+        """Raise InputError for what training refuses, and report what it drops."""
+        faults = {fault: rows for fault, rows in choice.faults.items() if FAULTS[fault].treatment != "kept"}
+        findings = findings_of(self._arrays, faults)
+        refuse(self._file, messages(findings, "refused"))
+        problems = messages(findings, "dropped")
         if degenerate == "refuse":
             advice = "\nCorrect them, or set `degenerate: drop` beside `annotations` to drop them."
             refuse(self._file, problems, advice)
@@ -374,26 +245,15 @@ class CocoDataset:
     def _path(self, index: int) -> Path:
         return self._folder / self.image_name(index)
 
-    def _mask(self, row: int, height: int, width: int) -> MaskCrop:
-        counts = self._counts[row]
-        if len(counts):
-            return crop_from_counts(counts, height)
-        sizes = self._polygon_sizes[row]
-        if len(sizes) == 0:
-            return empty_crop()
-        polygons = np.split(self._polygons[row], np.cumsum(sizes)[:-1])
-        return crop_from_polygons(polygons, height, width)
-
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """Raise InputError if the (height, width) of an image differs from the annotation file."""
-        height, width = self._sizes[index].tolist()
-        problem = mismatch(size, (height, width), self._file.name, self.image_id(index))
+        problem = mismatch(size, self._size(index), self._file.name, self.image_id(index))
         if problem:
             raise InputError(f"{self._path(index).absolute()}: {problem}")
 
     def _check_images(self) -> None:
         """Check that every image exists, so that a missing one is found before training."""
-        names = [self._names[index].tobytes().decode() for index in range(len(self))]
+        names = [self.image_name(index) for index in range(len(self))]
         missing = _missing_files(self._folder, names)
         if not missing:
             return
@@ -419,18 +279,26 @@ def _missing_files(folder: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in present and not os.path.isfile(folder / name)]
 
 
-def _choose_images(file: Path, images: Sequence[Image], image_ids: tuple[int, ...]) -> list[Image]:
-    """Return the images to use in ascending order of id.
+def read_arrays(path: Path) -> CocoArrays:
+    """Return the content of an annotation file.
 
     Raises:
-        InputError: an id is unknown, or a file name points outside the image folder.
+        InputError: the file cannot be read or is invalid, or a file name points outside the image folder.
     """
-    wanted = set(image_ids)
-    unknown = sorted(wanted - {image["id"] for image in images})
+    data = read_coco_json(path)
+    refuse(path, [finding.message for finding in name_faults(data["images"])])
+    return flatten(data)
+
+
+def _choose_images(file: Path, image_ids: np.ndarray, wanted: tuple[int, ...]) -> np.ndarray:
+    """Return the indices of the images to use, ascending; all if `wanted` is empty.
+
+    Raises:
+        InputError: an id is unknown.
+    """
+    unknown = sorted(set(wanted) - set(image_ids.tolist()))
     refuse(file, [f"`image_ids` names image {key}, which is not in the file" for key in unknown])
-    refuse(file, [finding.message for finding in name_faults(images)])
-    chosen = [image for image in images if not wanted or image["id"] in wanted]
-    return sorted(chosen, key=lambda image: image["id"])
+    return np.flatnonzero(np.isin(image_ids, np.array(wanted))) if wanted else np.arange(len(image_ids))
 
 
 def name_faults(images: Sequence[Image]) -> list[Finding]:
@@ -440,52 +308,3 @@ def name_faults(images: Sequence[Image]) -> list[Finding]:
         for image in images
         if leaves_folder(image["file_name"])
     ]
-
-
-def choose_classes(file: Path, data: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the annotation data with only the named categories and their annotations.
-
-    Raises:
-        InputError: a name is unknown.
-    """
-    known = {category["name"] for category in data["categories"]}
-    refuse(file, [f"`classes` names '{name}', which is not in the file" for name in names if name not in known])
-    categories = [category for category in data["categories"] if category["name"] in names]
-    ids = {category["id"] for category in categories}
-    annotations = [entry for entry in data["annotations"] if entry["category_id"] in ids]
-    return {**data, "categories": categories, "annotations": annotations}
-
-
-def rename_classes(file: Path, data: dict[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:
-    """Return the annotation data with new class names; classes of the same name become one, with the lowest id.
-
-    Raises:
-        InputError: a name is unknown.
-    """
-    known = {category["name"] for category in data["categories"]}
-    refuse(file, [f"`rename` names '{name}', which is not among the classes" for name in rename if name not in known])
-    categories: dict[str, dict[str, Any]] = {}
-    new_ids: dict[int, int] = {}
-    for category in sorted(data["categories"], key=lambda category: category["id"]):
-        name = rename.get(category["name"], category["name"])
-        new_ids[category["id"]] = categories.setdefault(name, {**category, "name": name})["id"]
-    annotations = [
-        {**entry, "category_id": new_ids.get(entry["category_id"], entry["category_id"])}
-        for entry in data["annotations"]
-    ]
-    return {**data, "categories": list(categories.values()), "annotations": annotations}
-
-
-def _read_objects(
-    reader: ObjectReader, images: Sequence[Image], annotations: Sequence[Annotation]
-) -> dict[int, list[CocoObject]]:
-    chosen = {image["id"]: image for image in images}
-    objects: dict[int, list[CocoObject]] = defaultdict(list)
-    used = [annotation for annotation in annotations if annotation["image_id"] in chosen]
-    for annotation, item in zip(used, reader.read(used, chosen), strict=True):
-        if item is not None:
-            objects[annotation["image_id"]].append(item)
-        else:
-            is_crowd = annotation.get("iscrowd", 0) == 1 and not reader.keep_crowds
-            reader.dropped["crowd regions" if is_crowd else "degenerate objects"].append(annotation["id"])
-    return objects

@@ -11,10 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn.data import mask_crops
-from maskrcnn.data.coco import CocoObject
 from maskrcnn.data.coco_file import Annotation, Image
 from maskrcnn.data.findings import Finding
-from maskrcnn.data.rle import crop_from_counts, crop_from_polygons, empty_crop
 from maskrcnn.data.traps import agree, are_corners
 from maskrcnn.structures import MaskCrop
 
@@ -28,20 +26,10 @@ class Checked(NamedTuple):
     """An object that training uses, with its decoded mask."""
 
     annotation: Annotation
-    item: CocoObject
+    label: int  # 1..K
+    box: np.ndarray  # (4,) float32, inside the image
+    polygons: list[np.ndarray]  # each (x0, y0, x1, y1, ...)
     mask: MaskCrop
-
-
-def decode(annotation: Annotation, item: CocoObject, image: Image) -> Checked:
-    """Return an object with its mask, which is empty for a crowd region."""
-    if len(item.counts):
-        mask = crop_from_counts(np.asarray(item.counts, np.int64), image["height"])
-    elif item.polygons:
-        polygons = [np.array(polygon, np.float64) for polygon in item.polygons]
-        mask = crop_from_polygons(polygons, image["height"], image["width"])
-    else:
-        mask = empty_crop()
-    return Checked(annotation, item, mask)
 
 
 def object_findings(objects: Sequence[Checked], names: Sequence[str], image: Image) -> Iterator[Finding]:
@@ -53,8 +41,8 @@ def object_findings(objects: Sequence[Checked], names: Sequence[str], image: Ima
         image: the entry of the image.
     """
     for checked in objects:
-        for polygon in checked.item.polygons:
-            yield from _polygon_findings(np.reshape(polygon, (-1, 2)), checked.annotation, image)
+        for polygon in checked.polygons:
+            yield from _polygon_findings(polygon.reshape(-1, 2), checked.annotation, image)
         yield from _area_findings(checked)
     yield from _box_findings(objects, image)
     yield from _duplicates(objects, names, image)
@@ -121,7 +109,7 @@ def _box_findings(objects: Sequence[Checked], image: Image) -> Iterator[Finding]
 
 
 def _boxes(objects: Sequence[Checked]) -> np.ndarray:
-    return np.array([checked.item.box for checked in objects], np.float64).reshape(-1, 4)
+    return np.array([checked.box for checked in objects], np.float64).reshape(-1, 4)
 
 
 def bounds_of(mask: MaskCrop) -> tuple[int, int, int, int]:
@@ -137,7 +125,7 @@ def _duplicates(objects: Sequence[Checked], names: Sequence[str], image: Image) 
         for other in (objects[position] for position in others.tolist()):
             iou = mask_crops.iou(checked.mask, other.mask)
             if iou > SAME_MASK:
-                classes = {names[item.label - 1] for item in (checked.item, other.item)}
+                classes = {names[item.label - 1] for item in (checked, other)}
                 kind = f"both {classes.pop()}" if len(classes) == 1 else " and ".join(sorted(classes))
                 text = f"their masks are the same (IoU {iou:.2f}; {kind})"
                 yield _finding("near_duplicate", text, checked.annotation, other.annotation)

@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from maskrcnn.data.coco import ObjectReader
+from maskrcnn.data.coco_arrays import CocoArrays, flatten
 from maskrcnn.data.coco_file import Annotation, Image
+from maskrcnn.data.coco_objects import choose_objects, findings_of, mask_of
 from maskrcnn.data.findings import Finding
 from maskrcnn.data.image_checks import DARK, Header, mismatch, read_header, unreadable, why_dark
 from maskrcnn.data.images import read_image
 from maskrcnn.data.loader import ignore_signals
 from maskrcnn.data.transforms import Compose, Resize, Transform, resized_size
 from maskrcnn.errors import InputError
-from maskrcnn.inspection.objects import Checked, decode, object_findings
+from maskrcnn.inspection.objects import Checked, object_findings
 from maskrcnn.inspection.similarity import perceptual_hash
 from maskrcnn.inspection.subject import Subject
 from maskrcnn.paths import read_file
@@ -50,7 +51,7 @@ class _Images(Dataset):
 
     def __init__(self, subject: Subject, transform: Transform) -> None:
         self.subject, self.transform = subject, transform
-        self.reader = ObjectReader(subject.classes, keep_crowds=True)
+        self.labels = {category: label for label, category in enumerate(subject.classes.category_ids, 1)}
         self.indices = _indices(subject)
         self.placements: dict[tuple[int, int], AxisAlignedMap] = {}
 
@@ -67,8 +68,8 @@ class _Images(Dataset):
         scale, offset = _as_arrays(self.placements[size])
         return ReadImage(
             (*of_file, *of_objects),
-            np.array([checked.item.label for checked in objects], np.int64),
-            np.array([checked.item.box for checked in objects], np.float32).reshape(-1, 4) * scale + offset,
+            np.array([checked.label for checked in objects], np.int64),
+            np.array([checked.box for checked in objects], np.float32).reshape(-1, 4) * scale + offset,
             np.array([int(checked.mask.pixels.sum()) for checked in objects], np.int64),
             digest,
             None if pixels is None else perceptual_hash(pixels),
@@ -112,16 +113,34 @@ class _Images(Dataset):
 
     def _read_objects(self, annotations: Sequence[Annotation], image: Image) -> tuple[list[Checked], list[Finding]]:
         """Return the objects that training uses, without crowd regions, and what is wrong."""
-        self.reader.findings.clear()
-        items = self.reader.read(annotations, {image["id"]: image})
+        arrays = _arrays_of(annotations, image)
+        labels = np.array([self.labels[category] for category in arrays.category_ids.tolist()], np.int64)
+        choice = choose_objects(arrays, np.zeros(1, np.int64), labels, keep_crowds=True)
+        rows, _, boxes, labels, _ = choice.objects
         objects = [
-            decode(annotation, item, image)
-            for annotation, item in zip(annotations, items, strict=True)
-            if item is not None and item.label > 0
+            Checked(
+                annotations[row],
+                label,
+                box,
+                arrays.polygons(row),
+                mask_of(arrays, row, image["height"], image["width"]),
+            )
+            for row, box, label in zip(rows.tolist(), boxes, labels.tolist(), strict=True)
+            if label > 0
         ]
-        findings = [*self.reader.findings, *object_findings(objects, self.subject.classes.names, image)]
+        findings = [
+            *findings_of(arrays, choice.faults),
+            *object_findings(objects, self.subject.classes.names, image),
+        ]
         file = image["file_name"]
         return objects, [finding._replace(file=file) for finding in findings]
+
+
+def _arrays_of(annotations: Sequence[Annotation], image: Image) -> CocoArrays:
+    """Return the annotations of one image, in their order, with the categories that they name."""
+    ids = {annotation["category_id"] for annotation in annotations}
+    categories = [{"id": key, "name": ""} for key in ids]
+    return flatten({"images": [image], "annotations": annotations, "categories": categories})
 
 
 def _indices(subject: Subject) -> dict[int, int]:

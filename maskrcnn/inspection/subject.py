@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.coco import CocoConfig, choose_classes, rename_classes
+from maskrcnn.data.coco import CocoConfig
+from maskrcnn.data.coco_classes import choose_classes, rename_classes
 from maskrcnn.data.coco_file import Annotation, Image, id_faults, parse_coco_json
 from maskrcnn.data.dataset import DatasetConfig, DetectionDataset
 from maskrcnn.data.findings import FAULTS, Finding, Severity, Treatment

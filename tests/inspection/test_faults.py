@@ -273,5 +273,5 @@ def treated(planted: Planted, **options: Any) -> Treatment:
         examples = [dataset[index] for index in range(len(dataset))]
     except InputError:
         return "refused"
-    assert all(mask.pixels.any() for example in examples for mask in example.masks)
+    assert all([mask.pixels.any() for mask in each.masks] == each.has_mask.tolist() for each in examples)
     return "kept" if sum(len(example.labels) for example in examples) == expected else "dropped"
