@@ -7,10 +7,12 @@ Shapes: N images, G objects of an image, K classes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
+from maskrcnn.data.array_cache import cached
 from maskrcnn.data.coco_arrays import CocoArrays, flatten
 from maskrcnn.data.coco_classes import choose_classes, choose_labels, rename_classes
 from maskrcnn.data.coco_file import Image, complete_for_evaluation, listed, read_coco_json, refuse
@@ -280,11 +283,34 @@ def _missing_files(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def read_arrays(path: Path) -> CocoArrays:
-    """Return the content of an annotation file.
+    """Return the content of an annotation file; that of a large file is cached (`array_cache`).
 
     Raises:
         InputError: the file cannot be read or is invalid, or a file name points outside the image folder.
     """
+    read = cache(partial(_read_json, path))
+    mapped = cached(path, CocoArrays.layout(), lambda: None if read().malformed else read().arrays())
+    return read() if mapped is None else CocoArrays.of(mapped)
+
+
+def _read_json(path: Path) -> CocoArrays:
+    with _without_collector():
+        return _from_json(path)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Do not look for cycles in the block: the objects of a large file have none, and a look takes seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _from_json(path: Path) -> CocoArrays:
     data = read_coco_json(path)
     refuse(path, [finding.message for finding in name_faults(data["images"])])
     return flatten(data)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from maskrcnn.data.array_cache import Mapped
 from maskrcnn.data.coco_file import Annotation, fit_in_image, run_lengths
 from maskrcnn.data.findings import Finding
 from maskrcnn.data.polygon_checks import without_pixels
@@ -52,6 +53,26 @@ class CocoArrays:
     counts: np.ndarray  # (C,) uint32
     empty_masks: np.ndarray  # (A,) bool: there are polygons or run lengths, but they cover no pixel of the image
     malformed: Mapping[int, Finding] = field(default_factory=dict)  # what is wrong with masks, by annotation
+    mapped: Mapped | None = None  # the cache file that the arrays are views of
+
+    @classmethod
+    def of(cls, mapped: Mapped) -> CocoArrays:
+        """Return the arrays of a cache file."""
+        return cls(**mapped.arrays, mapped=mapped)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.mapped is not None:  # another process maps the file, too
+            return CocoArrays.of, (self.mapped,)
+        return CocoArrays, tuple(getattr(self, each.name) for each in dataclasses.fields(self))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name."""
+        return {name: getattr(self, name) for name in self.layout()}
+
+    @classmethod
+    def layout(cls) -> list[str]:
+        """Return the names of the arrays."""
+        return [each.name for each in dataclasses.fields(cls) if each.name not in ("malformed", "mapped")]
 
     def image_name(self, image: int) -> str:
         """Return the `file_name` of an image by its index."""
@@ -73,11 +94,6 @@ class CocoArrays:
 
 def _row(values: np.ndarray, starts: np.ndarray, row: int) -> np.ndarray:
     return values[starts[row] : starts[row + 1]]
-
-
-def array_fields() -> list[str]:
-    """Return the names of the arrays of `CocoArrays`."""
-    return [each.name for each in dataclasses.fields(CocoArrays) if each.name != "malformed"]
 
 
 def flatten(data: Mapping[str, Any]) -> CocoArrays:

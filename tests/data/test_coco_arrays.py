@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as cocoapi
 
-from maskrcnn.data.coco_arrays import CocoArrays, array_fields, flatten
+from maskrcnn.data.coco_arrays import CocoArrays, flatten
 from maskrcnn.data.coco_file import read_coco_json
 from maskrcnn.data.coco_objects import choose_objects, findings_of
 
@@ -175,4 +175,4 @@ def test_compressed_run_lengths() -> None:
     code = cocoapi.encode(mask)
     arrays = flatten(data({"segmentation": {"size": [10, 12], "counts": code["counts"].decode()}}))
     assert arrays.run_lengths(0).tolist() == [32, 3, 7, 3, 7, 3, 7, 3, 55]
-    assert {getattr(arrays, name).dtype.kind for name in array_fields()} == {"i", "u", "f", "b"}
+    assert {array.dtype.kind for array in arrays.arrays().values()} == {"i", "u", "f", "b"}
