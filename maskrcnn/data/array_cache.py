@@ -161,8 +161,8 @@ def _checksum(arrays: Iterable[np.ndarray]) -> str:
     return checksum.hexdigest()
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _valid(path: Path, identity: Mapping[str, Any]) -> Mapped | None:

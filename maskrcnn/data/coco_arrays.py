@@ -58,7 +58,8 @@ class CocoArrays:
     @classmethod
     def of(cls, mapped: Mapped) -> CocoArrays:
         """Return the arrays of a cache file."""
-        return cls(**mapped.arrays, mapped=mapped)
+        arrays: dict[str, Any] = dict(mapped.arrays)
+        return cls(**arrays, mapped=mapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.mapped is not None:  # another process maps the file, too
