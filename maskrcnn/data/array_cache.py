@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
-FORMAT = 1  # of the header
+FORMAT = 1  # of the header, and of what `flatten` computes: another value makes all cache files anew
 SMALLEST = 2**24  # bytes; a smaller annotation file is read in a second
 WAIT = 600.0  # seconds for another process that reads the same annotation file
 ALIGNMENT = 64  # bytes

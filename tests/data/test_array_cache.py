@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskrcnn.data import array_cache, coco
+from maskrcnn.data import array_cache, coco, coco_arrays
 from maskrcnn.data.array_cache import cache_folder
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import InputError
@@ -93,6 +93,23 @@ def test_the_cache_equals_the_file(write: Callable[..., Path], monkeypatch: pyte
     from_cache = content(opened(path))
     monkeypatch.setattr(array_cache, "SMALLEST", 2**24)
     assert content(opened(path)) == from_cache
+
+
+def test_which_masks_are_empty_is_cached(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(segmentation=[[40, 5, 45, 5, 45, 9], [1, 2, 3, 4]])
+    with caplog.at_level(logging.WARNING):
+        first = opened(path)
+        warnings = caplog.text
+        caplog.clear()
+        monkeypatch.delattr(coco_arrays, "without_pixels")
+        second = opened(path)
+    assert warnings == caplog.text
+    assert "annotation 1 (image 1): its polygons cover no pixel of the image" in warnings
+    assert "annotation 1 (image 1): has a polygon with fewer than three points" in warnings
+    assert content(first)[2] == content(second)[2] == [[4, 5, 8, 9]]
+    assert first.origin() == second.origin()
 
 
 def test_a_small_file_is_not_cached(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
