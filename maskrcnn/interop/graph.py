@@ -34,16 +34,17 @@ class DetectionGraph(nn.Module):
         `(B, D)` descending, masks `(B, D, M, M)` probabilities in the cells of the box. D is
         `model.detection.detections_per_image`; label and score of a slot without a detection are 0.
         """
-        divisor = self.model.size_divisor
+        divisor, device = self.model.size_divisor, images.device
         height, width = images.shape[2:]
         batch = _any_size(images.shape[0])
         rows, columns = (_any_size((length + divisor - 1) // divisor) * divisor for length in (height, width))
         # The model sets what is outside of an image to zero, so it may have any value here: that of the border.
-        pixels = images.index_select(0, torch.arange(batch))
-        pixels = pixels.index_select(2, torch.arange(rows).clamp(max=height - 1))
-        pixels = pixels.index_select(3, torch.arange(columns).clamp(max=width - 1))
-        sizes = torch.stack([torch.full((batch,), height), torch.full((batch,), width)], dim=1)
-        detections = self.model.detect(ImageBatch(pixels, sizes, seeds=torch.zeros(batch, dtype=torch.int64)))
+        pixels = images.index_select(0, torch.arange(batch, device=device))
+        pixels = pixels.index_select(2, torch.arange(rows, device=device).clamp(max=height - 1))
+        pixels = pixels.index_select(3, torch.arange(columns, device=device).clamp(max=width - 1))
+        sizes = torch.stack([torch.full((batch,), length, device=device) for length in (height, width)], dim=1)
+        seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        detections = self.model.detect(ImageBatch(pixels, sizes, seeds))
         scores = torch.where(detections.valid, detections.scores, 0)
         outputs = (detections.boxes, detections.labels.clamp(min=0), scores)
         return outputs if self.model.mask_head is None else (*outputs, detections.masks)
@@ -71,7 +72,7 @@ def trace(model: MaskRCNN, *, nms_operator: bool) -> torch.export.ExportedProgra
             torch's operators.
     """
     # Parameters in contiguous memory: torch.export stores others with a copy of their storage.
-    graph = DetectionGraph(copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval())
+    graph = DetectionGraph(copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval())
     any_size = torch.export.Dim.DYNAMIC(min=1)
     with torch.no_grad(), nms_as_operator() if nms_operator else nullcontext():
         return torch.export.export(

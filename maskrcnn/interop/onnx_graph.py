@@ -7,18 +7,19 @@ Shapes: B images, N boxes, G groups, S kept boxes.
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
 import torchvision.ops  # noqa: F401 (defines torch.ops.torchvision)
-from onnxscript import BOOL, FLOAT, INT64
-from onnxscript import opset18 as op
+from onnxscript import BOOL, FLOAT, INT64, opset18
 
 import maskrcnn.ops.nms  # noqa: F401 (defines torch.ops.maskrcnn)
 
 OPSET = 18
+op: Any = opset18  # its annotations describe values of ONNX, not what a translation passes on
 AXES = ("batch", "channels", "height", "width")  # names of the axes of any length
 SMALLEST = float(torch.finfo(torch.float32).min)
 
@@ -50,7 +51,10 @@ def roi_pool(
     return pooled, pooled
 
 
-TRANSLATIONS = {torch.ops.maskrcnn.nms.default: nms, torch.ops.torchvision.roi_pool.default: roi_pool}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.maskrcnn.nms.default: nms,
+    torch.ops.torchvision.roi_pool.default: roi_pool,
+}
 
 
 def write_onnx(
