@@ -21,6 +21,7 @@ from maskrcnn.engine.predictor import Predictor
 from maskrcnn.errors import InputError
 from maskrcnn.interop.export_check import Checked, check
 from maskrcnn.interop.graph import OUTPUTS, trace
+from maskrcnn.models.mask_rcnn import PixelNormalizer
 from maskrcnn.runtime.outputs import explaining
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def runner(path: Path) -> Runner | None:
 def metadata_of(predictor: Predictor) -> dict[str, Any]:
     """Return what the use of an exported file needs to know, in plain types."""
     model = predictor.model
+    assert isinstance(model.pixels, PixelNormalizer)
     return {
         "maskrcnn_version": version("maskrcnn"),
         "classes": list(predictor.classes.names),  # of labels 1, 2, ...
