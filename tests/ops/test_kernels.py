@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,49 @@ def test_the_table(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: py
     out = capsys.readouterr().out
     assert "| roi_pool, floor, backward | sm_90 | 32 | 60 | 0, 8 | 512 |" in out
     assert out.count("| sm_90 |") == 13
+
+
+class H100:
+    """Stands for the driver of a GPU."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@needs_triton
+@pytest.mark.usefixtures("compiled_anew")
+def test_a_launch_compiles_a_kernel_once_for_maps_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the launch itself."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from maskrcnn.ops.kernels import roi
+
+    compiled, original = [], JITFunction.run
+
+    def run(self: JITFunction, *arguments: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(original(self, *arguments, warmup=True, **options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", H100())
+    none = torch.zeros(3, dtype=torch.int64)
+    for height, width in ((48, 64), (49, 80)):
+        maps = [torch.zeros(2, 256, height // step, width // step).requires_grad_() for step in (1, 2)]
+        pooling = kernels.Pooling("average", samples=2)
+        pooled = roi.pool_levels(maps, torch.zeros(3, 4), none, none, stride=4, size=2, pooling=pooling)
+        pooled.sum().backward()
+    forward, backward, *again = compiled
+    assert again == [forward, backward]
+    assert "st.global" in forward.asm["ptx"]
+    assert "atom.global" in backward.asm["ptx"]
 
 
 # ---- The key `model.kernels`

@@ -74,8 +74,8 @@ def _of_layer(pooling: Pooling, *, backward: bool) -> Source:
     types = {
         "maps": (f"*{MAP}",) * LEVELS,
         **results,
-        "heights": ("i32",) * LEVELS,
-        "widths": ("i32",) * LEVELS,
+        "heights": ("fp32",) * LEVELS,
+        "widths": ("fp32",) * LEVELS,
         "scales": ("fp32",) * LEVELS,
         "boxes": "*fp32",
         "images": "*i64",

@@ -28,7 +28,6 @@ from maskrcnn.ops.kernels import Pooling
 WARPS = 1  # of a program: 32 threads read 256 channels of a cell in bfloat16 with 16 bytes each
 CHANNELS = 256  # at most, of a program
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
-NOT_SPECIALIZED = ["heights", "widths"]  # they differ from batch to batch, and a kernel need not be compiled for each
 
 
 def pool_levels(
@@ -168,6 +167,8 @@ def _launch(
 ) -> None:
     """Start a program for each bin and block of channels."""
     boxes, images, levels = rois
+    # As floats: Triton would compile a kernel for each combination of whole numbers that are multiples of 16 or not.
+    heights, widths = tuple(map(float, sizes[::2])), tuple(map(float, sizes[1::2]))
     bins = len(boxes) * size * size
     block = min(triton.next_power_of_2(channels), CHANNELS)
     if not bins:
@@ -176,8 +177,8 @@ def _launch(
     with torch.cuda.device_of(boxes):
         kernel[(bins, triton.cdiv(channels, block))](
             *tensors,
-            tuple(sizes[::2]),
-            tuple(sizes[1::2]),
+            heights,
+            widths,
             tuple(1.0 / (stride * 2**level) for level in range(len(sizes) // 2)),
             boxes.float().contiguous(),
             images.contiguous(),
@@ -420,10 +421,11 @@ def _bins(
         divisor = SIZE * (SAMPLES if READS == "maximum" else 1) * 1.0
         y_side, x_side = tl.div_rn(y_side, divisor), tl.div_rn(x_side, divisor)
     row, column = tl.program_id(0) // SIZE % SIZE, tl.program_id(0) % SIZE
-    return (y_start, y_side, row, _of_level(heights, level)), (x_start, x_side, column, _of_level(widths, level))
+    height, width = _of_level(heights, level).to(tl.int32), _of_level(widths, level).to(tl.int32)
+    return (y_start, y_side, row, height), (x_start, x_side, column, width)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit
 def pool_kernel(
     maps: tl.tuple,
     pooled: tl.tensor,
@@ -458,7 +460,7 @@ def pool_kernel(
     tl.store(pooled + index * channels + channel, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit
 def pool_backward_kernel(
     maps: tl.tuple,
     sums: tl.tuple,
