@@ -19,8 +19,8 @@ test-all: .venv/ready  ## also what takes long, and what needs a GPU
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto -m ''
 
 gpu: .venv/ready  ## what needs a GPU: first that the host never waits for it, then all tests, then the speed
-	$(BIN)/python -m pytest -x -m 'gpu and not slow' tests/test_gpu.py
-	$(BIN)/python -m pytest -m 'gpu and not slow' --ignore tests/test_gpu.py
+	$(BIN)/python -m pytest -x -m 'gpu and not slow' -k 'not triton' tests/test_gpu.py
+	$(BIN)/python -m pytest -m 'gpu and not slow'
 	$(BIN)/python tools/benchmark.py gpu
 
 lint: .venv/ready

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make gpu` runs these tests first."""
+"""What only a GPU can show: `make gpu` runs these tests first, those with the Triton kernels later."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from maskrcnn.engine.optimizer import set_learning_rate
 from maskrcnn.engine.step import StepResult, TrainingStep
 from maskrcnn.experiment import ExperimentConfig
 from maskrcnn.models.mask_rcnn import MaskRCNN
+from maskrcnn.ops.kernels import Kernels
 from maskrcnn.runtime.processes import Processes
 from maskrcnn.structures import Batch
 
@@ -29,11 +30,12 @@ pytestmark = pytest.mark.gpu
 
 CONFIG = read_config(Path(__file__).parent / "tiny_fpn.yaml", ExperimentConfig)
 GPU = torch.device("cuda")
+with_either_kernels = pytest.mark.parametrize("kernels", ["torchvision", "triton"])
 
 
-def build(device: torch.device) -> MaskRCNN:
+def build(device: torch.device, kernels: Kernels = "auto") -> MaskRCNN:
     torch.manual_seed(0)
-    return CONFIG.model.build(2, pretrained=False).to(device)
+    return CONFIG.model.model_copy(update={"kernels": kernels}).build(2, pretrained=False).to(device)
 
 
 BUCKETS = BucketsConfig(shapes=((64, 64),), objects=(8,), mask_entries=20_000)
@@ -70,9 +72,14 @@ def batches(model: MaskRCNN) -> Iterator[Batch]:
 
 
 def training(
-    device: torch.device, precision: str = "fp32", execution: Execution = EAGER, recorder: Recorder | None = None
+    device: torch.device,
+    precision: str = "fp32",
+    execution: Execution = EAGER,
+    recorder: Recorder | None = None,
+    *,
+    kernels: Kernels = "auto",
 ) -> TrainingStep:
-    model = build(device)
+    model = build(device, kernels)
     optimizer = CONFIG.training.optimizer.build(model, batch_size=2)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     state = TrainingState(model, optimizer, scaler, ExponentialAverage(model, decay=0.99))
@@ -91,9 +98,10 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@with_either_kernels
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_ten_steps_without_synchronisation(precision: str) -> None:
-    step = training(GPU, precision)
+def test_ten_steps_without_synchronisation(precision: str, kernels: Kernels) -> None:
+    step = training(GPU, precision, kernels=kernels)
     stream = batches(step.state.model)
     results: list[StepResult] = []
     for iteration in range(1, 4):  # the first steps allocate memory and choose kernels
@@ -107,8 +115,9 @@ def test_ten_steps_without_synchronisation(precision: str) -> None:
     assert all(map(math.isfinite, results[-1].losses.values()))
 
 
-def test_detection_without_synchronisation() -> None:
-    model = build(GPU).eval()
+@with_either_kernels
+def test_detection_without_synchronisation(kernels: Kernels) -> None:
+    model = build(GPU, kernels).eval()
     images = next(batches(model)).images.to(GPU)
     model.detect(images)
     with no_synchronisation():
@@ -116,11 +125,14 @@ def test_detection_without_synchronisation() -> None:
     assert detections.valid.any()
 
 
-def test_losses_gradients_and_detections_equal_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@with_either_kernels
+def test_losses_gradients_and_detections_equal_those_of_a_cpu(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     results = []
     for device in (torch.device("cpu"), GPU):
-        model = build(device)
+        model = build(device, kernels)
         batch = next(batches(model))
         losses = model(batch.images.to(device), batch.targets.to(device))
         losses.total.backward()

@@ -81,6 +81,27 @@ def test_the_backward_pass_runs(tool: ModuleType) -> None:
         assert parameter.grad.shape == parameter.shape
 
 
+def test_operations_of_the_gpu_are_counted(tool: ModuleType) -> None:
+    with tool.audit() as waits:
+        x = torch.empty(8, 4, device="cuda")
+        (x.view(4, 8).t() + 1).sum()
+        torch.zeros(3) + 1  # on the host
+        torch.zeros(3, device="cuda")
+    assert waits.operations == 3
+
+
+def test_kernels_need_fewer_operations(tool: ModuleType) -> None:
+    shape = tool.Shape(batch=2, objects=3, height=64, width=64)
+    training, detection = [], []
+    for kernels in ("torchvision", "triton"):
+        config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig, [f"model.kernels={kernels}"])
+        training.append(tool.audit_training(config, shape, iterations=1))
+        detection.append(tool.audit_detection(config, shape))
+    for without, with_kernels in (training, detection):
+        assert not with_kernels, tool.describe(with_kernels)
+        assert with_kernels.operations < without.operations - 100
+
+
 def test_a_training_iteration_has_no_synchronisation(tool: ModuleType) -> None:
     config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
     waits = tool.audit_training(config, tool.Shape(batch=2, objects=3, height=64, width=64))
@@ -104,6 +125,8 @@ MODELS = {
     "adaptive": ["model.roi={kind: roi_align, sampling_ratio: 0}", "model.mask_head.class_agnostic=true"],
     "torchvision": ["model.mask_head.target=torchvision", "model.roi={kind: roi_pool}", "model.rpn.sparse_loss=false"],
     "adamw": ["training.optimizer={kind: adamw}", "model.loss_normalizer=batch"],
+    "triton, one map": ["model.kernels=triton", "model.roi={kind: roi_warp, aggregate: maximum}"],
+    "triton, bf16": ["model.kernels=triton", "model.roi={kind: roi_pool}", "training.precision=bf16"],
 }
 
 

@@ -8,7 +8,8 @@ host wait is recorded with the line of this project that called it: one whose re
 shape or as a number, and a blocking copy. It gets a plausible result, so that one run finds all of them.
 
 Audited are three iterations of the training loop with clipping, averaged weights and a log record each, and `detect`.
-Not audited: the loading of batches, several processes, and what `detect` returns on its way to the host.
+The operations that the GPU runs are counted, too: each starts at least one kernel, if nothing is compiled. Not audited:
+the loading of batches, several processes, and what `detect` returns on its way to the host.
 """
 
 from __future__ import annotations
@@ -47,7 +48,18 @@ from maskrcnn.structures import AxisAlignedMap, Batch, ImageBatch, MaskTables, T
 PACKAGE = Path(__file__).parents[2] / "maskrcnn"
 aten = torch.ops.aten
 
-Waits = Counter[tuple[str, str]]  # how often: (`models/rpn.py:12`, operation)
+
+class Waits(Counter[tuple[str, str]]):
+    """How often the host waits: (`models/rpn.py:12`, operation)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0  # of the GPU, without views and new tensors that are not filled
+
+    def clear(self) -> None:
+        """Begin again."""
+        super().clear()
+        self.operations = 0
 
 
 class Shape(NamedTuple):
@@ -74,11 +86,12 @@ def audit_training(config: ExperimentConfig, shape: Shape, *, iterations: int = 
         skips = config.training.skip_non_finite
         step = TrainingStep(state, Processes(device), clip_norm=1.0, skips=skips)
         waits.clear()  # those of the preparation happen once
-        counted: Waits = Counter()
+        counted = Waits()
 
         def load() -> Iterator[list[Batch]]:
             yield from itertools.repeat([batch], iterations)
             counted.update(waits)  # before the loop ends, for which the host waits
+            counted.operations = waits.operations
             raise _Enough
 
         with contextlib.suppress(_Enough):
@@ -141,7 +154,7 @@ def audit(*, autocast: bool = False) -> Iterator[Waits]:
     Args:
         autocast: use bfloat16 autocast; `torch.autocast` disables itself on a machine without a GPU.
     """
-    waits: Waits = Counter()
+    waits = Waits()
     with ExitStack() as stack:
         for owner, name, replacement in (
             (Tensor, "backward", _backward),
@@ -182,7 +195,7 @@ def to_fake_gpu(model: nn.Module) -> None:
 
 
 class _Operations(TorchDispatchMode):
-    """Records operations whose result depends on values, and copies between host and GPU that block."""
+    """Records operations whose result depends on values, and copies between host and GPU that block; counts all."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -190,6 +203,12 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        result = self._run(func, args, kwargs)
+        is_free = func.is_view or func.overloadpacket.__name__ in FREE or func.namespace == "prim"
+        self.waits.operations += not is_free and any(map(_on_gpu, tree_leaves((args, kwargs, result))))
+        return result
+
+    def _run(self, func: Any, args: Sequence, kwargs: dict) -> Any:
         gpu = any(map(_on_gpu, tree_leaves((args, kwargs))))
         if func in SIZED_BY_VALUES:
             if gpu:
@@ -275,6 +294,10 @@ SIZED_BY_VALUES: dict[Any, Callable] = {
         max(1, len(boxes) // 4), dtype=torch.int64
     ),
 }
+
+
+# They start no kernel.
+FREE = {"alias", "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
 def _on_gpu(value: object) -> bool:
@@ -363,7 +386,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     training = audit_training(config, shape)
     detection = audit_detection(config, shape)
     for title, waits in (("three training iterations", training), ("detect", detection)):
-        print(f"{title}: {waits.total()} synchronisations\n{describe(waits)}\n")
+        print(f"{title}: {waits.total()} synchronisations, {waits.operations} operations\n{describe(waits)}\n")
 
 
 if __name__ == "__main__":
