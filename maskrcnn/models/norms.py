@@ -7,19 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
+from maskrcnn.ops.caching import may_cache
 from maskrcnn.runtime.processes import is_shared, sum_over_processes
 
 NormKind = Literal["none", "frozen_bn", "bn", "sync_bn", "gn"]
 NormFactory = Callable[[int], nn.Module]  # number of channels -> norm layer
 
 GROUPS = 32  # groups of GroupNorm, as in its paper (arXiv 1803.08494)
+
+
+class _Fold(NamedTuple):
+    """Scale and shift of a frozen norm, and the buffers that they were computed from."""
+
+    buffers: tuple[Tensor, ...]
+    versions: list[int]  # torch counts the writes to a tensor
+    scale: Tensor
+    shift: Tensor
+
+    def is_of(self, buffers: tuple[Tensor, ...]) -> bool:
+        """Return whether these are the same buffers with the same content."""
+        return all(
+            old is new and version == new._version
+            for old, version, new in zip(self.buffers, self.versions, buffers, strict=True)
+        )
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -42,9 +59,21 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self._cached: _Fold | None = None
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, each `(C,)`, of the layer as `y = scale * x + shift`."""
+        """Return scale and shift, each `(C,)`, of the layer as `y = scale * x + shift`.
+
+        They are computed again only if one of the buffers was replaced or written: five kernels a layer on a GPU.
+        """
+        if not may_cache(self.weight):
+            return self._fold()
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        if self._cached is None or not self._cached.is_of(buffers):
+            self._cached = _Fold(buffers, [buffer._version for buffer in buffers], *self._fold())
+        return self._cached.scale, self._cached.shift
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
 

@@ -21,6 +21,7 @@ from maskrcnn.models.losses import Normalizer, RPNLosses, rpn_losses
 from maskrcnn.models.rpn_head import RPNHead, RPNOutputs, gathered_outputs, sampled_outputs
 from maskrcnn.ops.anchors import base_anchors, grid_anchors
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, encode_deltas
+from maskrcnn.ops.caching import may_cache
 from maskrcnn.ops.matching import match_boxes, sample_balanced
 from maskrcnn.ops.nms import nms_of_levels
 from maskrcnn.structures import ImageBatch, Proposals, Targets
@@ -108,12 +109,21 @@ class AnchorGenerator(nn.Module):
         self.strides = tuple(strides)
         self.base: Tensor
         self.register_buffer("base", torch.stack(tuple(base)), persistent=False)  # (L, A, 4)
+        self._cached: tuple[Tensor, list[torch.Size], list[Tensor]] | None = None  # base, sizes, anchors
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors of each level `(B, C, H, W)`, each `(H * W * A, 4)`."""
+        """Return the anchors of each level `(B, C, H, W)`, each `(H * W * A, 4)`. Do not write to them."""
+        sizes = [level.shape[-2:] for level in features]
+        if not may_cache(self.base):
+            return self._anchors(sizes)
+        if self._cached is None or self._cached[0] is not self.base or self._cached[1] != sizes:
+            self._cached = self.base, sizes, self._anchors(sizes)
+        return self._cached[2]
+
+    def _anchors(self, sizes: Sequence[torch.Size]) -> list[Tensor]:
         return [
-            grid_anchors(base, height=level.shape[-2], width=level.shape[-1], stride=stride)
-            for base, level, stride in zip(self.base, features, self.strides, strict=True)
+            grid_anchors(base, height=height, width=width, stride=stride)
+            for base, (height, width), stride in zip(self.base, sizes, self.strides, strict=True)
         ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskrcnn.config import Section, Size
 from maskrcnn.ops.boxes import BoxWeights, clip_boxes, decode_deltas, pairwise_iou
-from maskrcnn.ops.matching import PAIRS_AT_ONCE, match_boxes, sample_balanced
+from maskrcnn.ops.matching import boxes_at_once, match_boxes, sample_balanced
 from maskrcnn.ops.nms import batched_nms
 from maskrcnn.structures import Detections, Diagnostics, Proposals, RoISamples, Targets
 
@@ -101,7 +101,7 @@ class RegionSampler:
 @torch.no_grad()
 def diagnose(proposals: Proposals, targets: Targets, samples: RoISamples) -> Diagnostics:
     """Return the recall of the proposals and the fraction of positives among the samples of a batch."""
-    step = max(1, PAIRS_AT_ONCE // targets.labels.numel())  # limits the memory for the IoU of all pairs
+    step = boxes_at_once(proposals.boxes, targets)  # limits the memory for the IoU of all pairs
     chunks = zip(proposals.boxes.split(step, dim=1), proposals.valid.split(step, dim=1), strict=True)
     chunk_ious = [(pairwise_iou(boxes, targets.boxes) * valid[..., None]).amax(dim=1) for boxes, valid in chunks]
     max_iou = torch.stack(chunk_ious).amax(dim=0)  # (B, G): over all proposals

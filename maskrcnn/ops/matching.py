@@ -20,6 +20,9 @@ IGNORED_SHARE = 0.5
 
 # Pairs of box and object per chunk: 2^23 float32 values are 32 MiB, and about six such tensors exist at a time.
 PAIRS_AT_ONCE = 2**23
+# On a GPU, where small chunks cost kernels: 2^27 are 512 MiB, enough for the anchors of 16 images of 800 x 1344 with 31
+# objects each. More objects take more chunks and no more memory.
+PAIRS_AT_ONCE_ON_GPU = 2**27
 
 
 class Matches(NamedTuple):
@@ -48,7 +51,7 @@ def match_boxes(
         allow_low_quality_matches: if True, the boxes with the largest IoU of each object become positive.
     """
     boxes = boxes.expand(len(targets.labels), *boxes.shape[-2:])
-    step = max(1, PAIRS_AT_ONCE // targets.labels.numel())  # boxes per chunk
+    step = boxes_at_once(boxes, targets)
     chunks = [(chunk, _candidates(chunk, targets)) for chunk in boxes.split(step, dim=1)]
     best_of_object = torch.full_like(targets.boxes[..., 0], 0 if allow_low_quality_matches else torch.inf)
     if allow_low_quality_matches:  # a first pass computes the largest IoU of each object
@@ -58,6 +61,17 @@ def match_boxes(
     matches = [_match_chunk(chunk, objects, best_of_object, foreground, background) for chunk, objects in chunks]
     labels, matched = (torch.cat(tensors, dim=1) for tensors in zip(*matches, strict=True))
     return Matches(labels, matched)
+
+
+def boxes_at_once(boxes: Tensor, targets: Targets) -> int:
+    """Return how many boxes `(B, N, 4)` of each image to compare with its objects at a time.
+
+    All of them when compiled: fused operations do not store the values of the pairs.
+    """
+    if torch.compiler.is_compiling():
+        return max(1, boxes.shape[1])
+    pairs = PAIRS_AT_ONCE if cpu.takes_short_cuts(boxes) else PAIRS_AT_ONCE_ON_GPU
+    return max(1, pairs // targets.labels.numel())
 
 
 class _Candidates(NamedTuple):

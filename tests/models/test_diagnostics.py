@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn.data.loader import collate
-from maskrcnn.models import mask_rcnn, selection
+from maskrcnn.models import mask_rcnn
 from maskrcnn.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from maskrcnn.models.selection import RegionSampler, diagnose
+from maskrcnn.ops import matching
 from maskrcnn.ops.boxes import pairwise_iou
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.structures import AxisAlignedMap, Batch, Diagnostics, Example, MaskCrop, Proposals, RoISamples, Targets
@@ -75,7 +76,7 @@ def test_recall_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert 0 < sum(recalled) < len(recalled)
     for pairs in (2**23, 14 * 3, 1):  # chunks of all proposals, of three, of one
-        monkeypatch.setattr(selection, "PAIRS_AT_ONCE", pairs)
+        monkeypatch.setattr(matching, "PAIRS_AT_ONCE", pairs)
         diagnostics = diagnose(Proposals(boxes, scores), objects, samples([[0], [0]]))
         assert values(diagnostics) == (pytest.approx(sum(recalled) / len(recalled)), 0.0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskrcnn.ops import matching
+from maskrcnn.ops import cpu, matching
 from maskrcnn.ops.boxes import pairwise_iou
 from maskrcnn.ops.mask_tables import tabulate
 from maskrcnn.ops.matching import match_boxes, random_keys, sample_balanced
@@ -142,3 +142,15 @@ def test_random_keys_are_uniform_and_independent() -> None:
     assert (correlations - torch.eye(4, dtype=torch.double)).abs().max() < 0.03
     assert not torch.equal(random_keys(torch.tensor([0]), 9, stream=0), random_keys(torch.tensor([0]), 9, stream=1))
     assert random_keys(torch.tensor([3]), 4, stream=0).tolist() == random_keys(torch.tensor([3]), 4, stream=0).tolist()
+
+
+def test_a_gpu_compares_more_pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes, labels = torch.zeros(2, 1000, 4), torch.ones(2, 100, dtype=torch.int64)
+    objects = targets(torch.zeros(2, 100, 4), labels)
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE", 2000)
+    monkeypatch.setattr(matching, "PAIRS_AT_ONCE_ON_GPU", 20_000)
+    assert matching.boxes_at_once(boxes, objects) == 10
+    monkeypatch.setattr(cpu, "takes_short_cuts", lambda tensor: False)
+    assert matching.boxes_at_once(boxes, objects) == 100
+    monkeypatch.setattr(matching.torch.compiler, "is_compiling", lambda: True)
+    assert matching.boxes_at_once(boxes, objects) == 1000

@@ -160,6 +160,7 @@ def audit(*, autocast: bool = False) -> Iterator[Waits]:
             (Tensor, "backward", _backward),
             (FakeTensor, "tolist", _tolist(waits)),
             (torch.cuda, "Event", _event(waits)),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (loop, "peak_memory", lambda device: 0.0),
             (loop, "logger", mock.Mock()),
         ):
