@@ -22,9 +22,8 @@ from maskrcnn.experiment import ExperimentConfig
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = REPOSITORY / "tools" / "benchmarks" / "gpu_audit.py"
+def load_tool(name: str) -> ModuleType:
+    path = REPOSITORY / "tools" / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -32,6 +31,11 @@ def tool() -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return load_tool("gpu_audit")
 
 
 WAITING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
@@ -181,3 +185,16 @@ def test_detection_has_no_synchronisation(tool: ModuleType) -> None:
     config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
     waits = tool.audit_detection(config, tool.Shape(batch=2, objects=3, height=64, width=64))
     assert not waits, tool.describe(waits)
+
+
+def test_operations_and_bytes_are_counted(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second step, in which folded norms and anchors are there already."""
+    monkeypatch.setitem(sys.modules, "gpu_audit", tool)
+    counts = load_tool("gpu_counts")
+    config = read_config(REPOSITORY / "tests" / "tiny_fpn.yaml", ExperimentConfig)
+    operations, amounts = counts.count(config, tool.Shape(batch=1, objects=2, height=64, width=64))
+    assert operations["backward pass"] > 100
+    assert amounts["models/backbones/resnet.py"] > 0
+    assert "ops/anchors.py" not in operations
+    repeated = torch.zeros(3, 1).expand(3, 100)
+    assert counts._stored_bytes(repeated) == 12

@@ -312,7 +312,7 @@ def _place() -> str:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
             return f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"
-        if frame.f_code is _backward.__code__:
+        if frame.f_code is _backward.__code__ and "node" in frame.f_locals:
             return f"backward of {frame.f_locals['node'].name()}"
         frame = frame.f_back  # type: ignore[assignment]
     return "outside of the project"
