@@ -195,7 +195,7 @@ def test_the_best_metric_must_exist(tmp_path: Path) -> None:
 
 
 def test_a_metric_needs_a_package_that_defines_it(tmp_path: Path) -> None:
-    message = r"1 problem\n  evaluation\.metrics\[0\]: no kind is known; `imports` lists the modules that define kinds"
+    message = r"1 problem\n  evaluation\.metrics\[0\]\.kind: 'found' is not one of lvis"
     with pytest.raises(InputError, match=message):
         load(tmp_path, "evaluation.metrics=[{kind: found}]", "evaluation.best_metric=found/objects")
 

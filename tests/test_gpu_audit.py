@@ -167,9 +167,10 @@ def test_batches_are_copied_beside_the_steps(tool: ModuleType, monkeypatch: pyte
     with tool.audit() as waits:
         batch = tool._batch(tool.Shape(batch=2, objects=3, height=64, width=64))
         ((copied,),) = copied_to(torch.device("cuda"), [[batch]])
-        assert all(tensor.is_cuda for tensor in (*copied.images.tensors(), *copied.targets.tensors()))
+        tensors = [*copied.images.tensors(), *copied.targets.tensors()]
+        assert all(tensor.is_cuda for tensor in tensors)
     assert not waits, tool.describe(waits)
-    assert calls == ["on side", "on side", "main waits for side", *["used by main"] * 10]
+    assert calls == ["on side", "on side", "main waits for side", *["used by main"] * len(tensors)]
     loader = [[batch]]
     assert copied_to(torch.device("cpu"), loader) is loader
 

@@ -118,27 +118,9 @@ class Trainer:
             Interrupted: `stop` received a signal.
         """
         processes = processes or Processes(next(self.model.parameters()).device)
-        options, device = self.options, processes.device
-        accumulates = options.grad_accum_steps > 1
-        execution = Execution(
-            options.compile, options.cuda_graph, options.buckets, options.gradient_exchange, accumulates
-        )
-        require_precision(options.precision, device)
-        execution.require_device(device, processes.world)
-        execution.require_model(self.model)
-        step = TrainingStep(
-            self.state,
-            processes,
-            precision=options.precision,
-            clip_norm=options.clip_norm,
-            skips=options.skip_non_finite,
-            keep=keep,
-            execution=execution,
-            recorder=CudaRecorder(device) if execution.cuda_graph else None,
-        )
         train(
-            step,
-            copied_to(device, self._batches(start, processes)),
+            self._step(processes, keep),
+            copied_to(processes.device, self._batches(start, processes)),
             self.schedule,
             start=start,
             iterations=self.iterations,
@@ -149,6 +131,26 @@ class Trainer:
             is_over=is_over,
             stop=stop,
             profiler=profiler,
+        )
+
+    def _step(self, processes: Processes, keep: Keep | None) -> TrainingStep:
+        options, device = self.options, processes.device
+        accumulates = options.grad_accum_steps > 1
+        execution = Execution(
+            options.compile, options.cuda_graph, options.buckets, options.gradient_exchange, accumulates
+        )
+        require_precision(options.precision, device)
+        execution.require_device(device, processes.world)
+        execution.require_model(self.model)
+        return TrainingStep(
+            self.state,
+            processes,
+            precision=options.precision,
+            clip_norm=options.clip_norm,
+            skips=options.skip_non_finite,
+            keep=keep,
+            execution=execution,
+            recorder=CudaRecorder(device) if execution.cuda_graph else None,
         )
 
     def _batches(self, start: int, processes: Processes) -> Iterable[tuple[Batch, ...]]:
