@@ -134,6 +134,7 @@ class Trainer:
         )
 
     def _step(self, processes: Processes, keep: Keep | None) -> TrainingStep:
+        """Return the training step. Raises InputError if the device cannot do what the options ask for."""
         options, device = self.options, processes.device
         accumulates = options.grad_accum_steps > 1
         execution = Execution(
