@@ -3,6 +3,7 @@
     python tools/benchmark.py all --out benchmarks/2026-11-22-cpu.md
     python tools/benchmark.py training --repeats 3 --precision bf16
     python tools/benchmark.py bootstrap
+    python tools/benchmark.py data datasets/coco --repeats 9
     python tools/benchmark.py convergence configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
 
     python tools/benchmark.py screening configs/convergence/shapes.yaml --set model.backbone.weights=imagenet
@@ -28,6 +29,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -51,6 +53,13 @@ TASKS = {
     "bootstrap": "AP, AP50, AP75, APs, APm and APl in 1,000 resamples of the images, from stored "
     "matches of one set of results, drawn at random in the size of COCO's validation set.",
 }
+PHOTO_TASKS = {
+    "data": "One loader worker: photographs and annotations from files, flipped and in batches of 2. Ours are of the "
+    "size for the network, uint8, with masks as summed-area tables. torchvision's worker (full-size masks, float32) "
+    "leaves resizing to its model; `torchvision, resized` does it, too.",
+    "decoders": "JPEG in memory to RGB pixels. Images with other pixels are counted against Pillow.",
+}
+SIDES = {"data": ["ours", "torchvision", "torchvision, resized"], "decoders": ["Pillow", "torchvision", "simplejpeg"]}
 MARKS = [100, 200, 400, 800, 1600]
 ALONE = {"bootstrap"}  # tasks that torchvision does not do
 TERMS = (
@@ -127,7 +136,8 @@ class Worker:
 
 def measure(task: str, repeats: int, settings: dict[str, Any]) -> Measurement:
     """Run the sides of a task in turn."""
-    names = ["ours"] if task in ALONE else ["ours", "torchvision"]
+    names = SIDES.get(task, ["ours"] if task in ALONE else ["ours", "torchvision"])
+    names = [name for name in names if name != "simplejpeg" or find_spec(name)]
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker({"task": task, "side": name, **settings})) for name in names]
         rounds = [[worker.repeat() for worker in workers] for _ in tqdm(range(repeats + 1), desc=task, disable=None)]
@@ -146,10 +156,11 @@ def report(measurements: Sequence[Measurement], settings: dict[str, Any]) -> str
     """The figures as Markdown, with all that it takes to repeat them."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
     lines = [f"# Speed and memory, {today}", ""]
-    if any(len(measurement.sides) > 1 for measurement in measurements):
+    if any(len(measurement.sides) > 1 and measurement.task in TASKS for measurement in measurements):
         lines += [TERMS, ""]
     lines += [f"- command: {shlex.join(['python', *sys.argv])}"]
-    lines += [f"- images: {settings['height']} x {settings['width']}, precision {settings['precision']}"]
+    if not settings.get("photos"):
+        lines += [f"- images: {settings['height']} x {settings['width']}, precision {settings['precision']}"]
     lines += [f"- {line}" for line in measurements[0].environment]
     for measurement in measurements:
         lines += ["", *_section(measurement)]
@@ -161,7 +172,7 @@ def _section(found: Measurement) -> list[str]:
     return [
         f"## {found.task}: {_outcome(found.sides)}",
         "",
-        TASKS[found.task],
+        (TASKS | PHOTO_TASKS)[found.task],
         "",
         *_table(
             ["", "median s", "fastest", "slowest", "peak MiB", *names],
@@ -184,14 +195,22 @@ def _section(found: Measurement) -> list[str]:
 
 
 def _outcome(sides: Sequence[Side]) -> str:
-    """Our seconds, or torchvision's time over ours: the median pair, and the range."""
-    ours, *others = sides
+    """The seconds of the first side, or the time of each other over its own: the median pair, and the range."""
+    first, *others = sides
     if not others:
-        return f"{median(repeat.seconds for repeat in ours.repeats):.3g} s"
-    theirs = others[0]
-    ratios = [their.seconds / our.seconds for our, their in zip(ours.repeats, theirs.repeats, strict=True)]
+        return f"{median(repeat.seconds for repeat in first.repeats):.3g} s"
+    outcomes = [_comparison(first, other) for other in others]
+    return (
+        outcomes[0]
+        if len(outcomes) == 1
+        else "; ".join(f"{outcome} than {other.name}" for outcome, other in zip(outcomes, others, strict=True))
+    )
+
+
+def _comparison(first: Side, other: Side) -> str:
+    ratios = [their.seconds / our.seconds for our, their in zip(first.repeats, other.repeats, strict=True)]
     speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast"
-    return f"{speed}, {ours.peak / theirs.peak:.2f} times the memory"
+    return f"{speed}, {first.peak / other.peak:.2f} times the memory"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -234,6 +253,8 @@ def main() -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, text in {**TASKS, "all": "All of these."}.items():
         _add_speed_arguments(tasks.add_parser(name, help=text, description=text))
+    text = " ".join(PHOTO_TASKS.values())
+    _add_data_arguments(tasks.add_parser("data", help="Loading of photographs, and decoders.", description=text))
     text = "What both reach on the same data after the same steps."
     _add_convergence_arguments(tasks.add_parser("convergence", help=text, description=text))
     text = "What each start and scale of our model does to the AP of a short training."
@@ -244,7 +265,7 @@ def main() -> None:
     if args.task == "gpu":
         print(_gpu(args))
         return
-    text = {"convergence": _convergence, "screening": _screening}.get(args.task, _speed)(args)
+    text = {"convergence": _convergence, "screening": _screening, "data": _data}.get(args.task, _speed)(args)
     print(text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +286,24 @@ def _speed(args: argparse.Namespace) -> str:
     settings = {name: getattr(args, name) for name in ("threads", "height", "width", "precision", "device")}
     tasks = list(TASKS) if args.task == "all" else [args.task]
     return report([measure(task, args.repeats, settings) for task in tasks], settings)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", type=Path, metavar="FOLDER", help="in COCO's layout: annotations/, train2017/")
+    parser.add_argument("--split", default="train2017", help="default train2017")
+    parser.add_argument("--images", type=_number(2), default=64, help="of each repeat; default 64")
+    parser.add_argument("--repeats", type=_number(1), default=5, help="rounds to measure; default 5")
+    parser.add_argument(
+        "--threads", type=_number(1), default=1, help="CPU threads of each side; default 1, as a worker"
+    )
+    parser.add_argument("--out", type=_new_report, metavar="FILE", help="write the report, Markdown, to this new file")
+
+
+def _data(args: argparse.Namespace) -> str:
+    photos = (str(args.photos.absolute()), args.split, args.images)
+    settings = {"threads": args.threads, "height": 0, "width": 0, "precision": "fp32", "device": "cpu"}
+    settings["photos"] = photos
+    return report([measure(task, args.repeats, settings) for task in PHOTO_TASKS], settings)
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser, *, seeds: list[int], runs: Path) -> None:

@@ -52,13 +52,14 @@ Step = Callable[[], dict[str, float]]  # performs the task once and returns its 
 class Job:
     """A task and the conditions of its measurement."""
 
-    task: Literal["training", "inference", "roi", "masks", "bootstrap"]
-    side: Literal["ours", "torchvision"]
+    task: Literal["training", "inference", "roi", "masks", "bootstrap", "data", "decoders"]
+    side: str
     height: int
     width: int
     threads: int
     precision: Literal["fp32", "bf16"]
     device: str
+    photos: tuple[str, str, int] | None = None  # root, split and number, for `data` and `decoders` (data_steps.py)
 
 
 # ---- The scene: the same images and objects for both implementations
@@ -377,7 +378,7 @@ def main() -> None:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     device = choose_device(job.device)
-    step = STEPS[job.task, job.side](job, device)
+    step = _prepared(job, device)
     _write_line(environment(device))
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -386,6 +387,15 @@ def main() -> None:
             torch.cuda.synchronize(device)
         _write_line([time.perf_counter() - start, work])
     _write_line(peak_memory(device))
+
+
+def _prepared(job: Job, device: torch.device) -> Step:
+    if job.photos is None:
+        return STEPS[job.task, job.side](job, device)
+    import data_steps
+
+    root, split, count = job.photos
+    return data_steps.prepare(job.task, job.side, data_steps.Photos(Path(root), split, count))
 
 
 def _write_line(value: Any) -> None:
