@@ -9,12 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 
 from maskrcnn.cli import main
@@ -37,35 +37,7 @@ SETTINGS = Settings(
     short_side=100,
 )
 
-VOID = {"meta", "img", "path", "circle", "rect"}
 pytestmark = pytest.mark.usefixtures("logging_restored")
-
-
-class Page(HTMLParser):
-    """Parses a page and checks that every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def write(folder: Path, name: str, **changes: Any) -> None:
